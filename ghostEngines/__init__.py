@@ -1,0 +1,7 @@
+"""Per-sample train-validation gradient dot products inside the backward pass of training, for any loop."""
+
+from .graddotprod_engine import GradDotProdEngine
+from .layer_rules import RULES, CrossEntropyHead, register_rule
+from .losses import per_sample_losses
+
+__all__ = ["RULES", "CrossEntropyHead", "GradDotProdEngine", "per_sample_losses", "register_rule"]

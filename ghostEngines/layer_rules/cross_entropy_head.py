@@ -1,0 +1,286 @@
+"""The output layer fused with its cross entropy: one loss per row, and never more than a group of rows' logits at a time.
+
+The logits, (n+m) · T · V numbers, are the largest tensor of a language model's training step. The head makes them group by
+group, and from them at once its own gradients, so that none has to be kept for the backward pass. The row weights of the
+loss must therefore be known beforehand: uniform without an engine, 1/n and 1/m with one; the backward pass accepts only a
+common factor on them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contraction import Split, Strategy, accumulation_dtype, add_gradient, direction_of, gram, instantiate, project
+from ..losses import IGNORE_INDEX, count_targets, require
+from ..step import LayerStep, TiedRoute
+from .autocast import compute_dtype, without_autocast
+from .registry import register_rule
+
+# Rows are taken together up to this many positions: enough for full speed of the matrix products.
+GROUP_POSITIONS = 1024
+# Softmax runs over this many positions at a time, so that its temporaries stay in the cache.
+SOFTMAX_POSITIONS = 64
+
+
+class CrossEntropyHead(nn.Module):
+    """Output layer without bias and cross entropy in one: (hidden, targets) -> per-sample losses.
+
+    weight (V, d); assign an embedding's weight to it to tie them.
+    """
+
+    def __init__(self, in_features: int, vocabulary: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, in_features))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, T, d), targets (N, T) token ids that are shifted already, -100 for positions without a target.
+
+        Returns (N,): for each row the mean cross entropy over its own targets, in nats, float32 (float64 for float64 inputs).
+        In training, its backward accepts the gradient of `losses.mean()`, times any factor, and nothing else.
+        Raises ValueError for a row without a target.
+        """
+        rows = len(hidden)
+        weights = hidden.new_full((rows,), 1 / rows, dtype=accumulation_dtype(hidden.dtype))
+        return run_head(hidden, self.weight, targets, weights, plan=None)
+
+
+@register_rule(CrossEntropyHead)
+def cross_entropy_head(layer: CrossEntropyHead, layer_step: LayerStep, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
+    step = layer_step.enter(hidden)
+    strategy = step.strategy_for(hidden.shape[1], *layer.weight.shape)
+    plan = HeadPlan(step.split, strategy, step.probe, layer_step.take_route())
+    return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How the head divides its rows and contracts its gradients under an engine."""
+
+    split: Split
+    strategy: Strategy
+    probe: Tensor
+    route: TiedRoute | None
+
+
+def run_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, plan: HeadPlan | None
+) -> Tensor:
+    """Common to the head with and without an engine; row_weights (N,)."""
+    if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"the head takes hidden states (N, T, d) and targets (N, T), got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+    counts = count_targets(targets)
+    dtype = compute_dtype(hidden)
+    if not torch.is_grad_enabled():
+        return _losses_only(hidden, weight, targets, counts, dtype)
+    probes = (None, None, None)
+    if plan is not None:
+        routed = (None, None) if plan.route is None else (plan.route.gathered, plan.route.picked)
+        probes = (plan.probe, *routed)
+    return FusedHead.apply(hidden, weight, *probes, targets, counts, row_weights, plan, dtype)
+
+
+class FusedHead(torch.autograd.Function):
+    """Losses (N,) from hidden (N, T, d); the gradients are made here and only scaled in the backward pass.
+
+    A group's residuals are softmax minus one-hot, (g, T, V), zero where there is no target. They are not scaled by the row
+    weights, since in float16 nearly all of them would flush to zero: the row's number of targets, relative to the smallest
+    one of the batch, goes into the other factor of the product, and everything else into the float32 result.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        probe: Tensor | None,
+        gathered: Tensor | None,
+        picked: Tensor | None,
+        targets: Tensor,
+        counts: Tensor,
+        row_weights: Tensor,
+        plan: HeadPlan | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        wide = accumulation_dtype(dtype)
+        with without_autocast(hidden):
+            matrix, rows = weight.to(dtype), hidden.to(dtype)  # (V, d), (N, T, d)
+            fewest = counts.min().to(wide)
+            share = (fewest / counts).to(dtype)[:, None, None]  # (N, 1, 1), at most 1
+            position_weights = (row_weights / counts)[:, None, None]
+            losses = row_weights.new_empty(len(rows))
+            grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
+            sink = _Sink.make(weight, wide, plan) if needs_weight else None
+            for group, residuals in _residual_groups(rows, matrix, targets, counts, losses, plan):
+                if grad_hidden is not None:
+                    torch.mul(residuals @ matrix, position_weights[group], out=grad_hidden[group])
+                if sink is not None:
+                    sink.add(residuals, rows[group] * share[group], group)
+            if sink is not None:
+                sink.seal()
+            ctx.grad_hidden, ctx.sink = grad_hidden, sink
+            ctx.hidden_dtype = hidden.dtype
+            ctx.save_for_backward(row_weights, row_weights / fewest)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        row_weights, scales = ctx.saved_tensors
+        common = grad_losses[0] / row_weights[0]
+        require(
+            torch.isclose(grad_losses, common * row_weights, rtol=1e-4, atol=0).all(),
+            "the fused head made its gradients for the row weights of the joint loss (1/n for train and 1/m for validation "
+            "rows; without an engine 1/N for all), but another combination of its losses was differentiated. Call backward() "
+            "on engine.joint_loss(losses), or on losses.mean() without an engine, times any factor.",
+        )
+        grad_hidden, sink = ctx.grad_hidden, ctx.sink
+        ctx.grad_hidden = ctx.sink = None  # they are scaled in place, once
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(common).to(ctx.hidden_dtype)
+        weight_gradients = (None,) * 4 if sink is None else sink.finish(common * scales[0], common * scales[-1])
+        return grad_hidden, *weight_gradients, *(None,) * 5
+
+
+class _Sink:
+    """Gathers the gradient of the head's weight, group by group, validation rows first.
+
+    Everything in here lacks the factor row_weight / fewest targets, which `finish` applies.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total  # (V, d)
+
+    @staticmethod
+    def make(weight: Tensor, dtype: torch.dtype, plan: HeadPlan | None) -> "_Sink":
+        total = torch.zeros_like(weight, dtype=dtype)
+        return _Sink(total) if plan is None else _AttributingSink(total, plan)
+
+    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        """residuals (g, T, V), rows (g, T, d)"""
+        add_gradient(residuals, rows, self.total)
+
+    def seal(self) -> None:
+        """All groups are in: let go of what the backward pass does not need."""
+
+    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of weight, probe, gathered and picked."""
+        return self.total.mul_(train_scale), None, None, None
+
+
+class _AttributingSink(_Sink):
+    """The same for the train rows, with the dot products and what a tied embedding needs."""
+
+    def __init__(self, total: Tensor, plan: HeadPlan) -> None:
+        super().__init__(total)
+        self.plan, k = plan, plan.split.directions
+        self.dots = total.new_empty(plan.split.n, k)
+        self.direction = total.new_zeros(k, *total.shape) if plan.strategy != "gram" or plan.route is not None else None
+        self.val_factors: list[tuple[Tensor, Tensor]] = []
+        self.gathered: Tensor | None = None
+        self.picked: Tensor | None = None
+        if plan.route is not None:
+            self.picked = total.new_empty(plan.route.picked.shape)
+
+    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        n = self.plan.split.n
+        if group.start >= n:
+            self._add_validation(residuals, rows, slice(group.start - n, group.stop - n))
+        else:
+            self._add_train(residuals, rows, group)
+
+    def _add_validation(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        split = self.plan.split
+        if self.plan.strategy == "gram":
+            self.val_factors.append((residuals.clone(), rows))
+        if self.direction is not None and split.pairwise:
+            self.direction[group] = direction_of(residuals, rows, split)
+        elif self.direction is not None:
+            add_gradient(residuals, rows, self.direction[0])
+
+    def _add_train(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        route, strategy = self.plan.route, self.plan.strategy
+        if strategy == "gram":
+            val_residuals, val_rows = (torch.cat(factors) for factors in zip(*self.val_factors, strict=True))
+            self.dots[group] = gram(residuals, rows, val_residuals, val_rows, self.total, self.plan.split.pairwise)
+        else:
+            contraction = instantiate if strategy == "instantiate" else project
+            self.dots[group] = contraction(residuals, rows, self.direction, self.total)
+        if route is not None:
+            self.picked[group] = residuals[:, :, route.val_tokens].mT @ rows
+
+    def seal(self) -> None:
+        if self.plan.route is not None:
+            self.gathered = self.direction[:, self.plan.route.train_tokens]
+        self.direction, self.val_factors = None, []
+
+    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
+        grad_weight, *_ = super().finish(train_scale, val_scale)
+        dots = self.dots.mul_(train_scale * val_scale)
+        if self.plan.route is None:
+            return grad_weight, dots, None, None
+        return grad_weight, dots, self.gathered.mul_(val_scale), self.picked.mul_(train_scale)
+
+
+def _groups(rows: int, positions: int, split: Split | None) -> Iterator[slice]:
+    """Slices of rows that are taken together, validation rows before train rows."""
+    size = max(1, GROUP_POSITIONS // positions)
+    bounds = [(0, rows)] if split is None else [(split.n, rows), (0, split.n)]
+    for first, last in bounds:
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
+
+
+def _residual_groups(
+    rows: Tensor, matrix: Tensor, targets: Tensor, counts: Tensor, losses: Tensor, plan: HeadPlan | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """For each group of rows its residuals (g, T, V), in a buffer that the next group overwrites; fills losses (N,)."""
+    (n_rows, positions, _), vocabulary = rows.shape, len(matrix)
+    groups = list(_groups(n_rows, positions, None if plan is None else plan.split))
+    largest = max(group.stop - group.start for group in groups)
+    buffer = rows.new_empty(largest * positions, vocabulary)
+    for group in groups:
+        group_targets = targets[group].flatten()
+        residuals = buffer[: len(group_targets)]
+        torch.mm(rows[group].flatten(0, 1), matrix.mT, out=residuals)
+        position_losses = residuals_from_logits(residuals, group_targets, losses.dtype)
+        losses[group] = position_losses.view(-1, positions).sum(1) / counts[group]
+        yield group, residuals.view(-1, positions, vocabulary)
+
+
+def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
+    """Replaces logits (P, V) by softmax minus one-hot, in place; rows whose target (P,) is -100 become zero.
+
+    Returns the cross entropy (P,) in nats, zero where there is no target; softmax and its sum run in the wide dtype.
+    """
+    position_losses = logits.new_empty(len(logits), dtype=wide)
+    for start in range(0, len(logits), SOFTMAX_POSITIONS):
+        chunk = slice(start, start + SOFTMAX_POSITIONS)
+        valid = (targets[chunk] != IGNORE_INDEX)[:, None]
+        index = targets[chunk, None].clamp(min=0)
+        scores = logits[chunk].to(wide)  # the logits themselves, unless they are of half precision
+        scores -= scores.amax(1, keepdim=True)
+        target_scores = scores.gather(1, index)
+        norm = scores.exp_().sum(1, keepdim=True)
+        position_losses[chunk] = ((norm.log() - target_scores) * valid).squeeze(1)
+        scores *= valid / norm
+        scores.scatter_add_(1, index, -valid.to(wide))
+        if scores.dtype != logits.dtype:
+            logits[chunk] = scores
+    return position_losses
+
+
+def _losses_only(hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Evaluation: the losses (N,) without any gradient."""
+    with without_autocast(hidden):
+        losses = hidden.new_empty(len(hidden), dtype=accumulation_dtype(dtype))
+        for _ in _residual_groups(hidden.to(dtype), weight.to(dtype), targets, counts, losses, None):
+            pass
+    return losses

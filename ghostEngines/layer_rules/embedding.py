@@ -1,0 +1,99 @@
+"""`nn.Embedding`: tokens, and positions, which most models look up once for all rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contraction import Split, accumulation_dtype
+from ..step import LayerStep, TiedRoute
+from .autocast import without_autocast
+from .registry import register_rule
+
+
+def _check(layer: nn.Embedding) -> None:
+    for option, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
+        if getattr(layer, option) != off:
+            raise ValueError(f"nn.Embedding with {option}={getattr(layer, option)} is not covered: use {option}={off}.")
+
+
+@register_rule(nn.Embedding, check=_check)
+def embedding(layer: nn.Embedding, layer_step: LayerStep, tokens: Tensor) -> Tensor:
+    """tokens (n+m, ...) -> (n+m, ..., d).
+
+    Tokens of shape (1, ...), such as the position ids of Hugging Face models, stand for all rows: the output is expanded, so
+    that the gradient which comes back still has a sample dimension.
+    """
+    split = layer_step.step.split
+    if tokens.shape[:1] == (1,):
+        tokens = tokens.expand(split.n + split.m, *tokens.shape[1:])
+    step = layer_step.enter(tokens)
+    output, gathered, picked = ProbedEmbedding.apply(
+        tokens, layer.weight, step.probe, split, layer.padding_idx, layer_step.tied is not None
+    )
+    if layer_step.tied is not None:
+        rows = tokens.reshape(len(tokens), -1)
+        step.routes[layer_step.tied] = TiedRoute(gathered, picked, rows[: split.n], rows[split.n :].flatten())
+    return output
+
+
+class ProbedEmbedding(torch.autograd.Function):
+    """y = W[tokens], and the two zero outputs of a `TiedRoute` (None for a weight that is not tied).
+
+    The validation gradient E_v is kept for the validation rows' own tokens only: `slots` maps a token to its place among
+    them, one of the positions at which it stands.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, probe: Tensor, split: Split, padding_idx: int | None, tied: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.split, ctx.padding_idx, ctx.tied, ctx.vocabulary = split, padding_idx, tied, len(weight)
+        ctx.save_for_backward(tokens)
+        output = nn.functional.embedding(tokens, weight, padding_idx)
+        if not tied:
+            return output, None, None
+        length, d = tokens[0].numel(), weight.shape[1]
+        gathered = probe.new_zeros(()).expand(split.directions, split.n, length, d)
+        picked = probe.new_zeros(()).expand(split.n, split.m * length, d)
+        return output, gathered, picked
+
+    @staticmethod
+    def backward(
+        ctx: Any, backprops: Tensor, gathered: Tensor | None, picked: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        split, n, d = ctx.split, ctx.split.n, backprops.shape[-1]
+        with without_autocast(backprops):
+            tokens = tokens.reshape(len(tokens), -1)  # (n+m, L)
+            backprops = backprops.reshape(*tokens.shape, d).to(accumulation_dtype(backprops.dtype))
+            if ctx.padding_idx is not None:
+                backprops = backprops.masked_fill((tokens == ctx.padding_idx)[..., None], 0)
+            grad_weight = backprops.new_zeros(ctx.vocabulary, d)
+            grad_weight.index_add_(0, tokens[:n].flatten(), backprops[:n].flatten(0, 1))
+            direction, slots = validation_gradient(tokens[n:], backprops[n:], split, ctx.vocabulary)
+            seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token
+            at_tokens = direction[:, seen.clamp(min=0)] * (seen >= 0)[..., None]  # (k, n, L, d)
+            if ctx.tied:
+                at_tokens = at_tokens + gathered
+            dots = torch.einsum("nld,knld->nk", backprops[:n], at_tokens)
+            if ctx.tied:
+                dots = dots + picked.flatten(1) @ direction.flatten(1).mT
+        return None, grad_weight, dots, None, None, None
+
+
+def validation_gradient(tokens: Tensor, backprops: Tensor, split: Split, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """tokens (m, L), backprops (m, L, d) -> the validation gradient (k, m·L, d) by slot, and the slots (vocabulary,).
+
+    A token's slot is the last of the m·L positions at which it stands, -1 for a token of no validation row; the direction is
+    zero at all other positions. So every shape is known beforehand and no device has to be waited for.
+    """
+    m, length, d = backprops.shape
+    places = torch.arange(m * length, device=tokens.device)
+    slots = places.new_full((vocabulary,), -1).scatter_reduce_(0, tokens.flatten(), places, "amax")
+    direction = backprops.new_zeros(split.directions, m * length, d)
+    index = slots[tokens]  # (m, L)
+    if split.pairwise:
+        index = index + places[:m, None] * (m * length)
+    direction.view(-1, d).index_add_(0, index.flatten(), backprops.flatten(0, 1))
+    return direction, slots

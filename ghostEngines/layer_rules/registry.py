@@ -1,0 +1,50 @@
+"""Which layers are covered, and how a layer of each type runs while the engine is attached."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..step import LayerStep
+
+RuleForward = Callable[..., Tensor]
+"""forward(layer, step, *inputs) -> output. The output is that of the layer's own forward; in the backward pass the gradients of
+the layer's parameters are those of the train rows alone, and `step.probe` receives this layer's dot products, (n, k)."""
+
+RuleCheck = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """forward: see `RuleForward`. check: raises ValueError for a layer whose options the rule does not cover. parameters: the
+    names of the parameters that the rule knows; a layer with another one is not covered."""
+
+    forward: RuleForward
+    check: RuleCheck
+    parameters: tuple[str, ...]
+
+
+RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def _anything_goes(layer: nn.Module) -> None:
+    """Most layers have no option that a rule could fail to cover."""
+
+
+def register_rule(
+    *layer_types: type[nn.Module], check: RuleCheck = _anything_goes, parameters: tuple[str, ...] = ("weight", "bias")
+) -> Callable[[RuleForward], RuleForward]:
+    """Decorator: this function is how layers of exactly these types run under the engine.
+
+    Exact types, not subclasses: a subclass may use its weight in a way its parent does not (the `out_proj` of
+    `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). Raises ValueError for a type that has a rule.
+    """
+
+    def register(forward: RuleForward) -> RuleForward:
+        for layer_type in layer_types:
+            if layer_type in RULES:
+                raise ValueError(f"{layer_type.__name__} has a rule already: {RULES[layer_type].forward.__qualname__}")
+            RULES[layer_type] = LayerRule(forward, check, parameters)
+        return forward
+
+    return register

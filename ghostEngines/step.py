@@ -1,0 +1,122 @@
+"""The state of one forward and backward pass under the engine, and what a layer's rule sees of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .contraction import Split, Strategy, choose_strategy
+
+
+@dataclass(frozen=True)
+class TiedRoute:
+    """What the embedding of a tied weight hands to the head through the graph, so that the cross terms come back to it.
+
+    With the weight's gradient E from the embedding and H from the head, <E_i + H_i, E_v + H_v> has two cross terms. Both
+    tensors are zeros of the accumulation dtype that touch no output; the head returns as their gradients
+
+        gathered (k, n, L, d)   H_v at the train rows' tokens, for <E_i, H_v> = Σ_t g_it · H_v[x_it]
+        picked (n, U, d)        H_i at the validation rows' tokens, for <H_i, E_v> = Σ_u H_i[u] · E_v[u]
+
+    train_tokens (n, L) and val_tokens (U,) say which rows of the weight those are.
+    """
+
+    gathered: Tensor
+    picked: Tensor
+    train_tokens: Tensor
+    val_tokens: Tensor
+
+
+@dataclass
+class Step:
+    """One pass over a joint batch of n train and m validation rows.
+
+    probe (n, k): zeros; after the backward its gradient is the sum of all layers' dot products, times s²/n (s²/(n·m) if
+    pairwise), s being the common factor on the loss. scale_probe (): zero; its gradient is s. strategy: the one that every
+    weight must use, None for a choice by shape. routes: a tied weight's route from its embedding to its head, by its name.
+    """
+
+    split: Split
+    probe: Tensor
+    scale_probe: Tensor
+    strategy: Strategy | None
+    routes: dict[str, TiedRoute] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, split: Split, strategy: Strategy | None, dtype: torch.dtype, device: torch.device) -> "Step":
+        """dtype: the accumulation dtype."""
+        probe = torch.zeros(split.n, split.directions, dtype=dtype, device=device, requires_grad=True)
+        scale_probe = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+        return cls(split, probe, scale_probe, strategy)
+
+    def row_weights(self) -> Tensor:
+        """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation rows."""
+        n, m = self.split.n, self.split.m
+        weights = self.probe.new_full((n + m,), 1 / n)
+        weights[n:] = 1 / m
+        return weights
+
+    def strategy_for(self, positions: int, p: int, d: int) -> Strategy:
+        """The strategy for a (p, d) weight whose input has this many positions."""
+        return self.strategy or choose_strategy(self.split, positions, p, d)
+
+
+class CurrentStep:
+    """Where the layers find the step under way. `recording` is true while the model's forward runs: a layer that runs
+    outside of it is being recomputed by activation checkpointing, which is not a second call."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.recording = False
+
+
+class LayerStep:
+    """The step as one layer's rule sees it.
+
+    name: the layer's name in the model. tied: the name of the tie that its weight belongs to, or None. calls: how often the
+    layer ran in the forward pass under way.
+    """
+
+    def __init__(self, name: str, tied: str | None, current: CurrentStep) -> None:
+        self.name = name
+        self.tied = tied
+        self.calls = 0
+        self._current = current
+
+    @property
+    def step(self) -> Step:
+        step = self._current.step
+        if step is None:
+            raise RuntimeError(
+                f"layer '{self.name}' ran outside of the model that the engine is attached to: call the model itself (or the "
+                "DDP or FSDP wrapper around it), or detach the engine first."
+            )
+        return step
+
+    def enter(self, x: Tensor) -> Step:
+        """Counts this call and returns the step.
+
+        Raises ValueError unless the first dimension of the layer's input x is the sample, RuntimeError outside of a step.
+        """
+        step = self.step
+        if self._current.recording:
+            self.calls += 1
+        rows = step.split.n + step.split.m
+        if x.dim() == 0 or x.shape[0] != rows:
+            raise ValueError(
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has {rows} rows "
+                f"({step.split.n} train, {step.split.m} validation): the first dimension of every covered layer's input must "
+                "be the sample. Keep the batch first and flatten nothing into it, or freeze the layer's parameters."
+            )
+        return step
+
+    def take_route(self) -> TiedRoute | None:
+        """The route laid by the embedding that shares this head's weight; None for a weight of the head's own."""
+        if self.tied is None:
+            return None
+        if self.tied not in self.step.routes:
+            raise RuntimeError(
+                f"layer '{self.name}' shares its weight with an embedding that has not run in this forward pass: call the "
+                "embedding first, or untie the weights."
+            )
+        return self.step.routes[self.tied]

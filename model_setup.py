@@ -1,0 +1,122 @@
+"""Architectures, precision, optimizer: everything between a TrainingConfig and a model that can take a step."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from config_file import TrainingConfig
+from ghostEngines import CrossEntropyHead
+
+# Sizes as published (Radford et al. 2019); GPT2-Tiny is for tests and quick looks.
+ARCHITECTURES = {
+    "GPT2-Tiny": {"n_layer": 2, "n_head": 4, "n_embd": 128},
+    "GPT2-Small": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "GPT2-Medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "GPT2-Large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+}
+VOCABULARY = 50304  # 50257 rounded up to a multiple of 128, which makes the head's products faster
+POSITIONS = 1024
+DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+class CausalLM(nn.Module):
+    """A Hugging Face GPT-2 whose forward goes from tokens to losses: embedding, blocks, and the head fused with its loss.
+
+    `hf` stays a GPT2LMHeadModel under its own parameter names, so that `hf.save_pretrained` writes what
+    `GPT2LMHeadModel.from_pretrained` reads; only its `lm_head` is a CrossEntropyHead.
+    """
+
+    def __init__(self, hf: GPT2LMHeadModel) -> None:
+        super().__init__()
+        check_dropout(hf.config)
+        head = CrossEntropyHead(hf.config.n_embd, hf.config.vocab_size)
+        head.weight = hf.lm_head.weight  # the embedding's own weight where the two are tied
+        hf.lm_head = head
+        self.hf = hf
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (N, T) token ids, y (N, T) the ids that follow them, -100 for none -> losses (N,) in nats per token."""
+        hidden = self.hf.transformer(x, use_cache=False).last_hidden_state  # (N, T, d)
+        return self.hf.lm_head(hidden, y)
+
+
+def check_dropout(config: GPT2Config) -> None:
+    """ValueError for a configuration with dropout: validation rows would change the masks of the train rows, and the scores
+    would be of a random model."""
+    for name in DROPOUT_FIELDS:
+        if getattr(config, name) != 0:
+            raise ValueError(f"the model's configuration has {name}={getattr(config, name)}: set it to 0.0")
+
+
+def architecture_config(architecture: str) -> GPT2Config:
+    """The Hugging Face configuration of one of ARCHITECTURES."""
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        # GPT-2's own activation, gelu_new, is this function written out in five operations
+        activation_function="gelu_pytorch_tanh",
+        **dict.fromkeys(DROPOUT_FIELDS, 0.0),
+        **ARCHITECTURES[architecture],
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """model_dtype: of the parameters. train_dtype: of the matrix products, by autocast where it differs."""
+
+    device: torch.device
+    model_dtype: torch.dtype
+    train_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Precision":
+        return cls(torch.device(config.device), getattr(torch, config.model_dtype), getattr(torch, config.train_dtype))
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of the forward pass."""
+        if self.train_dtype == self.model_dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.train_dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where float16 would lose small gradients; does nothing in every other precision."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.train_dtype == torch.float16)
+
+
+def build_model(config: TrainingConfig) -> CausalLM:
+    """A freshly initialised model on the device, the same for the same seed whatever the method.
+
+    Raises ValueError for a block_size beyond the model's positions.
+    """
+    hf_config = architecture_config(config.architecture)
+    if config.block_size > hf_config.n_positions:
+        raise ValueError(
+            f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of {config.architecture}"
+        )
+    torch.manual_seed(config.seed)
+    model = CausalLM(GPT2LMHeadModel(hf_config))
+    return model.to(config.device, getattr(torch, config.model_dtype)).train()
+
+
+def load_model(folder: Path, config: TrainingConfig) -> CausalLM:
+    """The model that a run saved. Raises ValueError if the folder is not there or its model has dropout."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"there is no saved model in {folder}")
+    hf = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, config.model_dtype))
+    return CausalLM(hf).to(config.device).train()
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD, with weight decay on matrices only (neither biases nor norms)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "SGD":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)

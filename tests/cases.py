@@ -1,0 +1,164 @@
+"""Models and data as test cases: every layer rule, alone and in the models it is made for."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from ghostEngines import CrossEntropyHead, per_sample_losses
+from model_setup import CausalLM
+
+V, T, D = 17, 6, 8
+
+
+def tiny_gpt2(tied: bool) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=V, n_positions=12, n_embd=D, n_layer=2, n_head=2, tie_word_embeddings=tied, initializer_range=0.3,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    for p in model.parameters():  # biases and norms away from their neutral starting values
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build().double()
+
+
+@dataclass(frozen=True)
+class Case:
+    """build() a model; x(rows), y(rows) its data; losses(model, x, y) -> (rows,); logits(model, x) for the oracle; rules: the layer types
+    that the case covers."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    rules: tuple[type[nn.Module], ...]
+    tokens: bool = True
+    shape: tuple[int, ...] = (T,)
+    padded: bool = False
+    losses: Callable[[nn.Module, Tensor, Tensor], Tensor] = per_sample_losses
+    logits: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
+
+    def model(self) -> nn.Module:
+        return seeded(self.build)
+
+    def data(self, rows: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+        """x (rows, *shape), in float64 or token ids from few tokens, so that they repeat; y without the feature dimension."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            x = torch.randint(V, (rows, *self.shape), generator=generator)
+            x[..., : T // 2] %= 3
+            y = torch.randint(V, (rows, *self.shape), generator=generator)
+        else:
+            x = torch.randn(rows, *self.shape, D, generator=generator, dtype=torch.float64)
+            y = torch.randint(V, (rows, *self.shape), generator=generator)
+        if self.padded:
+            for i in range(rows):
+                y[i, : i % (T - 1)] = -100
+        return x, y
+
+
+def hf_logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).logits
+
+
+def fused_logits(model: CausalLM, x: Tensor) -> Tensor:
+    return model.hf.transformer(x).last_hidden_state @ model.hf.lm_head.weight.T
+
+
+class Positions(nn.Module):
+    """Token and position embeddings, with position ids that are expanded to all rows or not."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.out = nn.Embedding(V, D), nn.Embedding(T, D), nn.Linear(D, V)
+        self.expanded = expanded
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = torch.arange(T)[None]
+        return self.out(self.wte(x) + self.wpe(ids.expand_as(x) if self.expanded else ids))
+
+
+class FusedOnly(nn.Module):
+    """The fused head on given hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(D, D), CrossEntropyHead(D, V)
+        nn.init.normal_(self.head.weight)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.inner(x).tanh(), y)
+
+
+class TiedLinear(nn.Module):
+    """An embedding tied to a plain nn.Linear with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.mid, self.out = nn.Embedding(V, D), Conv1D(D, D), nn.Linear(D, V)
+        self.out.weight = self.wte.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mid(self.wte(x)).tanh())
+
+
+def call_with_targets(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x, y)
+
+
+def mlp(bias: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 5, bias=bias), nn.Tanh(), nn.Linear(5, V, bias=bias))
+
+
+def fused_gpt2(tied: bool) -> CausalLM:
+    return CausalLM(tiny_gpt2(tied))
+
+
+CASES = [
+    Case("linear-2d", lambda: mlp(True), (nn.Linear,), tokens=False, shape=()),
+    Case("linear-3d", lambda: mlp(True), (nn.Linear,), tokens=False),
+    Case("linear-4d", lambda: mlp(True), (nn.Linear,), tokens=False, shape=(2, T)),
+    Case("linear-no-bias", lambda: mlp(False), (nn.Linear,), tokens=False),
+    Case("conv1d", lambda: nn.Sequential(Conv1D(5, D), nn.Tanh(), Conv1D(V, 5)), (Conv1D,), tokens=False),
+    Case("conv1d-2d", lambda: nn.Sequential(Conv1D(5, D), nn.Tanh(), Conv1D(V, 5)), (Conv1D,), tokens=False, shape=()),
+    Case("layer-norm", lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False),
+    Case("layer-norm-2d", lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False, shape=()),
+    Case(
+        "layer-norm-no-bias",
+        lambda: nn.Sequential(nn.LayerNorm(D, bias=False), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False,
+    ),
+    Case(
+        "layer-norm-two-dimensions",
+        lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False,
+    ),
+    Case("embedding", lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), (nn.Embedding,)),
+    Case("embedding-1d", lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), (nn.Embedding,), shape=()),
+    Case("embedding-padding", lambda: nn.Sequential(nn.Embedding(V, D, padding_idx=1), nn.Linear(D, V)), (nn.Embedding,)),
+    Case("positions-broadcast", lambda: Positions(False), (nn.Embedding,)),
+    Case("positions-expanded", lambda: Positions(True), (nn.Embedding,)),
+    Case(
+        "fused-head", FusedOnly, (CrossEntropyHead,), tokens=False, padded=True,
+        losses=call_with_targets, logits=lambda model, x: model.inner(x).tanh() @ model.head.weight.T,
+    ),
+    Case("tied-linear", TiedLinear, (nn.Linear, nn.Embedding)),
+    Case("gpt2-tied", lambda: tiny_gpt2(True), (), logits=hf_logits),
+    Case("gpt2-untied", lambda: tiny_gpt2(False), (), logits=hf_logits),
+    Case("gpt2-tied-padded", lambda: tiny_gpt2(True), (), logits=hf_logits, padded=True),
+    Case("fused-gpt2-tied", lambda: fused_gpt2(True), (), losses=call_with_targets, logits=fused_logits),
+    Case("fused-gpt2-tied-padded", lambda: fused_gpt2(True), (), losses=call_with_targets, logits=fused_logits, padded=True),
+    Case("fused-gpt2-untied", lambda: fused_gpt2(False), (), losses=call_with_targets, logits=fused_logits, padded=True),
+]  # fmt: skip
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same weights in another precision."""
+    return deepcopy(model).to(dtype)

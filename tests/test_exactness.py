@@ -1,0 +1,96 @@
+"""Dot products and training gradients against one backward pass per sample in float64."""
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, Case, copy_in
+from oracle import Truth, per_sample
+
+from ghostEngines import RULES, GradDotProdEngine
+from ghostEngines.contraction import STRATEGIES
+
+NAMES = [case.name for case in CASES]
+MODELS = [name for name in NAMES if "gpt2" in name]
+
+
+def truth_of(case: Case, n: int, m: int) -> Truth:
+    x, y = case.data(n + m)
+    return per_sample(case.model(), case.logits, x, y, n)
+
+
+def engine_step(case: Case, n: int, m: int, dtype: torch.dtype = torch.float64, factor: float = 1.0, **options):
+    """(dots, model with its gradients, losses) of one step with the engine."""
+    model = copy_in(case.model(), dtype)
+    x, y = case.data(n + m)
+    x = x.to(dtype) if x.is_floating_point() else x
+    with GradDotProdEngine(model, val_batch_size=m, **options) as engine:
+        losses = case.losses(model, x, y)
+        (engine.joint_loss(losses) * factor).backward()
+        engine.prepare_gradients()
+        return engine.dot_products(), model, losses.detach()
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_float64(name: str, n: int, m: int) -> None:
+    case = BY_NAME[name]
+    truth = truth_of(case, n, m)
+    dots, model, losses = engine_step(case, n, m)
+    assert torch.allclose(losses, truth.losses, rtol=1e-12, atol=0)
+    assert truth.dot_error(dots) < 1e-10
+    assert truth.gradient_error(model) < 1e-10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32(name: str) -> None:
+    case = BY_NAME[name]
+    truth = truth_of(case, 5, 3)
+    dots, model, _ = engine_step(case, 5, 3, torch.float32)
+    assert dots.dtype == torch.float32
+    assert truth.dot_error(dots) < 1e-5
+    assert truth.gradient_error(model) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy(name: str, strategy: str) -> None:
+    case = BY_NAME[name]
+    truth = truth_of(case, 5, 3)
+    dots, model, _ = engine_step(case, 5, 3, strategy=strategy)
+    assert truth.dot_error(dots) < 1e-10
+    assert truth.gradient_error(model) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_pairwise(name: str, strategy: str) -> None:
+    case = BY_NAME[name]
+    truth = truth_of(case, 5, 3)
+    dots, model, _ = engine_step(case, 5, 3, strategy=strategy, pairwise=True)
+    assert truth.pairwise_error(dots) < 1e-10
+    assert truth.gradient_error(model) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_factor_on_the_loss_scales_gradients_but_not_dots(name: str) -> None:
+    """A gradient scaler's or an accumulation's factor."""
+    case = BY_NAME[name]
+    truth = truth_of(case, 3, 2)
+    dots, model, _ = engine_step(case, 3, 2, factor=1024.0)
+    assert truth.dot_error(dots) < 1e-10
+    for p in model.parameters():
+        p.grad /= 1024.0
+    assert truth.gradient_error(model) < 1e-10
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule for case in CASES for rule in case.rules} == set(RULES)
+
+
+def test_the_oracle_sees_what_the_mistakes_of_others_would_change() -> None:
+    """Summing validation rows before the product, and dropping a tied weight's cross terms, are errors far above the bounds."""
+    truth = truth_of(BY_NAME["gpt2-tied"], 5, 3)
+    untied = truth_of(BY_NAME["gpt2-untied"], 5, 3)
+    rows = truth.vectors()
+    assert truth.dot_error(rows[:5] @ rows[5]) > 1e-2
+    assert rows.shape != untied.vectors().shape
