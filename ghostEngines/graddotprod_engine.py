@@ -50,7 +50,7 @@ class GradDotProdEngine:
         self.val_batch_size = val_batch_size
         self.pairwise = pairwise
         self.strategy = strategy
-        self._layers: list[tuple[nn.Module, LayerStep]] = []
+        self._layers: list[LayerStep] = []
         self._current = CurrentStep()
         self._prepared = False
         self._restore: list[Callable[[], Any]] = []
@@ -75,9 +75,9 @@ class GradDotProdEngine:
         )
         self._restore = [hook.remove for hook in hooks]
         for name, layer in covered.items():
-            layer_step = LayerStep(name, ties.get(name), self._current)
-            layer.forward = partial(_run_layer, layer, layer_step)
-            self._layers.append((layer, layer_step))
+            layer_step = LayerStep(layer, name, RULES[type(layer)].forward, ties.get(name), self._current)
+            layer.forward = layer_step.forward
+            self._layers.append(layer_step)
             self._restore.append(partial(vars(layer).pop, "forward"))
 
     def detach(self) -> None:
@@ -116,7 +116,7 @@ class GradDotProdEngine:
         self._current.step = Step.begin(split, self.strategy, accumulation_dtype(weight.dtype), weight.device)
         self._current.recording = True
         self._prepared = False
-        for _, layer_step in self._layers:
+        for layer_step in self._layers:
             layer_step.calls = 0
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -153,7 +153,8 @@ class GradDotProdEngine:
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() (times any "
                 "factor) before prepare_gradients()"
             )
-        for layer, layer_step in self._layers:
+        for layer_step in self._layers:
+            layer = layer_step.layer
             has_gradient = any(p.grad is not None for p in layer.parameters(recurse=False) if p.requires_grad)
             if has_gradient and layer_step.calls != 1:
                 raise RuntimeError(
@@ -175,11 +176,3 @@ class GradDotProdEngine:
         n, m, pairwise = step.split.n, step.split.m, step.split.pairwise
         dots = step.probe.grad * (n * m if pairwise else n) / step.scale_probe.grad**2
         return dots if pairwise else dots.squeeze(1)
-
-
-def _run_layer(layer: nn.Module, layer_step: LayerStep, *inputs: Any) -> Any:
-    """The forward of a covered layer while the engine is attached; without gradients it is the layer's own."""
-    kind = type(layer)
-    if not torch.is_grad_enabled():
-        return kind.forward(layer, *inputs)
-    return RULES[kind].forward(layer, layer_step, *inputs)

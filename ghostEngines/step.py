@@ -1,9 +1,11 @@
 """The state of one forward and backward pass under the engine, and what a layer's rule sees of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .contraction import Split, Strategy, choose_strategy
 
@@ -73,15 +75,26 @@ class CurrentStep:
 class LayerStep:
     """The step as one layer's rule sees it.
 
-    name: the layer's name in the model. tied: the name of the tie that its weight belongs to, or None. calls: how often the
-    layer ran in the forward pass under way.
+    name: the layer's name in the model. rule: how the layer runs under the engine. tied: the name of the tie that its weight
+    belongs to, or None. calls: how often the layer ran in the forward pass under way.
     """
 
-    def __init__(self, name: str, tied: str | None, current: CurrentStep) -> None:
-        self.name = name
-        self.tied = tied
+    def __init__(
+        self, layer: nn.Module, name: str, rule: Callable[..., Tensor], tied: str | None, current: CurrentStep
+    ) -> None:
+        self.layer, self.name, self.rule, self.tied = layer, name, rule, tied
         self.calls = 0
         self._current = current
+
+    def forward(self, *inputs: Any) -> Any:
+        """What stands in the place of the layer's forward while the engine is attached; without gradients it is the layer's own.
+
+        A bound method, not a closure: `torch.compile` guards on the function and the type of its object, which all blocks
+        have in common, and so one graph serves them all.
+        """
+        if not torch.is_grad_enabled():
+            return type(self.layer).forward(self.layer, *inputs)
+        return self.rule(self.layer, self, *inputs)
 
     @property
     def step(self) -> Step:

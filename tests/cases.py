@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from ghostEngines import CrossEntropyHead, per_sample_losses
+from ghostEngines import CrossEntropyHead, GradDotProdEngine, per_sample_losses
 from model_setup import CausalLM
 
 V, T, D = 17, 6, 8
+
+Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def tiny_gpt2(tied: bool) -> GPT2LMHeadModel:
@@ -42,7 +44,7 @@ class Case:
     tokens: bool = True
     shape: tuple[int, ...] = (T,)
     padded: bool = False
-    losses: Callable[[nn.Module, Tensor, Tensor], Tensor] = per_sample_losses
+    losses: Losses = per_sample_losses
     logits: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
 
     def model(self) -> nn.Module:
@@ -162,3 +164,14 @@ BY_NAME = {case.name: case for case in CASES}
 def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The same weights in another precision."""
     return deepcopy(model).to(dtype)
+
+
+def joint_step(
+    model: nn.Module, x: Tensor, y: Tensor, m: int, losses: Losses = per_sample_losses, **options
+) -> tuple[Tensor, Tensor]:
+    """(dots, losses) of one step with the engine; the gradients are the model's."""
+    with GradDotProdEngine(model, val_batch_size=m, **options) as engine:
+        row_losses = losses(model, x, y)
+        engine.joint_loss(row_losses).backward()
+        engine.prepare_gradients()
+        return engine.dot_products(), row_losses.detach()

@@ -1,0 +1,73 @@
+"""How fast tokenize_pile is, against tiktoken's own encode_ordinary_batch on the same text and as many threads.
+
+    python -m benchmarks.tokenize_speed --input train.jsonl --num_workers 2 --rounds 5
+
+tiktoken gets the texts ready in memory and its ids are dropped; tokenize_pile reads and checks the files, starts
+its processes, encodes, writes shards and joins them. Rounds of both alternate, because other work on the machine
+changes the speed of both; the ratio of a round is of two neighbours in time, and the median of rounds is the
+result. Take an input of some seconds at least: starting a process costs tokenize_pile about 0.4 s.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiktoken
+
+from data_processing.pile_records import find_inputs, line_batches, numbered_lines, parse_record
+from data_processing.tokenize_pile import tokenize
+
+
+def read_texts(inputs: Sequence[Path]) -> list[str]:
+    batches = (batch for source in find_inputs(inputs) for batch in line_batches(source))
+    return [parse_record(line)[0] for batch in batches for _, line in numbered_lines(batch)]
+
+
+def seconds_of_tiktoken(texts: Sequence[str], num_threads: int) -> float:
+    encoding = tiktoken.get_encoding("gpt2")
+    start = time.perf_counter()
+    encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+    return time.perf_counter() - start
+
+
+def seconds_of_tokenize_pile(inputs: Sequence[Path], num_workers: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        tokenize(inputs, split="train", output_dir=Path(folder), tokenizer="gpt2", num_workers=num_workers)
+        return time.perf_counter() - start
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input", nargs="+", type=Path, required=True, help="Pile records, as for tokenize_pile"
+    )
+    parser.add_argument("--num_workers", type=int, required=True, help="processes here, threads of tiktoken")
+    parser.add_argument("--rounds", type=int, default=5, help="of both (default %(default)s)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+
+    texts = read_texts(arguments.input)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{megabytes:.1f} MB of text, {len(texts)} documents, {arguments.num_workers} threads or processes")
+    ratios = []
+    for number in range(arguments.rounds):
+        reference = seconds_of_tiktoken(texts, arguments.num_workers)
+        ours = seconds_of_tokenize_pile(arguments.input, arguments.num_workers)
+        ratios.append(reference / ours)
+        print(
+            f"round {number + 1}: tiktoken {megabytes / reference:5.1f} MB/s, "
+            f"tokenize_pile {megabytes / ours:5.1f} MB/s, ratio {ratios[-1]:.2f}"
+        )
+    print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

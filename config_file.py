@@ -1,0 +1,247 @@
+"""The configuration of a run: every field once, in `TrainingConfig`; the command line is generated from it.
+
+A new option is one new field and its use: the flag, its type, choices, bounds and help text, and its place
+in config.json, all come from the field.
+
+    config = resolve(TrainingConfig.from_command_line(sys.argv[1:]))  # nothing is left open ("auto", None)
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All choices of a run. [Brackets] say what a field that is left open (None) is resolved to."""
+
+    # What is trained, and what is recorded about it
+    method: Literal["GradDotProd", "Regular"] = flag(
+        "GradDotProd",
+        "GradDotProd: train, and save every training sample's gradient dot product with the validation "
+        "gradient; Regular: train only",
+    )
+    architecture: Literal["GPT2-Tiny", "GPT2-Small", "GPT2-Medium", "GPT2-Large"] = flag(
+        "GPT2-Small", "model, in its published size; GPT2-Tiny is for tests and quick looks"
+    )
+    dot_prod_save_interval: int = flag(
+        10, "steps between two writes of dot products to disk (every step is scored)", at_least=1
+    )
+    contraction: Literal["auto", "gram", "project", "instantiate"] = flag(
+        "auto",
+        "how linear layers compute dot products: auto chooses by each layer's shape, the others are forced "
+        "on all layers; the results differ by rounding only",
+    )
+
+    # Data
+    pile_data_dir: str | None = flag(
+        None, "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]"
+    )
+    train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAIN")
+    val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAIN")
+    test_set: str = flag("test", "test loss: SPLIT or SPLIT:DOMAIN")
+    domains: str | None = flag(
+        None,
+        'training domains: "A,B", each block once an epoch, or drawn by weight, "A:2,B:1" '
+        "[all domains of the split, each block once an epoch]",
+    )
+    block_size: int = flag(1024, "tokens per sample", at_least=1)
+    batch_size: int = flag(2, "training samples per step and process", at_least=1)
+    val_batch_size: int = flag(
+        1, "validation rows that the dot products refer to: the same ones in every step", at_least=1
+    )
+
+    # Optimization, a published GPT-2 recipe
+    max_steps: int = flag(1000, "optimizer steps", at_least=1)
+    optimizer: Literal["AdamW", "SGD"] = flag("AdamW", "update rule")
+    learning_rate: float = flag(6e-4, "highest learning rate, reached at the end of the warm-up", above=0)
+    min_lr: float | None = flag(None, "learning rate after the cosine decay [learning_rate / 10]", at_least=0)
+    warmup_step: int = flag(100, "steps of linear warm-up (a run may be shorter than that)", at_least=0)
+    lr_decay_steps: int | None = flag(None, "step at which the cosine decay ends [max_steps]", at_least=1)
+    weight_decay: float = flag(0.1, "weight decay, on matrices only", at_least=0)
+    betas: tuple[float, float] = flag((0.9, 0.95), "decay rates of AdamW's two moments", at_least=0)
+    grad_clip: float = flag(1.0, "norm that the gradient is clipped to; 0 turns clipping off", at_least=0)
+    seed: int = flag(
+        1337, "of the initial weights, the order of the data and the validation rows", at_least=0
+    )
+
+    # Evaluation and logging
+    eval_only: bool = flag(
+        False,
+        "evaluate, write nothing and stop: the saved model of the run that --run_name names; without "
+        "--run_name the untrained model",
+    )
+    eval_interval: int = flag(100, "steps between two evaluations", at_least=1)
+    eval_iter: int = flag(2, "batches per split in an evaluation", at_least=1)
+    eval_bs: int | None = flag(None, "samples per batch in an evaluation [batch_size]", at_least=1)
+    log_interval: int = flag(1, "steps between two records of loss, learning rate and speed", at_least=1)
+    wandb_mode: Literal["disabled", "offline", "online"] = flag("disabled", "Weights & Biases logging")
+    wandb_project: str = flag("ghostEngines", "project at Weights & Biases")
+
+    # Machine and precision
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is a GPU, else cpu")
+    model_dtype: Literal["float32", "bfloat16", "float64"] = flag(
+        "float32", "of parameters and optimizer state"
+    )
+    train_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = flag(
+        "auto",
+        "of the forward and backward pass: the model_dtype, or, over float32 parameters, bfloat16 or float16 "
+        "by autocast (float16 with loss scaling); auto: bfloat16 over float32 parameters on cuda, else the "
+        "model_dtype",
+    )
+    compile: bool = flag(False, "compile the model with torch.compile")
+
+    # Results
+    results_dir: str | None = flag(
+        None, "folder of all runs [environment variable RESULTS_DIR, else results beside main.py]"
+    )
+    run_name: str | None = flag(
+        None, "folder of this run in results_dir [made of method, architecture, batch size and UTC time]"
+    )
+    overwrite: bool = flag(False, "replace the run of this name if there is one")
+
+    # Not a flag: what resolve() took the fields from that were left open.
+    resolved_from: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def from_command_line(cls, argv: list[str]) -> "TrainingConfig":
+        """The configuration `argv` asks for. What is wrong in it ends the program: a message, status 2."""
+        about = "Train a language model and score every training sample by its effect on the validation loss."
+        parser = flag_parser(cls, "main.py", about)
+        arguments = vars(parser.parse_args(argv))
+        try:
+            return cls(**arguments)
+        except ConfigError as error:
+            parser.error(str(error))
+
+    @property
+    def result_dir(self) -> Path:
+        """Folder of this run's results. Of a resolved configuration only."""
+        assert self.results_dir is not None and self.run_name is not None, "not resolved"
+        return Path(self.results_dir) / self.run_name
+
+    @property
+    def saved_model(self) -> Path | None:
+        """The model that --eval_only evaluates; None: the untrained one. Of a resolved configuration only."""
+        assert self.eval_only
+        return None if "run_name" in self.resolved_from else self.result_dir / "model"
+
+    def validate(self) -> None:
+        """Check all that can be known without data and model. Raises ConfigError at the first thing wrong."""
+        check_flags(self)
+        if max(self.betas) >= 1:
+            raise ConfigError(f"--betas {self.betas[0]},{self.betas[1]}: both must be below 1")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ConfigError(
+                f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: lower it"
+            )
+        dtypes = ["auto", self.model_dtype]
+        if self.model_dtype == "float32":
+            dtypes += ["bfloat16", "float16"]
+        if self.train_dtype not in dtypes:
+            raise ConfigError(
+                f"--train_dtype {self.train_dtype} does not go with --model_dtype {self.model_dtype}: "
+                f"choose from {', '.join(dtypes)}"
+            )
+        for name in ("train_set", "val_set", "test_set"):
+            _check_split(name, getattr(self, name))
+        if self.domains is not None and split_and_domain(self.train_set)[1] is not None:
+            raise ConfigError(
+                f"--train_set {self.train_set} and --domains {self.domains} both choose domains: give one"
+            )
+        if self.run_name is not None and (self.run_name in (".", "..") or "/" in self.run_name):
+            raise ConfigError(f"--run_name {self.run_name!r}: must be the plain name of a folder")
+        if self.eval_only and self.overwrite:
+            raise ConfigError(
+                "--overwrite with --eval_only: an evaluation writes nothing; leave one of them out"
+            )
+
+
+def split_and_domain(name: str) -> tuple[str, str | None]:
+    """("val", None) of "val", ("val", "PubMed Abstracts") of "val:PubMed Abstracts"."""
+    split, colon, domain = name.partition(":")
+    return split, domain if colon else None
+
+
+def _check_split(name: str, value: str) -> None:
+    split, domain = split_and_domain(value)
+    if split in ("", ".", "..") or "/" in split or domain == "":
+        raise ConfigError(f"--{name} {value!r}: must be SPLIT or SPLIT:DOMAIN, as in val or val:Pile-CC")
+
+
+def resolve(
+    config: TrainingConfig, environ: Mapping[str, str] = os.environ, now: datetime | None = None
+) -> TrainingConfig:
+    """`config` with nothing left open, and `resolved_from` saying where what was open came from.
+
+    Folders become absolute paths. `domains` stays None for all domains: only the data knows their names.
+    Looks at nothing but its arguments, torch.cuda and the working directory, and creates nothing.
+
+    Raises:
+        ConfigError: --device cuda without a GPU; PILE_DATA_DIR or RESULTS_DIR needed, and set to nothing.
+    """
+    device = _device(config)
+    mixed = device == "cuda" and config.model_dtype == "float32"
+    found: dict[str, tuple[Any, str]] = {  # field -> its value if it is open, and where that comes from
+        "device": (device, "auto"),
+        "train_dtype": ("bfloat16" if mixed else config.model_dtype, "auto"),
+        "min_lr": (config.learning_rate / 10, "learning_rate / 10"),
+        "lr_decay_steps": (config.max_steps, "max_steps"),
+        "eval_bs": (config.batch_size, "batch_size"),
+        "pile_data_dir": _folder(config.pile_data_dir, "PILE_DATA_DIR", ROOT / "data" / "demo", environ),
+        "results_dir": _folder(config.results_dir, "RESULTS_DIR", ROOT / "results", environ),
+        "run_name": (_run_name(config, now or datetime.now(UTC)), "method, architecture, batch_size, time"),
+    }
+    is_open = {name for name in found if getattr(config, name) is None}
+    is_open |= {name for name in ("device", "train_dtype") if getattr(config, name) == "auto"}
+    values = {name: found[name][0] for name in is_open}
+    for name in ("pile_data_dir", "results_dir"):
+        values[name] = os.path.abspath(found[name][0])
+    sources = {name: found[name][1] for name in found if name in is_open}
+    return replace(config, **values, resolved_from={**config.resolved_from, **sources})
+
+
+def _device(config: TrainingConfig) -> str:
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise ConfigError(
+            f"--device cuda: PyTorch {torch.__version__} sees no GPU on this machine; use --device cpu, or "
+            "install PyTorch's CUDA wheel and see whether nvidia-smi lists the GPU"
+        )
+    return ("cuda" if there else "cpu") if config.device == "auto" else config.device
+
+
+def _folder(given: str | None, variable: str, default: Path, environ: Mapping[str, str]) -> tuple[str, str]:
+    if given is not None:
+        return given, "flag"
+    if variable not in environ:
+        return str(default), "default"
+    if not environ[variable]:
+        raise ConfigError(f"the environment variable {variable} is empty: name a folder, or unset it")
+    return environ[variable], f"environment variable {variable}"
+
+
+def _run_name(config: TrainingConfig, now: datetime) -> str:
+    time = f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z"  # the runs of a sweep start at once
+    return f"{config.method}-{config.architecture}-bs{config.batch_size}-{time}"
+
+
+def describe(config: TrainingConfig) -> str:
+    """All fields as a table of lines `name value (where from)`, for the screen."""
+    lines = []
+    for spec in flags_of(config):
+        source = f"  ({config.resolved_from[spec.name]})" if spec.name in config.resolved_from else ""
+        lines.append(f"{spec.name:24s}{getattr(config, spec.name)}{source}")
+    return "\n".join(lines)

@@ -1,0 +1,290 @@
+"""The shard format: tokens of one domain of one split on disk, written once and memory-mapped ever after.
+
+    {data_dir}/{split}/{domain}.bin    uint16 little-endian token ids, END_OF_TEXT after every document
+    {data_dir}/{split}/{domain}.idx    int64 little-endian, the position in .bin at which each document starts
+    {data_dir}/{split}/{domain}.json   magic, format version, names, counts, largest id, checksums
+
+The JSON is renamed into place last, so a shard whose JSON is there is whole. File names are the
+percent-encoded domain; the true name stands in the JSON, so that no domain name can lead out of the folder.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = "pile-token-shard"
+FORMAT_VERSION = 1
+EOT = 50256  # <|endoftext|>, the last id of GPT-2's vocabulary
+VOCAB = 50257
+MAX_FILE_NAME = 200  # characters of an encoded domain; file systems allow 255 with the suffixes
+TOKEN_TYPE = np.dtype("<u2")
+INDEX_TYPE = np.dtype("<i8")
+
+# Every field of the JSON and its type; open_shard accepts nothing else.
+FIELDS = {
+    "magic": str,
+    "format_version": int,
+    "split": str,
+    "domain": str,
+    "tokenizer": str,
+    "num_tokens": int,
+    "num_documents": int,
+    "max_token_id": int,
+    "checksum": str,  # sha256 of .bin
+    "index_checksum": str,  # sha256 of .idx
+}
+
+
+class ShardError(ValueError):
+    """A shard, or a folder of shards, is missing, damaged or not what it should be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One open shard. Its arrays are memory maps: opening costs nothing, whatever the size."""
+
+    path: Path  # the JSON
+    split: str
+    domain: str
+    tokenizer: str
+    num_tokens: int
+    num_documents: int
+    max_token_id: int
+    checksum: str  # sha256 of .bin, hexadecimal
+    tokens: np.memmap  # (num_tokens,) uint16
+    document_starts: np.memmap  # (num_documents,) int64
+
+
+def domain_file_name(domain: str) -> str:
+    """The file stem of a domain: percent-encoded, but for letters, digits and ` ()+,_.~-`; a first dot too.
+
+    Raises ShardError for an empty name and for one whose encoding is longer than MAX_FILE_NAME.
+    """
+    name = quote(domain, safe=" ()+,")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if not 0 < len(name) <= MAX_FILE_NAME:
+        raise ShardError(
+            f"domain {domain[:80]!r} cannot name a shard: encoded it has {len(name)} characters, "
+            f"1 to {MAX_FILE_NAME} are allowed"
+        )
+    return name
+
+
+class ShardWriter:
+    """Writes one shard: `with ShardWriter(...) as shard: shard.append(token_ids)`.
+
+    Files have the suffix `.partial` until the block ends without an exception; after one they are removed.
+    Memory does not grow with the shard. Raises ShardError if the shard exists, or if nothing was appended.
+    """
+
+    def __init__(self, folder: Path, domain: str, *, split: str, tokenizer: str) -> None:
+        self._stem = folder / domain_file_name(domain)
+        self._names = {"split": split, "domain": domain, "tokenizer": tokenizer}
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._max_token_id = 0
+        self._checksums = {"checksum": hashlib.sha256(), "index_checksum": hashlib.sha256()}
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> Self:
+        if self._path("json").exists():
+            raise ShardError(f"{self._path('json')}: this shard exists already; remove it first")
+        for suffix in ("bin", "idx"):
+            self._files[suffix] = self._partial(suffix).open("wb")
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self._commit()
+        finally:
+            for suffix, file in self._files.items():
+                file.close()
+                self._partial(suffix).unlink(missing_ok=True)
+
+    def append(self, token_ids: npt.ArrayLike) -> None:
+        """Adds one document: its token ids without END_OF_TEXT, which is added here.
+
+        Raises ShardError if the document is empty or an id is not in [0, EOT).
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or ids.size == 0:
+            raise ShardError(f"a document is a non-empty list of token ids, got one of shape {ids.shape}")
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= EOT:
+            raise ShardError(
+                f"token ids are integers in [0, {EOT}), got {ids.min()} to {ids.max()} ({ids.dtype})"
+            )
+        self.extend(np.append(ids.astype(TOKEN_TYPE), TOKEN_TYPE.type(EOT)))
+
+    def extend(self, tokens: npt.NDArray[np.uint16]) -> None:
+        """Adds whole documents, each with its END_OF_TEXT: the fast way in, for token ids a tokenizer made.
+
+        The document starts follow from the END_OF_TEXTs, because ordinary encoding never makes that id.
+        """
+        assert tokens.dtype == TOKEN_TYPE, tokens.dtype
+        ends = np.flatnonzero(tokens == EOT) + 1
+        starts = np.concatenate(([0], ends[:-1]))
+        assert len(ends) > 0, "a document without END_OF_TEXT"
+        assert ends[-1] == len(tokens), "the last document is without END_OF_TEXT"
+        assert np.all(ends - starts > 1), "an empty document"
+        largest = int(tokens.max())
+        if largest >= VOCAB:
+            raise ShardError(f"token id {largest} is beyond the vocabulary of {VOCAB} ids")
+        self._write("bin", "checksum", tokens.tobytes())
+        self._write("idx", "index_checksum", (starts + self.num_tokens).astype(INDEX_TYPE).tobytes())
+        self._max_token_id = max(self._max_token_id, largest)
+        self.num_tokens += len(tokens)
+        self.num_documents += len(ends)
+
+    def _write(self, suffix: str, checksum: str, data: bytes) -> None:
+        self._files[suffix].write(data)
+        self._checksums[checksum].update(data)
+
+    def _commit(self) -> None:
+        if self.num_documents == 0:
+            raise ShardError(f"{self._path('json')}: no document was written; a shard has at least one")
+        for suffix, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self._partial(suffix).rename(self._path(suffix))
+        counts = {
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "max_token_id": self._max_token_id,
+        }
+        checksums = {name: checksum.hexdigest() for name, checksum in self._checksums.items()}
+        identity = {"magic": MAGIC, "format_version": FORMAT_VERSION}
+        write_json_atomically(self._path("json"), identity | self._names | counts | checksums)
+
+    def _path(self, suffix: str) -> Path:
+        return Path(f"{self._stem}.{suffix}")
+
+    def _partial(self, suffix: str) -> Path:
+        return Path(f"{self._stem}.{suffix}.partial")
+
+
+def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object so that `path` never holds half of it."""
+    partial = Path(f"{path}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:
+    """Opens a shard, and checks magic, version, sizes, largest id and the ends of the index: a few reads.
+
+    verify_checksum: also read everything and compare the checksums.
+    Raises ShardError, which names the file, what was seen and what to do.
+    """
+    fields = _read_fields(json_path)
+    if json_path.stem != domain_file_name(fields["domain"]):
+        raise ShardError(
+            f"{json_path}: holds domain {fields['domain']!r}, its file name says another; rename it back"
+        )
+    if fields["max_token_id"] >= VOCAB:
+        raise ShardError(
+            f"{json_path}: its largest token id {fields['max_token_id']} is beyond the vocabulary of {VOCAB} "
+            "ids; it was not made for GPT-2: tokenize again"
+        )
+    tokens = _map_file(json_path, "bin", TOKEN_TYPE, fields["num_tokens"])
+    document_starts = _map_file(json_path, "idx", INDEX_TYPE, fields["num_documents"])
+    if document_starts[0] != 0 or document_starts[-1] >= fields["num_tokens"] or tokens[-1] != EOT:
+        raise ShardError(f"{json_path}: .bin, .idx and .json do not belong together; tokenize again")
+    if verify_checksum:
+        _verify(json_path.with_suffix(".bin"), fields["checksum"])
+        _verify(json_path.with_suffix(".idx"), fields["index_checksum"])
+    unneeded = ("magic", "format_version", "index_checksum")
+    kept = {name: value for name, value in fields.items() if name not in unneeded}
+    return Shard(path=json_path, tokens=tokens, document_starts=document_starts, **kept)
+
+
+def _read_fields(json_path: Path) -> dict[str, Any]:
+    """The JSON's content, with every field there and of its type."""
+    try:
+        fields = json.loads(json_path.read_bytes())
+    except FileNotFoundError as error:
+        raise ShardError(f"{json_path}: no such shard") from error
+    except ValueError as error:
+        raise ShardError(f"{json_path}: is not the JSON of a shard ({error}); tokenize again") from error
+    if not isinstance(fields, dict) or fields.get("magic") != MAGIC:
+        raise ShardError(
+            f'{json_path}: is not the JSON of a shard (no "magic": "{MAGIC}"); remove it from the folder'
+        )
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{json_path}: has format version {fields.get('format_version')!r}, this code reads "
+            f"{FORMAT_VERSION}; tokenize again"
+        )
+    for name, kind in FIELDS.items():
+        if type(fields.get(name)) is not kind:
+            raise ShardError(
+                f"{json_path}: {name} is {fields.get(name)!r}, not {kind.__name__}; tokenize again"
+            )
+    return {name: fields[name] for name in FIELDS}
+
+
+def _map_file(json_path: Path, suffix: str, item_type: np.dtype, count: int) -> np.memmap:
+    """Memory-maps a file of `count` > 0 items, after its size on disk was compared with that."""
+    path = json_path.with_suffix(f".{suffix}")
+    if not path.is_file():
+        raise ShardError(f"{json_path}: its {path.name} is missing; copy it there, or tokenize again")
+    size, expected = path.stat().st_size, count * item_type.itemsize
+    if size != expected or count <= 0:
+        raise ShardError(
+            f"{path}: has {size} bytes, its JSON says {expected}; truncated or foreign: tokenize again"
+        )
+    return np.memmap(path, dtype=item_type, mode="r")
+
+
+def _verify(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise ShardError(f"{path}: sha256 is {actual}, its JSON says {expected}; damaged: tokenize again")
+
+
+def list_shards(data_dir: Path, split: str) -> list[Shard]:
+    """Opens every shard of a split, sorted by domain; all of one tokenizer.
+
+    Raises ShardError if there is none (and names the commands that make some), or if one of them is damaged.
+    """
+    folder = data_dir / split
+    json_paths = sorted(folder.glob("*.json"))
+    for path in sorted(folder.glob("*.bin")):
+        if path.with_suffix(".json") not in json_paths:
+            raise ShardError(f"{path}: has no {path.stem}.json beside it; copy it there, or tokenize again")
+    if not json_paths:
+        raise ShardError(_no_shards(data_dir, split))
+    shards = sorted((open_shard(path) for path in json_paths), key=lambda shard: shard.domain)
+    for shard in shards:
+        if shard.split != split:
+            raise ShardError(f"{shard.path}: was made for split {shard.split!r}, but lies in {split!r}")
+        if shard.tokenizer != shards[0].tokenizer:
+            raise ShardError(
+                f"{folder}: {shards[0].path.name} has tokenizer {shards[0].tokenizer!r}, {shard.path.name} "
+                f"{shard.tokenizer!r}; tokenize one of them again, into its own folder"
+            )
+    return shards
+
+
+def _no_shards(data_dir: Path, split: str) -> str:
+    others = sorted({path.parent.name for path in data_dir.glob("*/*.json")} - {split})
+    found = f" (splits there: {', '.join(others)})" if others else ""
+    return (
+        f"no shards of split {split!r} in {data_dir}{found}. Make them with\n"
+        f"  python -m data_processing.tokenize_pile --input FILES --split {split} --output_dir {data_dir} "
+        "--tokenizer gpt2\nor, for the demo corpus,\n"
+        f"  python -m data_processing.demo_corpus --output_dir {data_dir}"
+    )

@@ -1,0 +1,182 @@
+"""A split in the making: a part for each finished input file, in a hidden folder beside the split's own.
+
+    {output_dir}/.{split}.work/{hash of the input's path}/   shards, bad_records.txt; at the end part.json
+    {output_dir}/.{split}.work/joined/                       all parts joined; becomes {output_dir}/{split}
+
+So a split appears whole or not at all, and an input file that was finished before an interruption is not done
+again. While it is joined, a split takes twice its room on disk.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from data_processing.batch_encoder import Counts, EncodedBatch
+from data_processing.pile_records import InputFile, PileError
+from data_processing.shards import (
+    FORMAT_VERSION,
+    Shard,
+    ShardWriter,
+    domain_file_name,
+    open_shard,
+    write_json_atomically,
+)
+
+MAX_DOMAINS = 256  # two open files each while a part is written
+JOIN_TOKENS = 1 << 23  # read at a time when parts are joined
+BAD_RECORDS = "bad_records.txt"
+MANIFEST = "inputs.manifest"  # in the finished split; no shard's file can have this name
+
+
+@contextmanager
+def work_folder(output_dir: Path, split: str) -> Iterator[Path]:
+    """The split's hidden folder, this process's while the block runs. PileError if it is another's."""
+    folder = output_dir / f".{split}.work"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PileError(
+                f"--output_dir {output_dir}: another process is writing split {split!r}; wait"
+            ) from error
+        yield folder
+
+
+@dataclass(frozen=True)
+class Part:
+    """The shards of one finished input file."""
+
+    folder: Path
+    counts: Counts
+    domains: list[str]
+
+
+@dataclass(frozen=True)
+class PartKey:
+    """What a part was made of and how: one that was made of anything else is made again."""
+
+    source: InputFile
+    split: str
+    tokenizer: str
+
+    def as_json(self) -> dict[str, Any]:
+        names = {"format_version": FORMAT_VERSION, "split": self.split, "tokenizer": self.tokenizer}
+        return names | self.source.as_json()
+
+    def folder(self, work: Path) -> Path:
+        return work / hashlib.sha256(str(self.source.path).encode()).hexdigest()[:24]
+
+
+def finished_part(work: Path, key: PartKey) -> Part | None:
+    """The part of this key, if it is whole."""
+    folder = key.folder(work)
+    path = folder / "part.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_bytes())
+    if content["key"] != key.as_json():
+        return None
+    return Part(folder, Counts(**content["counts"]), content["domains"])
+
+
+class PartWriter:
+    """Writes one part: a context manager that leaves a whole part, or after an exception none."""
+
+    def __init__(self, work: Path, key: PartKey) -> None:
+        self.key = key
+        self._folder = key.folder(work)
+        self._counts = Counts()
+        self._shards: dict[str, ShardWriter] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+        self._folder.mkdir()
+        self._bad_records = self._stack.enter_context(
+            (self._folder / BAD_RECORDS).open("w", encoding="utf-8")
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        if error[0] is None:
+            content = {
+                "key": self.key.as_json(),
+                "counts": asdict(self._counts),
+                "domains": list(self._shards),
+            }
+            write_json_atomically(self._folder / "part.json", content)
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Adds a batch of this input file; in the file's order. Raises PileError on too many domains."""
+        for domain, tokens in batch.tokens.items():
+            if domain not in self._shards:
+                self._shards[domain] = self._open(domain)
+            self._shards[domain].extend(tokens)
+        for line, reason in batch.bad_records:
+            self._bad_records.write(f"{self.key.source.path}:{line}: {reason}\n")
+        self._counts.add(batch.counts)
+
+    def _open(self, domain: str) -> ShardWriter:
+        if len(self._shards) == MAX_DOMAINS:
+            raise PileError(
+                f"{self.key.source.path}: has more than {MAX_DOMAINS} domains, the next is {domain!r}; "
+                "meta.pile_set_name is the name of a set of many documents"
+            )
+        shard = ShardWriter(self._folder, domain, split=self.key.split, tokenizer=self.key.tokenizer)
+        return self._stack.enter_context(shard)
+
+
+def join_parts(work: Path, parts: Sequence[Part], *, split: str, tokenizer: str) -> Path:
+    """Joins parts, in their order, into one shard for each domain; returns the folder.
+
+    Raises PileError if there is no document in any of them.
+    """
+    folder = work / "joined"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    domains = sorted({domain for part in parts for domain in part.domains})
+    if not domains:
+        raise PileError(
+            "the inputs hold no document: every line is blank, bad, or a record with an empty text"
+        )
+    for domain in domains:
+        with ShardWriter(folder, domain, split=split, tokenizer=tokenizer) as joined:
+            for part in parts:
+                if domain in part.domains:
+                    _append_shard(joined, open_shard(part.folder / f"{domain_file_name(domain)}.json"))
+    if any(part.counts.bad_records for part in parts):
+        with (folder / BAD_RECORDS).open("wb") as joined_list:
+            for part in parts:
+                with (part.folder / BAD_RECORDS).open("rb") as part_list:
+                    shutil.copyfileobj(part_list, joined_list)
+    return folder
+
+
+def _append_shard(joined: ShardWriter, shard: Shard) -> None:
+    """Copies a shard's documents, at a time those that start within JOIN_TOKENS."""
+    starts = shard.document_starts
+    first = 0
+    while first < shard.num_documents:
+        last = int(np.searchsorted(starts, starts[first] + JOIN_TOKENS))
+        stop = starts[last] if last < shard.num_documents else shard.num_tokens
+        joined.extend(np.asarray(shard.tokens[starts[first] : stop]))
+        first = last
+
+
+def publish(joined: Path, work: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Makes the joined shards the split, in one rename, and removes the rest of the work."""
+    write_json_atomically(joined / MANIFEST, manifest)
+    joined.rename(target)
+    shutil.rmtree(work)

@@ -1,0 +1,292 @@
+r"""Turns Pile records into the token shards of one split.
+
+    python -m data_processing.tokenize_pile --input train/ --split train --output_dir data/pile \
+        --tokenizer gpt2
+
+Each `--input` is a .jsonl, .jsonl.zst or .jsonl.gz file, or a folder of them. Documents keep the order of
+the inputs, whatever the number of workers. Memory does not depend on the size of the input. Run again after
+an interruption: the input files that were finished are not done again. Blank lines are ignored; a record
+whose text is "" is left out and counted; every other line that is not a Pile record is an error, unless
+--on_bad_record skip.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
+from data_processing.pile_records import InputFile, LineBatch, PileError, find_inputs, line_batches
+from data_processing.shards import FORMAT_VERSION, ShardError, list_shards
+from data_processing.split_parts import (
+    BAD_RECORDS,
+    MANIFEST,
+    Part,
+    PartKey,
+    PartWriter,
+    finished_part,
+    join_parts,
+    publish,
+    work_folder,
+)
+from data_processing.tokenizers import TOKENIZERS, TokenizerError, get_tokenizer
+from data_processing.worker_pool import WorkerError, WorkerPool
+
+SPLITS = ("train", "val", "test")
+SHOWN_BAD_RECORDS = 10  # on the screen; the file has all of them
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One split to be made of some input files."""
+
+    sources: list[InputFile]
+    split: str
+    output_dir: Path
+    tokenizer: str
+    num_workers: int
+    skip_bad_records: bool
+
+    @property
+    def target(self) -> Path:
+        return self.output_dir / self.split
+
+    def identity(self) -> dict[str, Any]:
+        """What a finished split must have been made of for this job to be done already."""
+        names = {"format_version": FORMAT_VERSION, "split": self.split, "tokenizer": self.tokenizer}
+        return names | {"inputs": [source.as_json() for source in self.sources]}
+
+
+def tokenize(
+    inputs: Sequence[Path],
+    *,
+    split: str,
+    output_dir: Path,
+    tokenizer: str,
+    num_workers: int,
+    on_bad_record: str = "error",
+) -> Counts:
+    """Makes {output_dir}/{split}, unless it is done, and returns what became of the records.
+
+    Raises PileError for bad input and for an output that is there and another; TokenizerError, ShardError,
+    WorkerError.
+    """
+    if split not in SPLITS:
+        raise PileError(f"--split {split}: choose one of {', '.join(SPLITS)}")
+    if num_workers < 1:
+        raise PileError(f"--num_workers {num_workers}: at least 1")
+    if on_bad_record not in ("error", "skip"):
+        raise PileError(f"--on_bad_record {on_bad_record}: error or skip")
+    job = Job(find_inputs(inputs), split, output_dir, tokenizer, num_workers, on_bad_record == "skip")
+    get_tokenizer(tokenizer)  # what is wrong with it shows here, once, and not in every worker
+    _check_other_splits(job)
+    with work_folder(output_dir, split) as work:
+        if job.target.exists() and any(job.target.iterdir()):
+            counts = _finished_before(job)
+            shutil.rmtree(work)  # what an interruption after publishing left
+            return counts
+        parts = _make_parts(job, work)
+        joined = join_parts(work, parts, split=split, tokenizer=tokenizer)
+        counts = Counts()
+        for part in parts:
+            counts.add(part.counts)
+        publish(joined, work, job.target, job.identity() | {"counts": asdict(counts)})
+    _log_result(job, counts)
+    return counts
+
+
+def _check_other_splits(job: Job) -> None:
+    """Splits of one folder are read by one model, so they have one tokenizer."""
+    for split in SPLITS:
+        manifest = job.output_dir / split / MANIFEST
+        if split == job.split or not manifest.is_file():
+            continue
+        other = json.loads(manifest.read_bytes())["tokenizer"]
+        if other != job.tokenizer:
+            raise PileError(
+                f"--tokenizer {job.tokenizer}: split {split!r} in {job.output_dir} has {other}; "
+                "take the same, or another --output_dir"
+            )
+
+
+def _finished_before(job: Job) -> Counts:
+    """The counts of a split that is there and is the one asked for; anything else is a PileError."""
+    remedy = f"remove {job.target}, or choose another --output_dir"
+    manifest = job.target / MANIFEST
+    if not manifest.is_file():
+        raise PileError(f"{job.target}: is there, but was not made by this command (no {MANIFEST}); {remedy}")
+    found = json.loads(manifest.read_bytes())
+    counts = Counts(**found.pop("counts"))
+    wanted = job.identity()
+    different = [name for name in wanted if found[name] != wanted[name]]
+    if "inputs" in different:
+        inputs = ", ".join(source["path"] for source in found["inputs"])
+        raise PileError(
+            f"{job.target}: is there, made of other inputs, or of these before they changed: {inputs}; "
+            f"{remedy}"
+        )
+    if different:
+        name = different[0]
+        raise PileError(
+            f"{job.target}: is there, with {name} {found[name]!r} and not {wanted[name]!r}; {remedy}"
+        )
+    if counts.bad_records and not job.skip_bad_records:
+        raise PileError(
+            f"{job.target}: was made without {counts.bad_records} bad records, listed in its {BAD_RECORDS}; "
+            f"say --on_bad_record skip if that is right, or mend the input and {remedy}"
+        )
+    list_shards(job.output_dir, job.split)
+    log.info("%s: all done before, from the same inputs: nothing to do", job.target)
+    return counts
+
+
+def _make_parts(job: Job, work: Path) -> list[Part]:
+    """One part for each input file, in their order; those that are missing are made."""
+    keys = [PartKey(source, job.split, job.tokenizer) for source in job.sources]
+    missing = [key for key in keys if not _is_usable(finished_part(work, key), job)]
+    if len(missing) < len(keys):
+        log.info("%d of %d input files were finished before", len(keys) - len(missing), len(keys))
+    if missing:
+        _encode(job, work, missing)
+    parts = [finished_part(work, key) for key in keys]
+    return [part for part in parts if part is not None]
+
+
+def _is_usable(part: Part | None, job: Job) -> bool:
+    return part is not None and (job.skip_bad_records or part.counts.bad_records == 0)
+
+
+def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
+    """Reads the input files one after the other; workers encode their batches, which come back in order."""
+    batches = (batch for key in keys for batch in line_batches(key.source))
+    progress = Progress(job, sum(key.source.size for key in keys))
+    with WorkerPool(job.num_workers, BatchEncoder, job.tokenizer) as pool, progress:
+        answers = pool.answers(batches)
+        for key in keys:
+            with PartWriter(work, key) as part:
+                for batch, encoded in answers:
+                    _check_records(job, batch, encoded)
+                    part.add(encoded)
+                    progress.show(batch, encoded)
+                    if batch.is_last:
+                        break
+
+
+def _check_records(job: Job, batch: LineBatch, encoded: EncodedBatch) -> None:
+    if encoded.bad_records and not job.skip_bad_records:
+        line, reason = encoded.bad_records[0]
+        raise PileError(
+            f"{batch.source.path}:{line}: {reason}. "
+            "Mend the line, or leave out bad records with --on_bad_record skip"
+        )
+
+
+class Progress:
+    """The bar, in bytes of the input files, and behind it the rate in bytes of text: more, if compressed."""
+
+    def __init__(self, job: Job, total_bytes: int) -> None:
+        self._bar_options = {"desc": job.split, "total": total_bytes, "unit": "B", "unit_scale": True}
+        self._counts = Counts()
+        self._before = 0  # bytes of the files that are behind us
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._bar = self._stack.enter_context(
+            tqdm(**self._bar_options, disable=None)
+        )  # None: not into log files
+        self._stack.enter_context(logging_redirect_tqdm())
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def show(self, batch: LineBatch, encoded: EncodedBatch) -> None:
+        for line, reason in encoded.bad_records[: max(0, SHOWN_BAD_RECORDS - self._counts.bad_records)]:
+            log.warning("left out: %s:%d: %s", batch.source.path, line, reason)
+        self._counts.add(encoded.counts)
+        rate = self._counts.text_bytes / 1e6 / (time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"text {rate:.1f} MB/s, {self._counts.documents} documents", refresh=False)
+        self._bar.update(self._before + batch.bytes_read - self._bar.n)
+        if batch.is_last:
+            self._before += batch.source.size
+
+
+def _log_result(job: Job, counts: Counts) -> None:
+    for shard in list_shards(job.output_dir, job.split):
+        log.info("%-24s %12d tokens %9d documents", shard.domain, shard.num_tokens, shard.num_documents)
+    log.info(
+        "%s: %d tokens of %s, %d documents, %.1f MB of text",
+        job.target,
+        counts.tokens,
+        job.tokenizer,
+        counts.documents,
+        counts.text_bytes / 1e6,
+    )
+    if counts.empty_texts:
+        log.info("left out: %d records with an empty text", counts.empty_texts)
+    if counts.bad_records:
+        log.warning("left out: %d bad records, listed in %s", counts.bad_records, job.target / BAD_RECORDS)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        prog="python -m data_processing.tokenize_pile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input", dest="inputs", nargs="+", type=Path, required=True, metavar="PATH", help="files or folders"
+    )
+    parser.add_argument("--split", choices=SPLITS, required=True, help="the split the shards are for")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the shards go to OUTPUT_DIR/SPLIT")
+    parser.add_argument(
+        "--tokenizer",
+        choices=TOKENIZERS,
+        required=True,
+        help="gpt2: byte-pair encoding, needs tiktoken's vocabulary file; gpt2_bytes: one token a byte",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=cores,
+        help="processes that encode (default: one a core, %(default)s here)",
+    )
+    parser.add_argument(
+        "--on_bad_record",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at a line that is not a Pile record (default), or leave it out, count it and list it",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        tokenize(**vars(parse_arguments(argv)))
+    except (PileError, ShardError, TokenizerError, WorkerError, OSError) as error:
+        log.error("error: %s", error)
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command goes on from the input files that were finished")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""A pool of worker processes that answers in the order of the questions.
+
+concurrent.futures would do, but for three things that a run of hours needs: workers end when the parent
+does, however it ends (their pipe closes); they can be stopped in the middle of a task; and Ctrl-C reaches
+the parent alone.
+"""
+
+import multiprocessing
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from queue import SimpleQueue
+from typing import Any, Self
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended in the middle of a task."""
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end. A process that is started inside never sees one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(
+    connection: Connection, make_handler: Callable[..., Callable[[Any], Any]], arguments: tuple
+) -> None:
+    """The life of a worker: answers until the parent hangs up. An exception ends it, traceback on stderr."""
+    handler = make_handler(*arguments)
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        answer = handler(task)
+        try:
+            connection.send(answer)
+        except ConnectionError:
+            return
+
+
+class WorkerPool:
+    """`num_workers` processes, each with its own handler, made in it by `make_handler(*arguments)`.
+
+    `make_handler` must be importable, its arguments, the tasks and the answers picklable.
+    """
+
+    def __init__(
+        self, num_workers: int, make_handler: Callable[..., Callable[[Any], Any]], *arguments: Any
+    ) -> None:
+        assert num_workers >= 1, num_workers
+        self._num_workers = num_workers
+        self._target = (make_handler, arguments)
+        self._workers: list[tuple[SpawnProcess, Connection]] = []
+
+    def __enter__(self) -> Self:
+        # One thread waits for each worker. spawn: a forked copy of a process with threads may deadlock.
+        context = multiprocessing.get_context("spawn")
+        unbound: SimpleQueue[tuple[SpawnProcess, Connection]] = SimpleQueue()
+        self._mine = threading.local()
+        self._threads = ThreadPoolExecutor(self._num_workers, initializer=self._bind, initargs=(unbound,))
+        with interrupts_held():
+            for _ in range(self._num_workers):
+                connection, its_end = context.Pipe()
+                process = context.Process(target=_serve, args=(its_end, *self._target), daemon=True)
+                process.start()
+                its_end.close()  # the worker's copy is now the only one, so its death closes the pipe
+                self._workers.append((process, connection))
+                unbound.put((process, connection))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with interrupts_held():
+            for process, _connection in self._workers:
+                process.terminate()  # workers hold nothing that could be lost
+            self._threads.shutdown(cancel_futures=True)
+            for process, connection in self._workers:
+                process.join()
+                connection.close()
+
+    def answers(self, tasks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Yields (task, answer) in the order of the tasks, of which it holds at most two a worker.
+
+        Raises WorkerError if a worker dies.
+        """
+        asked: deque[tuple[Any, Future[Any]]] = deque()
+        for task in tasks:
+            asked.append((task, self._threads.submit(self._ask, task)))
+            if len(asked) == 2 * self._num_workers:
+                yield self._oldest(asked)
+        while asked:
+            yield self._oldest(asked)
+
+    @staticmethod
+    def _oldest(asked: deque[tuple[Any, Future[Any]]]) -> tuple[Any, Any]:
+        task, future = asked.popleft()
+        return task, future.result()
+
+    def _bind(self, unbound: SimpleQueue[tuple[SpawnProcess, Connection]]) -> None:
+        self._mine.worker = unbound.get()
+
+    def _ask(self, task: Any) -> Any:
+        process, connection = self._mine.worker
+        try:
+            connection.send(task)
+            return connection.recv()
+        except (EOFError, ConnectionError) as error:
+            process.join()
+            raise WorkerError(
+                f"a worker process ended with status {process.exitcode}; its message is above "
+                "(none, and status -9: the system ran out of memory, so try fewer workers)"
+            ) from error

@@ -1,0 +1,190 @@
+"""Memory-mapped shards -> training batches (x, y, sample ids), in a seeded order that nothing else decides.
+
+Block b of a domain is tokens[b*T : b*T + T + 1]: neighbours share one token, so that each token after the
+first is a target exactly once; what is left at a domain's end is not used. Row r of global step s is position
+s*B + r of the order, with B the rows of all processes together: how many processes share them does not
+matter, and a step is found without walking through those before it. Nothing here is as large as the data.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_order import BatchOrder, seeded_choice
+from data_processing.shards import VOCAB, Shard, ShardError, list_shards
+
+BLOCK_BITS = 40  # a sample id is the number of the domain, then so many bits of the block's number
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples of T positions."""
+
+    x: torch.Tensor  # (b, T) int64
+    y: torch.Tensor  # (b, T) int64, the targets: y[:, t] is the token after x[:, t]; shifted once, here
+    sample_ids: npt.NDArray[np.int64]  # (b,)
+    domains: tuple[str, ...]  # length b
+    blocks: npt.NDArray[np.int64]  # (b,) within the domain
+
+
+class BlockDataset:
+    """The blocks of one split. Opening it reads no tokens: that happens as batches need them.
+
+    domains: those in use, sorted; blocks_per_domain and checksums: of each of them, in that order;
+    num_blocks and max_token_id: over all of them; tokenizer: the one that made them.
+    """
+
+    def __init__(self, shards: Sequence[Shard], block_size: int, domains: tuple[str, ...] | None) -> None:
+        """shards: all of the split, sorted; domains: those to use, None for all. Raises as `open` does."""
+        if block_size < 1:
+            raise ValueError(f"--block_size {block_size}: at least 1")
+        folder = shards[0].path.parent
+        self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
+        self.domains = tuple(sorted(self._numbers if domains is None else domains))
+        missing = [domain for domain in self.domains if domain not in self._numbers]
+        if missing or not self.domains:
+            seen = ", ".join(missing) or "no domain"
+            raise ValueError(f"--domains: {seen} in {folder}; it has {', '.join(self._numbers)}")
+        self._shards = {domain: shards[self._numbers[domain]] for domain in self.domains}
+        self.block_size = block_size
+        self.tokenizer = shards[0].tokenizer
+        self.checksums = {domain: shard.checksum for domain, shard in self._shards.items()}
+        self.max_token_id = max(shard.max_token_id for shard in self._shards.values())
+        self.blocks_per_domain = {
+            domain: (shard.num_tokens - 1) // block_size for domain, shard in self._shards.items()
+        }
+        self.num_blocks = sum(self.blocks_per_domain.values())
+        self._check_lengths(folder)
+
+    @classmethod
+    def open(
+        cls, data_dir: Path, split: str, block_size: int, domains: tuple[str, ...] | None = None
+    ) -> Self:
+        """Opens a split, or some domains of it.
+
+        Raises ShardError if a shard is missing or damaged, ValueError if a domain is not there or has fewer
+        tokens than one block needs.
+        """
+        return cls(list_shards(data_dir, split), block_size, domains)
+
+    def _check_lengths(self, folder: Path) -> None:
+        short = [domain for domain, blocks in self.blocks_per_domain.items() if blocks == 0]
+        if not short:
+            return
+        lengths = ", ".join(f"{domain} ({self._shards[domain].num_tokens} tokens)" for domain in short)
+        rest = ",".join(domain for domain in self.domains if domain not in short)
+        raise ValueError(
+            f"--block_size {self.block_size}: a block is {self.block_size + 1} tokens, longer than these "
+            f"shards in {folder}: {lengths}. Choose a smaller --block_size"
+            + (f', or the domains that are long enough: "{rest}"' if rest else "")
+        )
+
+    def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:
+        """(T+1,) uint16: a view of the memory map. Raises IndexError if there is no such block."""
+        if not 0 <= block < self.blocks_per_domain[domain]:
+            raise IndexError(f"block {block} of {domain!r}, which has {self.blocks_per_domain[domain]}")
+        start = block * self.block_size
+        return self._shards[domain].tokens[start : start + self.block_size + 1]
+
+    def sample_id(self, domain: str, block: int) -> int:
+        """A block's permanent id: it depends on the split and the block size, not on the domains in use."""
+        return self._numbers[domain] << BLOCK_BITS | block
+
+    def batch(self, places: Sequence[tuple[str, int]]) -> Batch:
+        """The batch of these (domain, block). Raises ShardError if a token is beyond the vocabulary."""
+        rows = np.stack([self.tokens(domain, block) for domain, block in places])  # (b, T+1)
+        if rows.max() >= VOCAB:
+            self._report_foreign_token(places, rows)
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        return Batch(
+            x=tokens[:, :-1].contiguous(),
+            y=tokens[:, 1:].contiguous(),
+            sample_ids=np.array([self.sample_id(domain, block) for domain, block in places], np.int64),
+            domains=tuple(domain for domain, _ in places),
+            blocks=np.array([block for _, block in places], np.int64),
+        )
+
+    def _report_foreign_token(self, places: Sequence[tuple[str, int]], rows: npt.NDArray[np.uint16]) -> None:
+        """An embedding would fail on such a token too, but on a GPU without saying where it came from."""
+        domain, block = places[int(rows.max(axis=1).argmax())]
+        path = self._shards[domain].path.with_suffix(".bin")
+        raise ShardError(
+            f"{path}: token id {rows.max()} in block {block} is beyond the vocabulary of {VOCAB} ids: the "
+            "file is damaged; tokenize again"
+        )
+
+
+class BatchLoader:
+    """This process's rows of each global step, steps in any order: to resume, the step's number is enough.
+
+    batch_size: rows of one process. weights: None, or of every domain of the dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: BlockDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        weights: dict[str, float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"--batch_size {batch_size}: at least 1")
+        assert 0 <= rank < world_size, (rank, world_size)
+        self._dataset = dataset
+        self._order = BatchOrder(dataset.blocks_per_domain, seed, weights)
+        self._batch_size = batch_size
+        self._rank, self._world_size = rank, world_size
+
+    def batch(self, step: int) -> Batch:
+        """Rows rank*b to rank*b + b - 1 of global step `step`, counted from 0."""
+        start = (step * self._world_size + self._rank) * self._batch_size
+        return self._dataset.batch(self._order.places(start, self._batch_size))
+
+
+def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
+    """m distinct blocks, all equally likely, chosen by the seed alone. ValueError if there are fewer."""
+    if not 1 <= m <= dataset.num_blocks:
+        raise ValueError(
+            f"--val_batch_size {m}: there are {dataset.num_blocks} validation blocks of {dataset.block_size} "
+            f"positions; choose 1 to {dataset.num_blocks}, or a smaller --block_size"
+        )
+    return dataset.batch(seeded_choice(m, dataset.blocks_per_domain, seed))
+
+
+def parse_domains(text: str) -> tuple[tuple[str, ...], dict[str, float] | None]:
+    """`--domains`: "ArXiv,Wikipedia (en)" -> names and None; "ArXiv:2,Pile-CC:1" -> names and their weights.
+
+    A name may hold anything but commas and colons. Raises ValueError for an empty or repeated name, a weight
+    that is not finite and above 0, and weights for some names only.
+    """
+    pairs = [entry.partition(":")[::2] for entry in text.split(",")]
+    names = tuple(name.strip() for name, _ in pairs)
+    for number, name in enumerate(names):
+        if not name:
+            raise ValueError(f'--domains {text!r}: an empty name; say "ArXiv,Pile-CC" or "ArXiv:2,Pile-CC:1"')
+        if name in names[:number]:
+            raise ValueError(f"--domains {text!r}: {name!r} is named twice")
+    if ":" not in text:
+        return names, None
+    return names, {name: _weight(text, name, weight) for name, (_, weight) in zip(names, pairs, strict=True)}
+
+
+def _weight(text: str, name: str, weight: str) -> float:
+    try:
+        value = float(weight)
+    except ValueError as error:
+        raise ValueError(
+            f"--domains {text!r}: {name!r} has the weight {weight!r}, not a number; all have one, or none"
+        ) from error
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"--domains {text!r}: {name!r} has the weight {weight!r}, not a finite one above 0")
+    return value

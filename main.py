@@ -1,0 +1,106 @@
+"""Train a language model, and know what every training sample does for the validation loss.
+
+python main.py --batch_size 2 --max_steps 20    (--help lists all flags)
+"""
+
+import json
+import logging
+import sys
+from contextlib import ExitStack
+
+from transformers.utils import logging as transformers_logging
+
+from config_file import TrainingConfig, describe, resolve
+from distributed import distributed_world
+from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
+from ghostEngines.metrics_log import ScoreWriter
+from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
+from run_folder import prepare_result_dir, provenance, save
+from run_log import RunLog
+from summary import print_summary
+from training_data import TrainingData
+from training_loop import NonFiniteLoss, Trainer, evaluate, to_device
+from validation_rows import save_validation_rows
+
+logger = logging.getLogger("main")
+
+
+def main(argv: list[str]) -> int:
+    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers_logging.disable_progress_bar()
+    config = resolve(TrainingConfig.from_command_line(argv))
+    with ExitStack() as resources:
+        try:
+            world = resources.enter_context(distributed_world())
+            model = prepare_model(config)
+            data = TrainingData.open(config, world, model.hf.config.vocab_size)
+            prepare_result_dir(config)
+        except ValueError as error:  # of the user's making: said in a line, without a traceback
+            print(f"main.py: error: {error}", file=sys.stderr)
+            return 2
+        logger.info("%s\n", describe(config))
+        if config.eval_only:
+            return evaluate_only(config, model, data)
+        save(config, config.result_dir / "config.json", provenance())
+        optimizer = build_optimizer(model, config)
+        manager = build_manager(config, model, optimizer, data, world.rank)
+        log = resources.enter_context(RunLog(config))
+        trainer = Trainer(config, model, optimizer, manager, data, log, world)
+        status = train(trainer)
+    if trainer.progress.steps:
+        print_summary(config, trainer.progress, data)
+    return status
+
+
+def prepare_model(config: TrainingConfig) -> CausalLM:
+    """A new model, or for --eval_only the one that the named run saved."""
+    if config.eval_only and config.saved_model is not None:
+        return load_model(config.saved_model, config)
+    return build_model(config)
+
+
+def build_manager(
+    config: TrainingConfig, model: CausalLM, optimizer, data: TrainingData, rank: int
+) -> GhostEngineManager:
+    """The method's manager. GradDotProd writes its scores and the validation rows that they refer to."""
+    if config.method == "Regular":
+        return GhostEngineManager()
+    val_x, val_y = to_device(data.validation, Precision.of(config).device)
+    validation_hash = save_validation_rows(data.validation, data.tokenizer, config.result_dir / "validation")
+    metadata = {
+        "run_configuration": (config.result_dir / "config.json").read_text(encoding="utf-8"),
+        "validation_sha256": validation_hash,
+        "block_size": str(config.block_size),
+        "split": config.train_set,
+        "shard_sha256": json.dumps(data.blocks["train"].checksums),
+    }
+    scores = ScoreWriter(config.result_dir / "grad_dotprods", rank=rank, metadata=metadata)
+    return GradDotProdManager(
+        model, optimizer, val_x=val_x, val_y=val_y, scores=scores, save_interval=config.dot_prod_save_interval,
+        strategy=None if config.contraction == "auto" else config.contraction,
+    )  # fmt: skip
+
+
+def train(trainer: Trainer) -> int:
+    """Trains to the end, and says how it ended."""
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        logger.warning("interrupted after step %d: scores and model are saved", trainer.progress.steps)
+        return 130
+    except NonFiniteLoss as error:
+        logger.error("main.py: error: %s", error)
+        return 1
+    return 0
+
+
+def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData) -> int:
+    """--eval_only: the losses on the three splits, and nothing is written."""
+    for name, loss in evaluate(model, data, config, Precision.of(config)).items():
+        logger.info("loss on %s: %.4f", name, loss)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

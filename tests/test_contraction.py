@@ -1,0 +1,171 @@
+"""Every strategy directly against the per-sample gradients written out in float64."""
+
+import pytest
+import torch
+from allocations import Allocations
+from torch import Tensor
+
+from ghostEngines import contraction
+from ghostEngines.contraction import (
+    STRATEGIES,
+    Split,
+    choose_strategy,
+    contract,
+    contract_gradients,
+    direction_of,
+    gram,
+    instantiate,
+    project,
+)
+
+P, D = 7, 5
+GPT2_SMALL = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (50304, 768)]
+
+
+def factors(n: int, m: int, positions: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + 10 * m + 100 * positions)
+    left = torch.randn(n + m, positions, P, generator=generator, dtype=torch.float64)
+    right = torch.randn(n + m, positions, D, generator=generator, dtype=torch.float64)
+    return left.to(dtype), right.to(dtype)
+
+
+def truth(left: Tensor, right: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_i G_i (p, d), dots (n, k) and the direction (k, p, d), from one gradient per sample."""
+    gradients = torch.einsum("ntp,ntd->npd", left.double(), right.double())
+    train, val = gradients[: split.n], gradients[split.n :]
+    direction = val if split.pairwise else val.sum(0, keepdim=True)
+    return train.sum(0), torch.einsum("npd,kpd->nk", train, direction), direction
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("positions", [1, 7])
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("n", [1, 5])
+def test_strategies(n: int, m: int, positions: int, pairwise: bool, strategy: str, monkeypatch) -> None:
+    monkeypatch.setattr(contraction, "TILE_NUMEL", 3 * D)  # tiles of 3, 3 and 1 rows
+    split = Split(n, m, pairwise)
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        left, right = factors(n, m, positions, dtype)
+        want_total, want_dots, want_direction = truth(left, right, split)
+        start = torch.linspace(-1, 1, P * D, dtype=dtype).view(P, D)
+        total = start.clone()
+        train, val = (left[:n], right[:n]), (left[n:], right[n:])
+        direction = direction_of(*val, split)
+        assert error(direction, want_direction) < bound
+        if strategy == "gram":
+            dots = gram(*train, *val, total, pairwise)
+        else:
+            dots = {"project": project, "instantiate": instantiate}[strategy](*train, direction, total)
+        assert dots.dtype == total.dtype == dtype
+        assert error(dots, want_dots) < bound
+        assert error(total, start.double() + want_total) < bound  # added to what was there
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tile", [1, 2 * D, 3 * D + 1, 1 << 17])
+def test_a_whole_layer_whatever_the_tile(strategy: str, tile: int, monkeypatch) -> None:
+    monkeypatch.setattr(contraction, "TILE_NUMEL", tile)
+    split = Split(4, 2)
+    left, right = factors(4, 2, 6)
+    want_total, want_dots, want_direction = truth(left, right, split)
+    total, dots, direction = contract(left, right, split, strategy)
+    assert error(total, want_total) < 1e-13
+    assert error(dots, want_dots) < 1e-13
+    assert direction is None if strategy == "gram" else error(direction, want_direction) < 1e-13
+
+
+def test_instantiate_makes_nothing_larger_than_a_tile(monkeypatch) -> None:
+    """The gradient of one sample, (p, d), is never there as a whole."""
+    monkeypatch.setattr(contraction, "TILE_NUMEL", 2 * D)
+    left, right = factors(2, 1, 9)
+    direction, total = direction_of(left[2:], right[2:], Split(2, 1)), torch.zeros(P, D, dtype=torch.float64)
+    with Allocations() as made:
+        instantiate(left[:2], right[:2], direction, total)
+    assert made.largest == 2 * D * 8
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_views_that_are_not_contiguous(strategy: str) -> None:
+    split = Split(4, 2)
+    left, right = factors(4, 2, 6)
+    left, right = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (left, right))
+    right = right.flip(2).contiguous().flip(2)
+    assert not left.is_contiguous()
+    want_total, want_dots, _ = truth(left, right, split)
+    total, dots, _ = contract(left, right, split, strategy)
+    assert error(total, want_total) < 1e-13
+    assert error(dots, want_dots) < 1e-13
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, strategy: str, pairwise: bool) -> None:
+    split = Split(5, 3, pairwise)
+    left, right = factors(5, 3, 7, dtype)
+    want_total, want_dots, _ = truth(left, right, split)
+    total, dots, _ = contract(left, right, split, strategy)
+    assert total.dtype == dots.dtype == torch.float32
+    bound = 4 * torch.finfo(dtype).eps
+    assert error(total, want_total) < bound
+    assert error(dots, want_dots) < bound
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("backprop", "activation"), [(1e-4, 1.0), (1e-2, 300.0)])
+def test_float16_dots_neither_flush_nor_overflow(backprop: float, activation: float, strategy: str) -> None:
+    """The weight gradients are well within float16's range, so the dots must be good: a product of two
+    backprops (1e-8) or of two activations (1e5) that is formed on the way must not leave that range."""
+    split = Split(4, 2)
+    left, right = factors(4, 2, 7)
+    left, right = (left * backprop).half(), (right * activation).half()
+    want_total, want_dots, _ = truth(left, right, split)
+    total, dots, _ = contract(left, right, split, strategy)
+    assert error(total, want_total) < 1e-2
+    assert error(dots, want_dots) < 1e-2
+
+
+def test_the_direction_is_a_sum_of_products() -> None:
+    """Not the product of the sums over validation rows."""
+    left, right = factors(0, 3, 6)
+    wrong = left.sum(0).mT @ right.sum(0)
+    direction = direction_of(left, right, Split(1, 3))
+    assert error(direction, truth(left, right, Split(0, 3))[2]) < 1e-13
+    assert error(wrong[None], direction) > 0.1
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_gradients_that_are_there(pairwise: bool) -> None:
+    left, right = factors(4, 3, 6)
+    split = Split(4, 3, pairwise)
+    want_total, want_dots, _ = truth(left, right, split)
+    total, dots = contract_gradients(torch.einsum("ntp,ntd->npd", left, right), split)
+    assert error(total, want_total) < 1e-13
+    assert error(dots, want_dots) < 1e-13
+
+
+@pytest.mark.parametrize(("p", "d"), GPT2_SMALL)
+def test_the_choice_at_gpt2_small(p: int, d: int) -> None:
+    """gram for short rows, instantiate for long ones, one change-over between, the same answer every time."""
+    for m in (1, 4):
+        split = Split(8, m)
+        choices = [choose_strategy(split, positions, p, d) for positions in range(1, 1025)]
+        assert choices == [choose_strategy(split, positions, p, d) for positions in range(1, 1025)]
+        assert choices[15] == "gram"
+        assert choices[1023] == "instantiate"
+        assert choices == sorted(choices)  # "gram" < "instantiate"
+
+
+def test_more_validation_rows_make_gram_dearer() -> None:
+    def positions_with_gram(m: int) -> int:
+        return sum(
+            choose_strategy(Split(8, m), positions, 768, 768) == "gram" for positions in range(1, 1025)
+        )
+
+    assert positions_with_gram(16) < positions_with_gram(1)

@@ -1,0 +1,31 @@
+"""The rows that the dot products refer to: a fixed, seeded batch of the validation split, kept beside the scores."""
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data_processing.tokenizers import Tokenizer
+from dataloader import Batch
+
+
+def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> str:
+    """Writes {folder}/rows.parquet, one row each with sample_id, domain, block, its T+1 tokens and their text.
+
+    Returns the SHA-256 of the tokens, which the scores carry: scores with another hash are of other validation rows.
+    """
+    tokens = torch.cat([batch.x, batch.y[:, -1:]], dim=1)  # (m, T+1)
+    folder.mkdir()
+    table = pa.table(
+        {
+            "sample_id": pa.array(batch.sample_ids),
+            "domain": list(batch.domains),
+            "block": pa.array(batch.blocks),
+            "tokens": pa.array(tokens.tolist(), pa.list_(pa.uint16())),
+            "text": [tokenizer.decode(row) for row in tokens.tolist()],
+        }
+    )
+    pq.write_table(table, folder / "rows.parquet")
+    return hashlib.sha256(tokens.numpy().astype("<u2").tobytes()).hexdigest()
