@@ -243,5 +243,5 @@ def describe(config: TrainingConfig) -> str:
     lines = []
     for spec in flags_of(config):
         source = f"  ({config.resolved_from[spec.name]})" if spec.name in config.resolved_from else ""
-        lines.append(f"{spec.name:24s}{getattr(config, spec.name)}{source}")
+        lines.append(f"{spec.name:23s} {getattr(config, spec.name)}{source}")
     return "\n".join(lines)

@@ -60,7 +60,7 @@ make_venv() {
     command -v -- "$python" >/dev/null || fail "there is no $python: install Python 3.11 or newer, or set PYTHON"
     check_version "$python" "Name a newer one: PYTHON=/path/to/python3.11 ./init.sh"
     echo "init.sh: making .venv with $("$python" --version)"
-    "$python" -m venv .venv
+    "$python" -m venv .venv || fail "cannot make .venv; if an unusable one is in the way, remove it: rm -r $PWD/.venv"
 }
 
 install_packages() {

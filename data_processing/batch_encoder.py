@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from data_processing.pile_records import BadRecord, LineBatch, numbered_lines, parse_record
 from data_processing.shards import EOT
-from data_processing.tokenizers import get_tokenizer
+from data_processing.tokenizers import Tokenizer
 
 _END = np.array([EOT], np.uint16)
 
@@ -41,8 +41,8 @@ class EncodedBatch:
 class BatchEncoder:
     """LineBatch -> EncodedBatch, with one tokenizer."""
 
-    def __init__(self, tokenizer: str) -> None:
-        self._tokenizer = get_tokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
     def __call__(self, batch: LineBatch) -> EncodedBatch:
         counts = Counts()

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
 from data_processing.shards import ShardError, domain_file_name
 
 COMPRESSION = {".jsonl": None, ".jsonl.zst": "zstd", ".jsonl.gz": "gzip"}
@@ -114,12 +112,17 @@ def line_batches(source: InputFile) -> Iterator[LineBatch]:
     yield LineBatch(source, first_line, b"".join(pending), source.size, is_last=True)
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO | pa.CompressedInputStream:
-    # pyarrow: in bounded memory, streams of several frames too, and a truncated stream is an error
+def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     suffix = _suffix(path)
     assert suffix is not None, path
     compression = COMPRESSION[suffix]
-    return raw if compression is None else pa.CompressedInputStream(raw, compression)
+    if compression is None:
+        return raw
+    # pyarrow reads streams of several frames too, in bounded memory, and a truncated one is an error. It is
+    # imported here, because each worker process would import it for nothing: a third of its start.
+    from pyarrow import CompressedInputStream
+
+    return CompressedInputStream(raw, compression)
 
 
 def _add(pending: list[bytes], data: bytes) -> None:
@@ -152,7 +155,7 @@ def parse_record(line: bytes) -> tuple[str, str]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         raise BadRecord(f"malformed JSON: {error}") from error
     text = _string(record, "text")
-    domain = _string(_member(record, "meta"), "pile_set_name", of='"meta"')
+    domain = _string(_member(record, "meta"), "pile_set_name", of="'meta'")
     try:
         domain_file_name(domain)
     except ShardError as error:

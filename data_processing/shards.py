@@ -10,7 +10,6 @@ percent-encoded domain; the true name stands in the JSON, so that no domain name
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -152,8 +151,7 @@ class ShardWriter:
         if self.num_documents == 0:
             raise ShardError(f"{self._path('json')}: no document was written; a shard has at least one")
         for suffix, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
+            file.close()
             self._partial(suffix).rename(self._path(suffix))
         counts = {
             "num_tokens": self.num_tokens,
@@ -174,11 +172,7 @@ class ShardWriter:
 def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object so that `path` never holds half of it."""
     partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.rename(path)
 
 

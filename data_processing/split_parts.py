@@ -10,8 +10,10 @@ again. While it is joined, a split takes twice its room on disk.
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,9 +40,15 @@ MANIFEST = "inputs.manifest"  # in the finished split; no shard's file can have 
 
 @contextmanager
 def work_folder(output_dir: Path, split: str) -> Iterator[Path]:
-    """The split's hidden folder, this process's while the block runs. PileError if it is another's."""
+    """The split's hidden folder, this process's while the block runs; without a finished part it goes again.
+
+    Raises PileError if another process has it, or if it cannot be made.
+    """
     folder = output_dir / f".{split}.work"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PileError(f"--output_dir {output_dir}: cannot be written ({error}); choose another") from error
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +56,11 @@ def work_folder(output_dir: Path, split: str) -> Iterator[Path]:
             raise PileError(
                 f"--output_dir {output_dir}: another process is writing split {split!r}; wait"
             ) from error
-        yield folder
+        try:
+            yield folder
+        finally:
+            if folder.exists() and not any(folder.glob("*/part.json")):
+                shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -178,5 +190,13 @@ def _append_shard(joined: ShardWriter, shard: Shard) -> None:
 def publish(joined: Path, work: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Makes the joined shards the split, in one rename, and removes the rest of the work."""
     write_json_atomically(joined / MANIFEST, manifest)
+    with ThreadPoolExecutor(8) as threads:  # file systems commit what is asked for at the same time at once
+        list(threads.map(_to_disk, joined.iterdir()))
     joined.rename(target)
     shutil.rmtree(work)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file would survive a power failure."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -89,8 +89,14 @@ def tokenize(
         raise PileError(f"--num_workers {num_workers}: at least 1")
     if on_bad_record not in ("error", "skip"):
         raise PileError(f"--on_bad_record {on_bad_record}: error or skip")
-    job = Job(find_inputs(inputs), split, output_dir, tokenizer, num_workers, on_bad_record == "skip")
-    get_tokenizer(tokenizer)  # what is wrong with it shows here, once, and not in every worker
+    job = Job(
+        sources=find_inputs(inputs),
+        split=split,
+        output_dir=output_dir,
+        tokenizer=tokenizer,
+        num_workers=num_workers,
+        skip_bad_records=on_bad_record == "skip",
+    )
     _check_other_splits(job)
     with work_folder(output_dir, split) as work:
         if job.target.exists() and any(job.target.iterdir()):
@@ -170,9 +176,10 @@ def _is_usable(part: Part | None, job: Job) -> bool:
 
 def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
     """Reads the input files one after the other; workers encode their batches, which come back in order."""
+    encoder = BatchEncoder(get_tokenizer(job.tokenizer))
     batches = (batch for key in keys for batch in line_batches(key.source))
     progress = Progress(job, sum(key.source.size for key in keys))
-    with WorkerPool(job.num_workers, BatchEncoder, job.tokenizer) as pool, progress:
+    with WorkerPool(job.num_workers, encoder) as pool, progress:
         answers = pool.answers(batches)
         for key in keys:
             with PartWriter(work, key) as part:

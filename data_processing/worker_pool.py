@@ -11,7 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -32,35 +33,33 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(
-    connection: Connection, make_handler: Callable[..., Callable[[Any], Any]], arguments: tuple
-) -> None:
-    """The life of a worker: answers until the parent hangs up. An exception ends it, traceback on stderr."""
-    handler = make_handler(*arguments)
-    while True:
-        try:
-            task = connection.recv()
-        except (EOFError, ConnectionError):
-            return
+def _serve(connection: Connection) -> None:
+    """The life of a worker. Its first message is the handler, the others are tasks.
+
+    It ends when the parent hangs up, or by an exception of the handler, with the traceback on stderr.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    messages = _messages(connection)
+    handler = next(messages, None)
+    for task in messages:
         answer = handler(task)
-        try:
+        with suppress(ConnectionError):
             connection.send(answer)
-        except ConnectionError:
-            return
+
+
+def _messages(connection: Connection) -> Iterator[Any]:
+    with suppress(EOFError, ConnectionError):
+        while True:
+            yield connection.recv()
 
 
 class WorkerPool:
-    """`num_workers` processes, each with its own handler, made in it by `make_handler(*arguments)`.
+    """`num_workers` processes, each with a copy of the handler: task -> answer; all three picklable."""
 
-    `make_handler` must be importable, its arguments, the tasks and the answers picklable.
-    """
-
-    def __init__(
-        self, num_workers: int, make_handler: Callable[..., Callable[[Any], Any]], *arguments: Any
-    ) -> None:
+    def __init__(self, num_workers: int, handler: Callable[[Any], Any]) -> None:
         assert num_workers >= 1, num_workers
         self._num_workers = num_workers
-        self._target = (make_handler, arguments)
+        self._handler = handler
         self._workers: list[tuple[SpawnProcess, Connection]] = []
 
     def __enter__(self) -> Self:
@@ -69,10 +68,11 @@ class WorkerPool:
         unbound: SimpleQueue[tuple[SpawnProcess, Connection]] = SimpleQueue()
         self._mine = threading.local()
         self._threads = ThreadPoolExecutor(self._num_workers, initializer=self._bind, initargs=(unbound,))
+        resource_tracker.ensure_running()  # the first process starts it, which would end the next line's hold
         with interrupts_held():
             for _ in range(self._num_workers):
                 connection, its_end = context.Pipe()
-                process = context.Process(target=_serve, args=(its_end, *self._target), daemon=True)
+                process = context.Process(target=_serve, args=(its_end,), daemon=True)
                 process.start()
                 its_end.close()  # the worker's copy is now the only one, so its death closes the pipe
                 self._workers.append((process, connection))
@@ -107,7 +107,10 @@ class WorkerPool:
         return task, future.result()
 
     def _bind(self, unbound: SimpleQueue[tuple[SpawnProcess, Connection]]) -> None:
-        self._mine.worker = unbound.get()
+        self._mine.worker = _, connection = unbound.get()
+        # The handler is no argument of the process, because its start waits until those are read.
+        with suppress(ConnectionError):  # a worker that is dead already: the first task reports it
+            connection.send(self._handler)
 
     def _ask(self, task: Any) -> Any:
         process, connection = self._mine.worker

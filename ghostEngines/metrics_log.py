@@ -297,7 +297,7 @@ def summed_values(folder: str | os.PathLike[str]) -> pa.Table:
     ]
     order = [("value", "descending"), ("sample_id", "ascending")]
     nodes = [
-        ("scan", acero.ScanNodeOptions(open_scores(folder), columns=list(columns))),
+        ("scan", acero.ScanNodeOptions(open_scores(folder), columns=list(columns), require_sequenced_output=True)),
         ("project", acero.ProjectNodeOptions(list(columns.values()), list(columns))),
         ("aggregate", acero.AggregateNodeOptions(sums, list(keys))),
         ("order_by", acero.OrderByNodeOptions(order)),

@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """counted(tensor) says which new tensors matter. largest: the bytes of the largest of their storages; peak: the most
-    bytes that they had at one time; dtypes: of all of them. Views and results written in place are not new.
+    """counted(tensor) says which new tensors matter; views and results written in place are not new.
+
+    largest: the bytes of the largest of their storages. peak: the most bytes that they had at one time.
+    dtypes: of all of them.
     """
 
     def __init__(self, counted: Callable[[Tensor], bool] = lambda tensor: True) -> None:

@@ -111,6 +111,18 @@ class TiedLinear(nn.Module):
         return self.out(self.mid(self.wte(x)).tanh())
 
 
+class Wired(nn.Module):
+    """Token embedding, a layer between and an output layer, wired as a test wants them; run(model, hidden)
+    -> logits."""
+
+    def __init__(self, run: Callable, between: Callable[[], nn.Module] = lambda: nn.Linear(D, D)) -> None:
+        super().__init__()
+        self.wte, self.lin, self.out, self.run = nn.Embedding(V, D), between(), nn.Linear(D, V), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, self.wte(x))
+
+
 def call_with_targets(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return model(x, y)
 
@@ -159,6 +171,12 @@ CASES = [
 ]  # fmt: skip
 
 BY_NAME = {case.name: case for case in CASES}
+
+
+def token_rows(rows: int = 5, positions: int = T) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(V, (2, rows, positions), generator=generator)
+    return x, y
 
 
 def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:

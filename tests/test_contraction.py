@@ -131,6 +131,21 @@ def test_float16_dots_neither_flush_nor_overflow(backprop: float, activation: fl
     assert error(dots, want_dots) < 1e-2
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_outlier_does_not_cost_the_others_their_digits(strategy: str) -> None:
+    """Every row's dot is as exact as its own gradient allows, whatever those of the rows around it."""
+    split = Split(6, 2)
+    left, right = factors(6, 2, 7, torch.float32)
+    left[:6] *= torch.tensor([1.0, 1e3, 1.0, 1e-3, 1e3, 1e-3])[:, None, None]
+    _, want, direction = truth(left, right, split)
+    _, dots, _ = contract(left, right, split, strategy)
+    norms = (
+        torch.einsum("ntp,ntd->npd", left.double(), right.double())[:6].flatten(1).norm(dim=1)
+        * direction.norm()
+    )
+    assert ((dots.double() - want).squeeze(1).abs() / norms).max() < 1e-5
+
+
 def test_the_direction_is_a_sum_of_products() -> None:
     """Not the product of the sums over validation rows."""
     left, right = factors(0, 3, 6)

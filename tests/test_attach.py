@@ -1,0 +1,237 @@
+"""While the engine is attached the model computes what it always did; detached, it is exactly what it was."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, Case, D, V, copy_in, joint_step
+from oracle import per_sample
+from torch import Tensor, nn
+
+from ghostEngines import GradDotProdEngine
+
+MODELS = [case.name for case in CASES if "gpt2" in case.name]
+
+
+def remembered(model: nn.Module) -> dict[str, Any]:
+    """Everything that the modules and parameters of a model carry, by identity where it can't be compared."""
+    memory: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        memory[f"{name} type"] = type(module)
+        for key, value in vars(module).items():
+            copied = OrderedDict(value) if isinstance(value, dict) else id(value)
+            memory[f"{name}.{key}"] = (
+                copied if key not in ("_parameters", "_buffers") else list(map(id, value.values()))
+            )
+        memory[f"{name} forward"] = module.forward.__func__
+        memory[f"{name} attributes"] = list(vars(module))
+    for name, p in model.named_parameters():
+        hooks = (p._backward_hooks, p._post_accumulate_grad_hooks)
+        memory[f"{name} parameter"] = (id(p), p.requires_grad, p.dtype, p._version, vars(p).copy(), hooks)
+    return memory
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(model: nn.Module, memory: dict[str, Any], state: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return (
+        remembered(model) == memory
+        and list(now) == list(state)
+        and all(map(torch.equal, now.values(), state.values()))
+    )
+
+
+def with_hooks(case: Case) -> nn.Module:
+    """A model that has hooks of its own and a frozen parameter."""
+    model = case.model()
+    model.register_forward_hook(lambda *_: None)
+    first = next(module for module in model.modules() if list(module.parameters(recurse=False)))
+    first.register_forward_pre_hook(lambda *_: None)
+    first.register_full_backward_hook(lambda *_: None)
+    list(model.parameters())[-2].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_nothing_is_left(name: str) -> None:
+    case = BY_NAME[name]
+    for model in (case.model(), with_hooks(case)):
+        memory, state = remembered(model), values(model)
+        engine = GradDotProdEngine(model, val_batch_size=2)
+        engine.attach()
+        assert not same(model, memory, state)  # the comparison does see the engine
+        assert list(model.state_dict()) == list(state)
+        engine.detach()
+        assert same(model, memory, state)
+        joint_step(model, *case.data(5), 2, case.losses)
+        assert same(model, memory, state)
+
+
+class Stop(Exception):
+    """Raised on purpose."""
+
+
+def failing_steps(model: nn.Module, case: Case) -> list[Callable[[GradDotProdEngine], None]]:
+    x, y = case.data(5)
+
+    def at_once(engine: GradDotProdEngine) -> None:
+        raise Stop
+
+    def in_forward(engine: GradDotProdEngine) -> None:
+        handle = next(iter(model.modules())).register_forward_hook(lambda *_: (_ for _ in ()).throw(Stop))
+        try:
+            case.losses(model, x, y)
+        finally:
+            handle.remove()
+
+    def before_backward(engine: GradDotProdEngine) -> None:
+        engine.joint_loss(case.losses(model, x, y))
+        raise Stop
+
+    def in_backward(engine: GradDotProdEngine) -> None:
+        losses = case.losses(model, x, y)
+        losses.register_hook(lambda _: (_ for _ in ()).throw(Stop))
+        engine.joint_loss(losses).backward()
+
+    return [at_once, in_forward, before_backward, in_backward]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fails", range(4), ids=["at once", "in forward", "before backward", "in backward"])
+def test_nothing_is_left_after_an_exception(name: str, fails: int) -> None:
+    case = BY_NAME[name]
+    model = with_hooks(case)
+    memory, state = remembered(model), values(model)
+    with pytest.raises(Stop), GradDotProdEngine(model, val_batch_size=2) as engine:
+        failing_steps(model, case)[fails](engine)
+    assert same(model, memory, state)
+
+
+def test_a_failed_attach_leaves_nothing() -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.PReLU(), nn.Linear(D, V)).double()
+    memory, state = remembered(model), values(model)
+    engine = GradDotProdEngine(model, val_batch_size=2)
+    with pytest.raises(ValueError, match="PReLU"):
+        engine.attach()
+    assert same(model, memory, state)
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match="optimizer"):
+        engine.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    engine.attach()  # the attempts did not count
+    engine.detach()
+
+
+def test_attached_once() -> None:
+    model = BY_NAME["gpt2-tied"].model()
+    engine = GradDotProdEngine(model, val_batch_size=2)
+    with pytest.raises(RuntimeError, match="not attached"):
+        engine.detach()
+    engine.attach()
+    memory = remembered_but_for_forward(model)
+    with pytest.raises(RuntimeError, match="attached already"):
+        engine.attach()
+    with pytest.raises(ValueError, match="overridden on the instance"):
+        GradDotProdEngine(model, val_batch_size=1).attach()
+    assert remembered_but_for_forward(model) == memory
+    engine.detach()
+    with pytest.raises(RuntimeError, match="not attached"):
+        engine.detach()
+
+
+def remembered_but_for_forward(model: nn.Module) -> list[tuple[str, list[str], list[int]]]:
+    """Attribute names and hooks of an attached model."""
+    return [
+        (name, list(vars(m)), [*m._forward_pre_hooks, *m._forward_hooks]) for name, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_engines_in_turn(name: str) -> None:
+    case = BY_NAME[name]
+    model = case.model()
+    first, second = (
+        GradDotProdEngine(model, val_batch_size=2),
+        GradDotProdEngine(model, val_batch_size=3, pairwise=True),
+    )
+    x, y = case.data(5)
+    for engine, m in ((first, 2), (second, 3), (first, 2)):
+        model.zero_grad()
+        with engine:
+            engine.joint_loss(case.losses(model, x, y)).backward()
+            engine.prepare_gradients()
+            dots = engine.dot_products()
+        truth = per_sample(case.model(), case.logits, x, y, 5 - m)
+        assert (truth.pairwise_error(dots) if m == 3 else truth.dot_error(dots)) < 1e-10
+        assert truth.gradient_error(model) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_while_detached(name: str) -> None:
+    """Same numbers, any number of rows, and plain gradients."""
+    case = BY_NAME[name]
+    model, untouched = case.model(), case.model()
+    engine = GradDotProdEngine(model, val_batch_size=2)
+    engine.attach()
+    engine.joint_loss(case.losses(model, *case.data(5))).backward()
+    model.zero_grad()
+    engine.detach()
+    for rows in (1, 4):
+        losses, want = (case.losses(m, *case.data(rows)) for m in (model, untouched))
+        assert torch.equal(losses, want)
+        losses.mean().backward()
+        want.mean().backward()
+    for p, q in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        engine.joint_loss(losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_outputs_are_those_of_the_untouched_model(name: str, autocast: bool, dtype: torch.dtype) -> None:
+    """To the last bit, with gradients and without, the outputs and every module's output on the way."""
+    case = BY_NAME[name]
+    model, (x, y) = copy_in(case.model(), dtype).train(), case.data(8)
+    x = x.to(dtype) if x.is_floating_point() else x
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.append(output)
+
+    for module in model.modules():
+        module.register_forward_hook(see)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        untouched = case.losses(model, x, y)
+        want, seen[:] = list(seen), []
+        with GradDotProdEngine(model, val_batch_size=3):
+            attached = case.losses(model, x, y)
+            got, seen[:] = list(seen), []
+            with torch.no_grad():
+                evaluated = case.losses(model, x, y)
+    assert torch.equal(attached, untouched)
+    assert torch.equal(evaluated, untouched)
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b.expand_as(a))  # broadcast positions are expanded to all rows
+
+
+def test_the_engine_does_not_keep_a_step_alive() -> None:
+    """Detached, it holds no tensor of its last step."""
+    model = BY_NAME["gpt2-tied"].model()
+    engine = GradDotProdEngine(model, val_batch_size=2)
+    with suppress(Stop), engine:
+        engine.joint_loss(BY_NAME["gpt2-tied"].losses(model, *BY_NAME["gpt2-tied"].data(5))).backward()
+        raise Stop
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        engine.prepare_gradients()
+    with pytest.raises(RuntimeError):
+        engine.dot_products()

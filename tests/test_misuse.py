@@ -1,0 +1,223 @@
+"""The order in which a step's calls are made, and what happens to the model meanwhile: right, or an error."""
+
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from cases import BY_NAME, D, T, V
+from oracle import Truth, per_sample
+from torch import Tensor, nn
+
+from ghostEngines import GradDotProdEngine
+
+LOUD = (RuntimeError, ValueError)
+
+
+# The order of forward, joint_loss, backward and prepare_gradients
+
+
+def started(name: str = "gpt2-tied") -> tuple[GradDotProdEngine, nn.Module, Callable[[int], Tensor], Truth]:
+    """An attached engine (3 train, 2 validation rows), its model, data seed -> losses, and the truth for
+    data seed 1."""
+    case = BY_NAME[name]
+    model = case.model()
+    engine = GradDotProdEngine(model, val_batch_size=2)
+    engine.attach()
+    truth = per_sample(case.model(), case.logits, *case.data(5), 3)
+    return engine, model, lambda seed: case.losses(model, *case.data(5, seed)), truth
+
+
+def finish(engine: GradDotProdEngine, model: nn.Module, losses: Tensor, truth: Truth) -> None:
+    """The rest of a step, which must be exact."""
+    model.zero_grad()
+    engine.joint_loss(losses).backward()
+    engine.prepare_gradients()
+    assert truth.dot_error(engine.dot_products()) < 1e-10
+    assert truth.gradient_error(model) < 1e-10
+
+
+def test_every_step_has_its_turn() -> None:
+    engine, _, run, truth = started()
+    for early in (engine.prepare_gradients, engine.dot_products, lambda: engine.joint_loss(torch.zeros(5))):
+        with pytest.raises(RuntimeError):
+            early()
+    losses = run(1)
+    for early in (engine.prepare_gradients, engine.dot_products):
+        with pytest.raises(RuntimeError, match=r"joint_loss|prepare_gradients"):
+            early()
+    loss = engine.joint_loss(losses)
+    with pytest.raises(RuntimeError, match="joint_loss"):
+        engine.prepare_gradients()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="prepare_gradients"):
+        engine.dot_products()
+    engine.prepare_gradients()
+    assert truth.dot_error(engine.dot_products()) < 1e-10
+    run(1)
+    with pytest.raises(RuntimeError, match="prepare_gradients"):  # those of the step before are gone
+        engine.dot_products()
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda v: v[:3], lambda v: v.mean(), lambda v: v[:, None], lambda v: v.repeat(2)]
+)
+def test_joint_loss_takes_one_loss_per_row(bad) -> None:
+    engine, _, run, _ = started()
+    with pytest.raises(ValueError, match=r"one loss per row, \(5,\)"):
+        engine.joint_loss(bad(run(1)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda engine, losses: losses[:3].mean(),
+        lambda engine, losses: losses.sum(),
+        lambda engine, losses: engine.joint_loss(losses.detach()),
+        lambda engine, losses: engine.joint_loss(losses) + losses.sum(),
+        lambda engine, losses: engine.joint_loss(losses) - 0.5 * losses[4],
+    ],
+    ids=["train mean", "sum", "detached", "joint loss and sum", "joint loss and one row"],
+)
+def test_the_backward_pass_is_that_of_the_joint_loss(loss) -> None:
+    engine, _, run, _ = started()
+    combined = loss(engine, run(1))
+
+    def rest() -> None:
+        combined.backward()
+        engine.prepare_gradients()
+
+    with pytest.raises(LOUD, match="joint_loss"):
+        rest()
+
+
+def test_two_backward_passes_of_one_forward() -> None:
+    """Their gradients add up, linearly in p.grad and in the dots, but the scale of the dots is a square."""
+    engine, _, run, _ = started()
+    loss = engine.joint_loss(run(1))
+    loss.backward(retain_graph=True)
+
+    def rest() -> None:
+        loss.backward()
+        engine.prepare_gradients()
+
+    with pytest.raises(LOUD, match="backward"):
+        rest()
+
+
+def test_two_forward_passes_in_one_backward() -> None:
+    """Only the last forward pass has probes."""
+    engine, _, run, _ = started()
+    first, second = run(2), run(1)
+
+    def rest() -> None:
+        (engine.joint_loss(first) + engine.joint_loss(second)).backward()
+        engine.prepare_gradients()
+
+    with pytest.raises(LOUD):
+        rest()
+
+
+def test_the_backward_of_an_earlier_forward() -> None:
+    engine, model, run, truth = started()
+    first, _ = run(2), run(1)
+    engine.joint_loss(first).backward()
+    with pytest.raises(RuntimeError, match="joint_loss"):
+        engine.prepare_gradients()
+    finish(engine, model, run(1), truth)
+
+
+def test_a_forward_pass_that_is_thrown_away() -> None:
+    engine, model, run, truth = started()
+    run(2)
+    finish(engine, model, run(1), truth)
+
+
+def test_evaluation_between_forward_and_backward() -> None:
+    engine, model, run, truth = started()
+    losses = run(1)
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(run(1), losses)
+        model(torch.zeros(1, T, dtype=torch.long))  # any number of rows
+        model.train()
+    finish(engine, model, losses, truth)
+
+
+def test_an_exception_in_forward_then_another_step() -> None:
+    engine, model, run, truth = started()
+    with pytest.raises(IndexError):
+        model(torch.full((5, T), V))
+    finish(engine, model, run(1), truth)
+
+
+def test_a_layer_called_outside_of_the_model() -> None:
+    """Its gradients would be among the probe's, uncounted; before the first step as after one."""
+    engine, model, run, _ = started()
+    hidden = torch.randn(5, T, D, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="ran outside of the model"):
+        model.transformer.h[0](hidden)
+    engine.joint_loss(run(1)).backward()
+    engine.prepare_gradients()
+    with pytest.raises(RuntimeError, match="ran outside of the model"):
+        model.transformer.h[0](hidden)
+
+
+def test_a_second_derivative_raises() -> None:
+    """It would be the train rows' for some terms and all rows' for others."""
+    engine, model, run, _ = started("linear-3d")
+
+    def penalised() -> None:
+        engine.joint_loss(run(1)).backward(create_graph=True)
+        sum(p.grad.square().sum() for p in model.parameters()).backward()
+
+    with pytest.warns(UserWarning, match="create_graph"), pytest.raises(LOUD):
+        penalised()
+
+
+# A model that changes while attached
+
+
+def test_parameters_that_are_unfrozen_while_attached() -> None:
+    """No rule stands in their layer, so their gradient is of the validation rows as well."""
+    engine, model, run, _ = started()
+    engine.detach()
+    model.transformer.h[0].requires_grad_(False)
+    engine.attach()
+    model.transformer.h[0].requires_grad_(True)
+
+    def step() -> None:
+        engine.joint_loss(run(1)).backward()
+        engine.prepare_gradients()
+
+    with pytest.raises(LOUD, match=r"transformer\.h\.0"):
+        step()
+
+
+def test_parameters_that_are_frozen_while_attached() -> None:
+    engine, model, run, _ = started()
+    for p in (*model.transformer.h[0].parameters(), model.transformer.ln_f.bias):
+        p.requires_grad_(False)
+    case = BY_NAME["gpt2-tied"]
+    truth = per_sample(deepcopy_detached(model, engine), case.logits, *case.data(5), 3)
+    engine.attach()
+    finish(engine, model, run(1), truth)
+
+
+def deepcopy_detached(model: nn.Module, engine: GradDotProdEngine) -> nn.Module:
+    engine.detach()
+    return deepcopy(model)
+
+
+@pytest.mark.parametrize("copy", [deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("after_a_step", [False, True])
+def test_a_copy_of_an_attached_model_is_refused(copy, after_a_step: bool) -> None:
+    """It would carry an engine of its own, which nobody could detach."""
+    engine, model, run, truth = started()
+    if after_a_step:
+        finish(engine, model, run(1), truth)
+    with pytest.raises(LOUD, match="detach"):
+        copy(model)
+    engine.detach()
+    copy(model)

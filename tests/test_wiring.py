@@ -1,0 +1,175 @@
+"""How a model may be wired: what the engine takes is exact, and what it cannot take raises."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from cases import BY_NAME, D, T, Wired, joint_step, seeded, token_rows
+from oracle import per_sample
+from torch import nn
+from torch.nn import functional as F
+
+from ghostEngines import GradDotProdEngine, per_sample_losses
+
+
+def exact(model: nn.Module, rows: int = 5, positions: int = T, losses: Callable = per_sample_losses) -> bool:
+    """One step of the model on token rows agrees with the oracle, dots and gradients."""
+    x, y = token_rows(rows, positions)
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), x, y, rows - 2)
+    dots, _ = joint_step(model, x, y, 2, losses)
+    return truth.dot_error(dots) < 1e-10 and truth.gradient_error(model) < 1e-10
+
+
+# What the forward pass refuses
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, h: m.out(m.lin(h.flatten(0, 1)).view(h.shape)),  # (N·T, D)
+        lambda m, h: m.out(m.lin(h.transpose(0, 1)).transpose(0, 1)),  # (T, N, D)
+        lambda m, h: m.out(h + m.lin(torch.ones(D, dtype=h.dtype))),  # (D,)
+    ],
+    ids=["flattened", "sequence first", "no sample"],
+)
+def test_the_first_dimension_is_the_sample(run) -> None:
+    with pytest.raises(
+        ValueError, match=r"layer 'lin' got an input of shape .* 5 rows \(3 train, 2 validation\)"
+    ):
+        joint_step(seeded(lambda: Wired(run)), *token_rows(), 2)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_too_few_rows(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"with {rows} rows, the last 2"):
+        joint_step(BY_NAME["gpt2-tied"].model(), *token_rows(rows), 2)
+
+
+def test_an_input_without_a_number_of_rows() -> None:
+    model = Wired(lambda m, h: m.out(h))
+    model.forward = lambda x: model.out(model.wte(torch.tensor(x)))
+    with GradDotProdEngine(model, 2), pytest.raises(ValueError, match="without a tensor"):
+        model([[1, 2], [3, 4], [5, 6]])
+    model = Wired(lambda m, h: m.out(h))
+    with GradDotProdEngine(model, 2), pytest.raises(ValueError, match="row"):
+        model(torch.tensor(1))
+
+
+# What prepare_gradients refuses
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, h: m.out(F.linear(h, m.lin.weight, m.lin.bias)),
+        lambda m, h: m.out(m.lin(m.lin(h))),
+        lambda m, h: m.out(F.linear(m.lin(h), m.lin.weight)),
+        lambda m, h: m.out(m.lin(h) + m.lin.bias),
+        lambda m, h: F.linear(m.lin(h), m.wte.weight),
+        lambda m, h: m.out(h) + 0 * m.lin(h).sum() + m.lin.weight.square().mean(),
+    ],
+    ids=[
+        "weight read",
+        "called twice",
+        "called and read",
+        "called and bias read",
+        "tied by hand",
+        "regulariser inside",
+    ],
+)
+def test_a_weight_is_used_by_one_call_of_its_layer(run) -> None:
+    """Whatever the model does with a weight beside calling its layer once would be in p.grad, for the
+    validation rows too, and not in the dot products."""
+    with pytest.raises(RuntimeError, match=r"layer '(lin|wte)'"):
+        joint_step(seeded(lambda: Wired(run)), *token_rows(), 2)
+
+
+def test_a_layer_that_is_not_used_is_no_error() -> None:
+    model = seeded(lambda: Wired(lambda m, h: m.out(h)))
+    truth = per_sample(model, lambda m, x: m(x), *token_rows(), 3)
+    dots, _ = joint_step(model, *token_rows(), 2)
+    assert truth.dot_error(dots) < 1e-12
+    assert model.lin.weight.grad is None
+
+
+# Shapes that could be taken for others
+
+
+def test_as_many_positions_as_rows() -> None:
+    assert exact(seeded(lambda: Wired(lambda m, h: m.out(m.lin(h).tanh()))), rows=T)
+
+
+@pytest.mark.parametrize("rows", [5, T])
+def test_positions_without_a_first_dimension(rows: int) -> None:
+    """Position ids arange(T): with as many positions as rows they look like one id for each row."""
+    model = seeded(lambda: Wired(lambda m, h: m.out(h + m.lin(torch.arange(T))), lambda: nn.Embedding(T, D)))
+    with pytest.raises(ValueError, match="layer 'lin'"):
+        exact(model, rows)
+
+
+@pytest.mark.parametrize("rows", [5, T])
+def test_one_vector_for_all(rows: int) -> None:
+    """A token of shape (1,) is broadcast from the right: its embedding is (1, d), not one vector for each
+    row."""
+    model = seeded(
+        lambda: Wired(lambda m, h: m.out(h + m.lin(torch.tensor([0]))), lambda: nn.Embedding(1, D))
+    )
+    with pytest.raises(ValueError, match="layer 'lin'"):
+        exact(model, rows)
+
+
+# What must simply work
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, h: m.out(m.lin(h).relu_()),
+        lambda m, h: m.out(h.relu_()),
+        lambda m, h: m.out(m.lin(h).add_(h)),
+        lambda m, h: m.out(input=m.lin(input=h)),
+        lambda m, h: m.out(m.lin(h.transpose(0, 1).contiguous().transpose(0, 1))),
+        lambda m, h: m.out(m.lin(h)[:, :, ::2].repeat_interleave(2, -1)),
+        lambda m, h: m.out(m.lin(h).sum(1, keepdim=True).expand(h.shape)),
+    ],
+    ids=["in-place linear", "in-place embedding", "in-place sum", "keyword", "strided", "sliced", "expanded"],
+)
+def test_wirings(run) -> None:
+    assert exact(seeded(lambda: Wired(run)))
+
+
+def test_a_model_that_returns_a_tuple() -> None:
+    model = seeded(lambda: Wired(lambda m, h: (m.out(m.lin(h)), h)))
+    x, y = token_rows()
+    truth = per_sample(deepcopy(model), lambda m, x: m(x)[0], x, y, 3)
+    dots, _ = joint_step(model, x, y, 2, lambda m, x, y: per_sample_losses(lambda x: m(x)[0], x, y))
+    assert truth.dot_error(dots) < 1e-10
+    with pytest.raises((TypeError, ValueError), match="logits"):
+        per_sample_losses(model, x, y)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "fused-gpt2-tied"])
+def test_one_target_in_a_row_and_rows_that_are_the_same(name: str) -> None:
+    case = BY_NAME[name]
+    x, y = (t[[0, 1, 0, 1]] for t in case.data(2))  # the train rows are the validation rows
+    y[:, 1:] = -100
+    model = case.model()
+    truth = per_sample(case.model(), case.logits, x, y, 2)
+    dots, _ = joint_step(model, x, y, 2, case.losses)
+    assert truth.dot_error(dots) < 1e-10
+    assert truth.gradient_error(model) < 1e-10
+
+
+def test_an_input_that_needs_a_gradient() -> None:
+    case = BY_NAME["linear-3d"]
+    x, y = case.data(5)
+    x.requires_grad_()
+    model = case.model()
+    truth = per_sample(case.model(), case.logits, x.detach(), y, 3)
+    dots, losses = joint_step(model, x, y, 2)
+    assert truth.dot_error(dots) < 1e-10
+    plain = x.detach().clone().requires_grad_()
+    losses = per_sample_losses(case.model(), plain, y)
+    (losses[:3].mean() + losses[3:].mean()).backward()
+    assert torch.allclose(x.grad, plain.grad, rtol=1e-12, atol=1e-14)
