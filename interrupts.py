@@ -8,8 +8,8 @@ from types import FrameType
 
 @contextmanager
 def interrupt_deferred() -> Iterator[None]:
-    """A Ctrl-C that comes inside raises KeyboardInterrupt at the end: the update of the parameters and the record of its scores
-    are both done, or neither is."""
+    """A Ctrl-C that comes inside raises KeyboardInterrupt at the end: the update of the parameters and the
+    record of its scores are both done, or neither is."""
     pending = False
 
     def remember(number: int, frame: FrameType | None) -> None:

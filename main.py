@@ -26,7 +26,8 @@ logger = logging.getLogger("main")
 
 
 def main(argv: list[str]) -> int:
-    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 130 after Ctrl-C."""
+    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 130
+    after Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.disable_progress_bar()
     config = resolve(TrainingConfig.from_command_line(argv))
@@ -77,9 +78,14 @@ def build_manager(
     }
     scores = ScoreWriter(config.result_dir / "grad_dotprods", rank=rank, metadata=metadata)
     return GradDotProdManager(
-        model, optimizer, val_x=val_x, val_y=val_y, scores=scores, save_interval=config.dot_prod_save_interval,
+        model,
+        optimizer,
+        val_x=val_x,
+        val_y=val_y,
+        scores=scores,
+        save_interval=config.dot_prod_save_interval,
         strategy=None if config.contraction == "auto" else config.contraction,
-    )  # fmt: skip
+    )
 
 
 def train(trainer: Trainer) -> int:

@@ -1,4 +1,5 @@
-"""Architectures, precision, optimizer: everything between a TrainingConfig and a model that can take a step."""
+"""Architectures, precision, optimizer: everything between a TrainingConfig and a model that can take a
+step."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class CausalLM(nn.Module):
-    """A Hugging Face GPT-2 whose forward goes from tokens to losses: embedding, blocks, and the head fused with its loss.
+    """A Hugging Face GPT-2 whose forward goes from tokens to losses: embedding, blocks, and the head fused
+    with its loss.
 
     `hf` stays a GPT2LMHeadModel under its own parameter names, so that `hf.save_pretrained` writes what
     `GPT2LMHeadModel.from_pretrained` reads; only its `lm_head` is a CrossEntropyHead.
@@ -39,14 +41,15 @@ class CausalLM(nn.Module):
         self.hf = hf
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (N, T) token ids, y (N, T) the ids that follow them, -100 for none -> losses (N,) in nats per token."""
+        """x (N, T) token ids, y (N, T) the ids that follow them, -100 for none -> losses (N,) in nats per
+        token."""
         hidden = self.hf.transformer(x, use_cache=False).last_hidden_state  # (N, T, d)
         return self.hf.lm_head(hidden, y)
 
 
 def check_dropout(config: GPT2Config) -> None:
-    """ValueError for a configuration with dropout: validation rows would change the masks of the train rows, and the scores
-    would be of a random model."""
+    """ValueError for a configuration with dropout: validation rows would change the masks of the train rows,
+    and the scores would be of a random model."""
     for name in DROPOUT_FIELDS:
         if getattr(config, name) != 0:
             raise ValueError(f"the model's configuration has {name}={getattr(config, name)}: set it to 0.0")
@@ -74,7 +77,11 @@ class Precision:
 
     @classmethod
     def of(cls, config: TrainingConfig) -> "Precision":
-        return cls(torch.device(config.device), getattr(torch, config.model_dtype), getattr(torch, config.train_dtype))
+        return cls(
+            torch.device(config.device),
+            getattr(torch, config.model_dtype),
+            getattr(torch, config.train_dtype),
+        )
 
     def autocast(self) -> AbstractContextManager:
         """The context of the forward pass."""
@@ -95,7 +102,8 @@ def build_model(config: TrainingConfig) -> CausalLM:
     hf_config = architecture_config(config.architecture)
     if config.block_size > hf_config.n_positions:
         raise ValueError(
-            f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of {config.architecture}"
+            f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of "
+            f"{config.architecture}"
         )
     torch.manual_seed(config.seed)
     model = CausalLM(GPT2LMHeadModel(hf_config))

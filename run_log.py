@@ -1,4 +1,5 @@
-"""What a run tells: JSON lines in its folder, Weights & Biases, a progress bar and one line per evaluation on the screen."""
+"""What a run tells: JSON lines in its folder, Weights & Biases, a progress bar and one line per evaluation on
+the screen."""
 
 import json
 import logging
@@ -16,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """{result_dir}/metrics.jsonl gets one object per record: `step` and what was measured there, flushed at once."""
+    """{result_dir}/metrics.jsonl gets one object per record: `step` and what was measured there, flushed at
+    once."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self._file = (config.result_dir / "metrics.jsonl").open("a", encoding="utf-8")
@@ -26,7 +28,8 @@ class RunLog:
         self._wandb = start_wandb(config) if config.wandb_mode != "disabled" else None
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """One line, and the same to Weights & Biases. values: JSON numbers by name; nested names are joined by a slash."""
+        """One line, and the same to Weights & Biases. values: JSON numbers by name; nested names are joined
+        by a slash."""
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
         if self._wandb is not None:

@@ -1,4 +1,5 @@
-"""The table at the end of a run: how it went, and which samples helped and hurt the validation loss most so far."""
+"""The table at the end of a run: how it went, and which samples helped and hurt the validation loss most so
+far."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,11 +33,14 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
 
 
 def add_extremes(table: Table, config: TrainingConfig, data: TrainingData) -> None:
-    """The samples with the highest and the lowest summed value: the predicted fall of the validation loss, in nats."""
+    """The samples with the highest and the lowest summed value: the predicted fall of the validation loss, in
+    nats."""
     values = summed_values(config.result_dir / "grad_dotprods")
     count = min(EXTREMES, len(values))
     for title, rows in (("highest value", values[:count]), ("lowest value", values[len(values) - count :])):
         for row in rows.to_pylist():
             tokens = data.blocks["train"].tokens(row["domain"], row["block"])
             words = " ".join(data.tokenizer.decode(tokens[:FIRST_TOKENS].tolist()).split())[:FIRST_CHARACTERS]
-            table.add_row(title, f"{row['value']:+.3e}  {escape(row['domain'])} block {row['block']}: {escape(words)}")
+            table.add_row(
+                title, f"{row['value']:+.3e}  {escape(row['domain'])} block {row['block']}: {escape(words)}"
+            )

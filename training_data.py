@@ -13,8 +13,8 @@ EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are n
 
 @dataclass(frozen=True)
 class TrainingData:
-    """train: the loader of training batches. evaluation: a loader for each of train, val and test. validation: the rows (m, T) that
-    dot products refer to. tokenizer: the one that made the shards."""
+    """train: the loader of training batches. evaluation: a loader for each of train, val and test.
+    validation: the rows (m, T) that dot products refer to. tokenizer: the one that made the shards."""
 
     train: BatchLoader
     evaluation: dict[str, BatchLoader]
@@ -26,9 +26,9 @@ class TrainingData:
     def open(cls, config: TrainingConfig, world: World, vocabulary: int) -> "TrainingData":
         """Opens the shards that the configuration names.
 
-        Raises ShardError for shards that are missing or damaged, ValueError for a domain that is not there, blocks longer than a
-        shard, too few validation blocks, shards of different tokenizers, or token ids beyond the model's vocabulary.
-        """
+        Raises ShardError for shards that are missing or damaged, ValueError for a domain that is not there,
+        blocks longer than a shard, too few validation blocks, shards of different tokenizers, or token ids
+        beyond the model's vocabulary."""
         names, weights = (None, None) if config.domains is None else parse_domains(config.domains)
         blocks = {
             "train": open_blocks(config, config.train_set, names),
@@ -37,9 +37,13 @@ class TrainingData:
         }
         check_tokens(blocks, vocabulary)
         train = BatchLoader(
-            blocks["train"], batch_size=config.batch_size, seed=config.seed, weights=weights,
-            rank=world.rank, world_size=world.size,
-        )  # fmt: skip
+            blocks["train"],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            weights=weights,
+            rank=world.rank,
+            world_size=world.size,
+        )
         assert config.eval_bs is not None
         evaluation = {
             name: BatchLoader(part, batch_size=config.eval_bs, seed=config.seed + EVALUATION_SEED)
@@ -53,7 +57,9 @@ def open_blocks(config: TrainingConfig, name: str, domains: tuple[str, ...] | No
     """The blocks of SPLIT or SPLIT:DOMAIN."""
     split, domain = split_and_domain(name)
     assert config.pile_data_dir is not None
-    return BlockDataset.open(Path(config.pile_data_dir), split, config.block_size, (domain,) if domain else domains)
+    return BlockDataset.open(
+        Path(config.pile_data_dir), split, config.block_size, (domain,) if domain else domains
+    )
 
 
 def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
@@ -64,6 +70,6 @@ def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
     for name, part in blocks.items():
         if part.max_token_id >= vocabulary:
             raise ConfigError(
-                f"the {name} shards have token id {part.max_token_id}, the model's vocabulary ends at {vocabulary - 1}: "
-                "tokenize them with a GPT-2 tokenizer"
+                f"the {name} shards have token id {part.max_token_id}, the model's vocabulary ends at "
+                f"{vocabulary - 1}: tokenize them with a GPT-2 tokenizer"
             )

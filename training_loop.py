@@ -102,16 +102,19 @@ class Trainer:
 
         batch = self.data.train.batch(step)
         x, y = to_device(batch, self.precision.device)
-        manager.attach_train_batch(x, y, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks)
+        manager.attach_train_batch(
+            x, y, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks
+        )
         x, y = manager.prepare_forward_input()  # (n+m, T)
         with self.precision.autocast():
             losses = self.model(x, y)  # (n+m,)
         train_loss = manager.train_losses(losses).mean().item()
         if not math.isfinite(train_loss) or not losses.isfinite().all():
             raise NonFiniteLoss(
-                f"the loss of step {step} is {train_loss} (per row: {losses.tolist()}); samples {batch.sample_ids.tolist()} of "
-                f"{', '.join(batch.domains)}. The run stops with the parameters before this step: lower --learning_rate, "
-                "lengthen --warmup_step, or look at these samples."
+                f"the loss of step {step} is {train_loss} (per row: {losses.tolist()}); samples "
+                f"{batch.sample_ids.tolist()} of {', '.join(batch.domains)}. The run stops with the "
+                "parameters before this step: lower --learning_rate, lengthen --warmup_step, or look at "
+                "these samples."
             )
         self.scaler.scale(manager.joint_loss(losses)).backward()
         manager.prepare_gradients()
@@ -122,13 +125,18 @@ class Trainer:
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             manager.aggregate_and_log(
-                losses=losses, step=step, lr=lr, clip_factor=clip_factor, skipped=~norm.isfinite(),
+                losses=losses,
+                step=step,
+                lr=lr,
+                clip_factor=clip_factor,
+                skipped=~norm.isfinite(),
                 global_batch_size=self.global_batch_size,
-            )  # fmt: skip
+            )
             self._record(step, batch, lr, train_loss, norm, clip_factor, time.perf_counter() - start)
 
     def _clip(self) -> tuple[Tensor, Tensor]:
-        """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it and the factor ()."""
+        """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it and the
+        factor ()."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -139,7 +147,14 @@ class Trainer:
         return norm, factor
 
     def _record(
-        self, step: int, batch: Batch, lr: float, train_loss: float, norm: Tensor, clip_factor: Tensor, seconds: float
+        self,
+        step: int,
+        batch: Batch,
+        lr: float,
+        train_loss: float,
+        norm: Tensor,
+        clip_factor: Tensor,
+        seconds: float,
     ) -> None:
         progress, tokens = self.progress, self.global_batch_size * self.config.block_size
         progress.steps, progress.train_loss = step + 1, train_loss
@@ -164,8 +179,14 @@ def dot_statistics(dots: Tensor | None, domains: tuple[str, ...]) -> dict[str, f
     by_domain: dict[str, list[float]] = defaultdict(list)
     for domain, value in zip(domains, values, strict=True):
         by_domain[domain].append(value)
-    statistics = {"dot_product/mean": sum(values) / len(values), "dot_product/min": min(values), "dot_product/max": max(values)}
-    return statistics | {f"dot_product/domain/{name}": sum(each) / len(each) for name, each in sorted(by_domain.items())}
+    statistics = {
+        "dot_product/mean": sum(values) / len(values),
+        "dot_product/min": min(values),
+        "dot_product/max": max(values),
+    }
+    return statistics | {
+        f"dot_product/domain/{name}": sum(each) / len(each) for name, each in sorted(by_domain.items())
+    }
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -176,8 +197,11 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, data: TrainingData, config: TrainingConfig, precision: Precision) -> dict[str, float]:
-    """Mean loss in nats per token on train, val and test: --eval_iter batches of --eval_bs rows, the same ones every time."""
+def evaluate(
+    model: CausalLM, data: TrainingData, config: TrainingConfig, precision: Precision
+) -> dict[str, float]:
+    """Mean loss in nats per token on train, val and test: --eval_iter batches of --eval_bs rows, the same
+    ones every time."""
     result = {}
     for name, loader in data.evaluation.items():
         losses = []

@@ -1,4 +1,5 @@
-"""The rows that the dot products refer to: a fixed, seeded batch of the validation split, kept beside the scores."""
+"""The rows that the dot products refer to: a fixed, seeded batch of the validation split, kept beside the
+scores."""
 
 import hashlib
 from pathlib import Path
@@ -12,10 +13,11 @@ from dataloader import Batch
 
 
 def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> str:
-    """Writes {folder}/rows.parquet, one row each with sample_id, domain, block, its T+1 tokens and their text.
+    """Writes {folder}/rows.parquet, one row each with sample_id, domain, block, its T+1 tokens and their
+    text.
 
-    Returns the SHA-256 of the tokens, which the scores carry: scores with another hash are of other validation rows.
-    """
+    Returns the SHA-256 of the tokens, which the scores carry: scores with another hash are of other
+    validation rows."""
     tokens = torch.cat([batch.x, batch.y[:, -1:]], dim=1)  # (m, T+1)
     folder.mkdir()
     table = pa.table(

@@ -2,9 +2,10 @@
 
     python -m benchmarks.step_time --block_size 1024 --batch_size 2 --val_batch_size 1
 
-One round times every method once, in turn; ratios are medians over the rounds of the ratio within a round, so that a machine
-whose speed drifts does not matter. Peak memory is measured in a fresh process for each method. Before anything is timed, all
-methods' training gradients and dot products are compared with those of the per-sample loop; wrong ones are not timed.
+One round times every method once, in turn; ratios are medians over the rounds of the ratio within a round, so
+that a machine whose speed drifts does not matter. Peak memory is measured in a fresh process for each method.
+Before anything is timed, all methods' training gradients and dot products are compared with those of the
+per-sample loop; wrong ones are not timed.
 
     hf_n, hf_nm            the ordinary Hugging Face model, one training step on n and on n+m rows
     regular_n, regular_nm  this repository's method Regular, likewise
@@ -24,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,12 @@ ENGINE_OPTIONS = {
     "instantiate": {"strategy": "instantiate"},
 }
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, "loop", "vmap")
-RATIOS = (("graddotprod", "regular_nm"), ("graddotprod", "hf_nm"), ("graddotprod", "hf_n"), ("loop", "graddotprod"))
+RATIOS = (
+    ("graddotprod", "regular_nm"),
+    ("graddotprod", "hf_nm"),
+    ("graddotprod", "hf_n"),
+    ("loop", "graddotprod"),
+)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relative to their norms
 
 
@@ -85,14 +90,21 @@ class Setup:
             return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
 
         return cls(
-            hf.to(args.device).train(), ours.to(args.device).train(), x, y, args.batch_size, args.val_batch_size,
-            autocast, args.optimizer,
-        )  # fmt: skip
+            hf.to(args.device).train(),
+            ours.to(args.device).train(),
+            x,
+            y,
+            args.batch_size,
+            args.val_batch_size,
+            autocast,
+            args.optimizer,
+        )
 
 
 @dataclass
 class Method:
-    """step() runs one step and returns the dot products, None for plain training; model holds the gradients after it."""
+    """step() runs one step and returns the dot products, None for plain training; model holds the gradients
+    after it."""
 
     model: nn.Module
     step: Callable[[], Tensor | None]
@@ -136,7 +148,8 @@ def make_engine(setup: Setup, **options: object) -> Callable[[], Tensor]:
 
 
 def make_loop(setup: Setup) -> Callable[[], Tensor]:
-    """Validation gradient first, then a backward pass per train row; leaves the training gradient in .grad."""
+    """Validation gradient first, then a backward pass per train row; leaves the training gradient in
+    .grad."""
     parameters = list(setup.hf.parameters())
 
     def step() -> Tensor:
@@ -149,7 +162,11 @@ def make_loop(setup: Setup) -> Callable[[], Tensor]:
             if row >= n:
                 torch._foreach_add_(direction, gradients, alpha=1 / m)
             else:
-                dots.append(sum(torch.dot(g.flatten(), d.flatten()) for g, d in zip(gradients, direction, strict=True)))
+                dots.append(
+                    sum(
+                        torch.dot(g.flatten(), d.flatten()) for g, d in zip(gradients, direction, strict=True)
+                    )
+                )
                 torch._foreach_add_(total, gradients, alpha=1 / n)
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = gradient
@@ -216,11 +233,17 @@ def check(setup: Setup, methods: dict[str, Method], dtype: str) -> None:
         if dots is not None:
             error = ((dots - want_dots).abs().max() / scale).item()
             if not error < 10 * bound:
-                raise SystemExit(f"{name}: dot products are off by {error:.1e} of the largest one; nothing is timed")
+                raise SystemExit(
+                    f"{name}: dot products are off by {error:.1e} of the largest one; nothing is timed"
+                )
         if method.rows == reference.rows:
-            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients(method.model), want, strict=True)]
+            errors = [
+                ((a - b).norm() / b.norm()).item() for a, b in zip(gradients(method.model), want, strict=True)
+            ]
             if not max(errors) < bound:
-                raise SystemExit(f"{name}: the training gradient is off by {max(errors):.1e}; nothing is timed")
+                raise SystemExit(
+                    f"{name}: the training gradient is off by {max(errors):.1e}; nothing is timed"
+                )
         clear(method)
 
 
@@ -241,8 +264,11 @@ def timed_step(method: Method, optimizer: torch.optim.Optimizer | None, device: 
     return seconds
 
 
-def time_methods(setup: Setup, methods: dict[str, Method], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per method and round. The order changes from round to round, so that no method always follows the same one."""
+def time_methods(
+    setup: Setup, methods: dict[str, Method], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds per method and round. The order changes from round to round, so that no method always follows
+    the same one."""
     optimizers = {name: make_optimizer(method, setup) for name, method in methods.items()}
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
@@ -291,17 +317,22 @@ def interval(values: list[float]) -> tuple[float, float]:
 def results_of(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, list[dict[str, object]]]:
     results = [
         {
-            "name": name, "median_s": statistics.median(values), "min_s": min(values), "max_s": max(values),
+            "name": name,
+            "median_s": statistics.median(values),
+            "min_s": min(values),
+            "max_s": max(values),
             "peak_bytes": peaks.get(name),
         }
         for name, values in seconds.items()
-    ]  # fmt: skip
+    ]
     ratios = []
     for above, below in RATIOS:
         if above in seconds and below in seconds:
             paired = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
             low, high = interval(paired)
-            ratios.append({"ratio": f"{above} / {below}", "median": statistics.median(paired), "low": low, "high": high})
+            ratios.append(
+                {"ratio": f"{above} / {below}", "median": statistics.median(paired), "low": low, "high": high}
+            )
     return {"results": results, "ratios": ratios}
 
 
@@ -320,7 +351,9 @@ def print_results(report: dict[str, list[dict[str, object]]], title: str) -> Non
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("benchmarks.step_time", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "benchmarks.step_time", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="GPT2-Small")
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=2, help="n, train rows")
@@ -330,7 +363,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--optimizer", action="store_true", help="include the optimizer step (fused AdamW)")
-    parser.add_argument("--methods", default="hf_n,hf_nm,regular_nm,graddotprod", help=f"of {','.join(METHODS)}")
+    parser.add_argument(
+        "--methods", default="hf_n,hf_nm,regular_nm,graddotprod", help=f"of {','.join(METHODS)}"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
@@ -358,10 +393,18 @@ def main(argv: list[str]) -> None:
         check(setup, methods, args.dtype)
         seconds = time_methods(setup, methods, args)
     report = results_of(seconds, peaks)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print_results(report, f"{args.architecture} T={args.block_size} n={args.batch_size} m={args.val_batch_size} {args.dtype}, {device}")
+    device = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print_results(
+        report,
+        f"{args.architecture} T={args.block_size} n={args.batch_size} m={args.val_batch_size} {args.dtype}, "
+        f"{device}",
+    )
     if args.output is not None:
-        args.output.write_text(json.dumps({**report, "command": argv, "device": device, "torch": torch.__version__}, indent=2))
+        args.output.write_text(
+            json.dumps({**report, "command": argv, "device": device, "torch": torch.__version__}, indent=2)
+        )
 
 
 if __name__ == "__main__":

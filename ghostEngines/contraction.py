@@ -1,11 +1,12 @@
 """One weight gradient, and its per-sample dot products on the way.
 
-Every linear-like layer has, for sample i, the gradient  G_i = left_iᵀ right_i  of shape (p, d): for `nn.Linear` left are
-the backprops and right the activations, for a transposed weight the other way round. The step needs Σ_i G_i over the train
-rows anyway; attribution wants <G_i, D> as well, where D is the direction, by default the validation gradient.
+Every linear-like layer has, for sample i, the gradient  G_i = left_iᵀ right_i  of shape (p, d): for
+`nn.Linear` left are the backprops and right the activations, for a transposed weight the other way round. The
+step needs Σ_i G_i over the train rows anyway; attribution wants <G_i, D> as well, where D is the direction,
+by default the validation gradient.
 
-Index letters: n train rows, m validation rows, T positions, k directions (1, or m for pairwise scores), p and d the two
-sides of the weight. All functions here are pure but for `total`, which they add to.
+Index letters: n train rows, m validation rows, T positions, k directions (1, or m for pairwise scores), p and
+d the two sides of the weight. All functions here are pure but for `total`, which they add to.
 
     strategy     extra operations       extra memory      good when
     gram         2·n·m·T²·(d+p)         2·n·m·T²          T is small against d·p/(d+p)
@@ -24,8 +25,9 @@ from torch import Tensor
 Strategy = Literal["gram", "project", "instantiate"]
 STRATEGIES: tuple[Strategy, ...] = ("gram", "project", "instantiate")
 
-# `instantiate` walks the weight in tiles of about this many numbers: the tile's gradient, direction and running sum
-# together then stay in a core's second-level cache, so that the dot product and the sum cost no memory traffic.
+# `instantiate` walks the weight in tiles of about this many numbers: the tile's gradient, direction and
+# running sum together then stay in a core's second-level cache, so that the dot product and the sum cost no
+# memory traffic.
 TILE_NUMEL = 1 << 20
 # How many samples share a running sum in `instantiate`.
 RUN_LENGTH = 8
@@ -35,9 +37,8 @@ RUN_LENGTH = 8
 class Split:
     """How a joint batch is divided, and what is asked of it.
 
-    n: train rows, which come first. m: validation rows. pairwise: one score for each (train, validation) pair, not one for
-    the mean validation gradient.
-    """
+    n: train rows, which come first. m: validation rows. pairwise: one score for each (train, validation)
+    pair, not one for the mean validation gradient."""
 
     n: int
     m: int
@@ -50,17 +51,19 @@ class Split:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of dots and running sums: never below float32 (a bfloat16 sum over 50 layers is off by 1 %)."""
+    """The dtype of dots and running sums: never below float32 (a bfloat16 sum over 50 layers is off by 1
+    %)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def choose_strategy(split: Split, positions: int, p: int, d: int) -> Strategy:
-    """The cheapest strategy by operation count, for n train rows of `positions` positions and a (p, d) weight.
+    """The cheapest strategy by operation count, for n train rows of `positions` positions and a (p, d)
+    weight.
 
-    `instantiate` needs no extra matrix product but passes over the (p, d) gradient a few times for every sample, which
-    costs about as much as PASSES multiply-adds per entry. Chosen by shape alone, never by a clock: strategies round
-    differently, so a timed choice would break resuming and agreement between processes.
-    """
+    `instantiate` needs no extra matrix product but passes over the (p, d) gradient a few times for every
+    sample, which costs about as much as PASSES multiply-adds per entry. Chosen by shape alone, never by a
+    clock: strategies round differently, so a timed choice would break resuming and agreement between
+    processes."""
     PASSES = 32  # how many multiply-adds of a matrix product one pass over memory is worth
     gram = split.m * positions * positions * (p + d)
     instantiate = PASSES * p * d * split.directions
@@ -70,9 +73,8 @@ def choose_strategy(split: Split, positions: int, p: int, d: int) -> Strategy:
 def direction_of(left: Tensor, right: Tensor, split: Split) -> Tensor:
     """The validation gradient(s) of one weight.
 
-    left (m, T, p), right (m, T, d): the validation rows. Returns (k, p, d) in the accumulation dtype: Σ_j left_jᵀ right_j,
-    never (Σ_j left_j)ᵀ(Σ_j right_j), or with pairwise each left_jᵀ right_j.
-    """
+    left (m, T, p), right (m, T, d): the validation rows. Returns (k, p, d) in the accumulation dtype: Σ_j
+    left_jᵀ right_j, never (Σ_j left_j)ᵀ(Σ_j right_j), or with pairwise each left_jᵀ right_j."""
     if not split.pairwise:
         left, right = left.flatten(0, 1)[None], right.flatten(0, 1)[None]
     return (left.mT @ right).to(accumulation_dtype(left.dtype))
@@ -81,14 +83,14 @@ def direction_of(left: Tensor, right: Tensor, split: Split) -> Tensor:
 def instantiate(left: Tensor, right: Tensor, direction: Tensor, total: Tensor) -> Tensor:
     """Build each G_i tile by tile, dot it with the direction, add it to the sum.
 
-    left (n, T, p), right (n, T, d), direction (k, p, d), total (p, d): the latter two in the accumulation dtype.
-    Returns dots (n, k); total grows by Σ_i G_i.
-    """
+    left (n, T, p), right (n, T, d), direction (k, p, d), total (p, d): the latter two in the accumulation
+    dtype. Returns dots (n, k); total grows by Σ_i G_i."""
     n, _, p = left.shape
     k, _, d = direction.shape
-    # Within a run of samples the product is added to its predecessors by the matrix product itself, which costs nothing, and
-    # dots are differences of the running sum's; a run is short, so that little is lost to cancellation. Half precision has
-    # no such running sum: each sample's gradient is converted, and a run is one sample.
+    # Within a run of samples the product is added to its predecessors by the matrix product itself, which
+    # costs nothing, and dots are differences of the running sum's; a run is short, so that little is lost to
+    # cancellation. Half precision has no such running sum: each sample's gradient is converted, and a run is
+    # one sample.
     run = RUN_LENGTH if left.dtype == total.dtype else 1
     rows = max(1, TILE_NUMEL // d)
     dots = total.new_zeros(n, k)
@@ -119,12 +121,13 @@ def project(left: Tensor, right: Tensor, direction: Tensor, total: Tensor) -> Te
     return torch.einsum("kntd,ntd->nk", projected, right.to(total.dtype))
 
 
-def gram(left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, total: Tensor, pairwise: bool) -> Tensor:
+def gram(
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, total: Tensor, pairwise: bool
+) -> Tensor:
     """<G_i, G_j> = Σ_ts (left_i left_jᵀ)_ts (right_i right_jᵀ)_ts: no gradient is built at all.
 
-    left (n, T, p), right (n, T, d), val_left (m, T', p), val_right (m, T', d). Returns dots (n, 1), or (n, m) if pairwise;
-    total grows by Σ_i G_i.
-    """
+    left (n, T, p), right (n, T, d), val_left (m, T', p), val_right (m, T', d). Returns dots (n, 1), or (n, m)
+    if pairwise; total grows by Σ_i G_i."""
     add_gradient(left, right, total)
     n, m = len(left), len(val_left)
     grams = [
@@ -144,12 +147,13 @@ def add_gradient(left: Tensor, right: Tensor, total: Tensor) -> None:
         total += left.mT @ right
 
 
-def contract(left: Tensor, right: Tensor, split: Split, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor | None]:
+def contract(
+    left: Tensor, right: Tensor, split: Split, strategy: Strategy
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A whole layer: left (n+m, T, p), right (n+m, T, d), train rows first.
 
-    Returns the gradient of the train rows (p, d), dots (n, k) and, unless the strategy went without it, the direction
-    (k, p, d); all in the accumulation dtype.
-    """
+    Returns the gradient of the train rows (p, d), dots (n, k) and, unless the strategy went without it, the
+    direction (k, p, d); all in the accumulation dtype."""
     n = split.n
     train, val = (left[:n], right[:n]), (left[n:], right[n:])
     total = left.new_zeros(left.shape[2], right.shape[2], dtype=accumulation_dtype(left.dtype))

@@ -10,13 +10,16 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with trainable parameters, by name. Raises ValueError for one that no rule covers."""
     layers = {}
     for name, module in model.named_modules():
-        trainable = [key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+        trainable = [
+            key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad
+        ]
         if not trainable:
             continue
         if type(module) not in RULES:
             raise ValueError(
-                f"no rule covers module '{name}' of type {type(module).__name__}, whose parameters {', '.join(trainable)} "
-                f"train: there are rules for {', '.join(sorted(kind.__name__ for kind in RULES))}. Freeze the parameters "
+                f"no rule covers module '{name}' of type {type(module).__name__}, whose parameters "
+                f"{', '.join(trainable)} train: there are rules for "
+                f"{', '.join(sorted(kind.__name__ for kind in RULES))}. Freeze the parameters "
                 "(requires_grad_(False)), or write a rule and register it with "
                 f"@ghostEngines.register_rule({type(module).__name__})."
             )
@@ -24,11 +27,14 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
         unknown = sorted(set(trainable) - set(rule.parameters))
         if unknown:
             raise ValueError(
-                f"module '{name}' of type {type(module).__name__} has trainable parameters that its rule does not know: "
-                f"{', '.join(unknown)}. Is the layer reparametrised (weight norm, LoRA)? Give it a type and a rule of its own."
+                f"module '{name}' of type {type(module).__name__} has trainable parameters that its rule "
+                f"does not know: {', '.join(unknown)}. Is the layer reparametrised (weight norm, LoRA)? "
+                "Give it a type and a rule of its own."
             )
         if "forward" in vars(module):
-            raise ValueError(f"the forward of module '{name}' is overridden on the instance: the rule would bypass it.")
+            raise ValueError(
+                f"the forward of module '{name}' is overridden on the instance: the rule would bypass it."
+            )
         rule.check(module)
         layers[name] = module
     if not layers:
@@ -37,7 +43,8 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
-    """Layer name -> name of the tie its weight belongs to, for weights shared by an embedding and an output layer.
+    """Layer name -> name of the tie its weight belongs to, for weights shared by an embedding and an output
+    layer.
 
     Raises ValueError for parameters that are shared in any other way.
     """
@@ -51,39 +58,52 @@ def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
             continue
         names = [name for name, _ in shared]
         kinds = [type(layers[name]) for name in names]
-        if len(shared) != 2 or kinds.count(nn.Embedding) != 1 or not {nn.Linear, CrossEntropyHead} & set(kinds):
+        if (
+            len(shared) != 2
+            or kinds.count(nn.Embedding) != 1
+            or not {nn.Linear, CrossEntropyHead} & set(kinds)
+        ):
             raise ValueError(
-                f"{' and '.join('.'.join(owner) for owner in shared)} are one parameter: only a weight shared by one "
-                "nn.Embedding and one output layer (nn.Linear or CrossEntropyHead) is covered. Untie the others."
+                f"{' and '.join('.'.join(owner) for owner in shared)} are one parameter: only a weight "
+                "shared by one nn.Embedding and one output layer (nn.Linear or CrossEntropyHead) is "
+                "covered. Untie the others."
             )
         ties.update(dict.fromkeys(names, names[0]))
     return ties
 
 
 def check_rows_are_independent(model: nn.Module) -> None:
-    """ValueError for dropout (n+m rows would draw other masks than n rows) and batch normalisation (it mixes rows)."""
+    """ValueError for dropout (n+m rows would draw other masks than n rows) and batch normalisation (it mixes
+    rows)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(
-                f"module '{name}' drops out with p={module.p}: the scores would be of a random model, and the training not "
-                "the one without validation rows. Set its p to 0."
+                f"module '{name}' drops out with p={module.p}: the scores would be of a random model, and "
+                "the training not the one without validation rows. Set its p to 0."
             )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
-                f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's loss then depends on the "
-                "other rows and has no gradient of its own. Use LayerNorm, or put the module into eval mode."
+                f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's loss "
+                "then depends on the other rows and has no gradient of its own. Use LayerNorm, or put the "
+                "module into eval mode."
             )
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """ValueError unless the optimizer updates exactly the model's trainable parameters: those are what a score speaks of."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad}
+    """ValueError unless the optimizer updates exactly the model's trainable parameters: those are what a
+    score speaks of."""
+    trained = {
+        id(parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
     named = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     left_out = [name for key, name in named.items() if key not in trained]
     if left_out:
         raise ValueError(
-            f"the optimizer does not update {', '.join(left_out)}, which would be counted in the scores all the same: freeze "
-            "them (requires_grad_(False)) or give them to the optimizer."
+            f"the optimizer does not update {', '.join(left_out)}, which would be counted in the scores all "
+            "the same: freeze them (requires_grad_(False)) or give them to the optimizer."
         )
     foreign = len(trained - set(named))
     if foreign:

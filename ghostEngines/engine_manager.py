@@ -1,11 +1,11 @@
 """GhostEngineManager: the calls that a training loop makes, the same for every method.
 
-    manager.attach_train_batch(x, y, sample_ids=ids, domains=domains, blocks=blocks)
-    losses = model(*manager.prepare_forward_input())
-    manager.joint_loss(losses).backward()
-    manager.prepare_gradients()               # .grad is the training gradient
-    ...                                       # clip, optimizer.step()
-    manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, global_batch_size=n)
+manager.attach_train_batch(x, y, sample_ids=ids, domains=domains, blocks=blocks)
+losses = model(*manager.prepare_forward_input())
+manager.joint_loss(losses).backward()
+manager.prepare_gradients()               # .grad is the training gradient
+...                                       # clip, optimizer.step()
+manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, global_batch_size=n)
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,8 @@ from .metrics_log import ScoreWriter
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The n train rows of a step: x, y (n, T) token ids, and of each row its permanent id, domain and block."""
+    """The n train rows of a step: x, y (n, T) token ids, and of each row its permanent id, domain and
+    block."""
 
     x: Tensor
     y: Tensor
@@ -34,7 +35,8 @@ class TrainRows:
 
 
 class GhostEngineManager:
-    """Method Regular: no engine. All calls are there, so that a loop needs no `if method`, and add nothing to training."""
+    """Method Regular: no engine. All calls are there, so that a loop needs no `if method`, and add nothing to
+    training."""
 
     rows: TrainRows
 
@@ -51,7 +53,8 @@ class GhostEngineManager:
         self.rows = TrainRows(x, y, sample_ids, domains, blocks)
 
     def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
-        """(x, y) for the model: the train rows (n, T), followed by the validation rows where the method has any."""
+        """(x, y) for the model: the train rows (n, T), followed by the validation rows where the method has
+        any."""
         return self.rows.x, self.rows.y
 
     def joint_loss(self, losses: Tensor) -> Tensor:
@@ -70,10 +73,18 @@ class GhostEngineManager:
         return None
 
     def aggregate_and_log(
-        self, *, losses: Tensor, step: int, lr: float, clip_factor: Tensor, skipped: Tensor, global_batch_size: int
+        self,
+        *,
+        losses: Tensor,
+        step: int,
+        lr: float,
+        clip_factor: Tensor,
+        skipped: Tensor,
+        global_batch_size: int,
     ) -> None:
-        """Records the step's scores. losses: the model's; clip_factor (): by what clipping multiplied the gradient; skipped ():
-        whether the optimizer left the step out; global_batch_size: train rows over all processes."""
+        """Records the step's scores. losses: the model's; clip_factor (): by what clipping multiplied the
+        gradient; skipped (): whether the optimizer left the step out; global_batch_size: train rows over all
+        processes."""
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -88,11 +99,12 @@ class GhostEngineManager:
 
 
 class GradDotProdManager(GhostEngineManager):
-    """Method GradDotProd: every train row's gradient dot product with the validation gradient, written to `scores`.
+    """Method GradDotProd: every train row's gradient dot product with the validation gradient, written to
+    `scores`.
 
-    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. strategy: see GradDotProdEngine.
-    save_interval: steps between two writes to the disk. Raises what `GradDotProdEngine.attach` raises.
-    """
+    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. strategy: see
+    GradDotProdEngine. save_interval: steps between two writes to the disk. Raises what
+    `GradDotProdEngine.attach` raises."""
 
     def __init__(
         self,
@@ -124,7 +136,14 @@ class GradDotProdManager(GhostEngineManager):
         return self._engine.dot_products()
 
     def aggregate_and_log(
-        self, *, losses: Tensor, step: int, lr: float, clip_factor: Tensor, skipped: Tensor, global_batch_size: int
+        self,
+        *,
+        losses: Tensor,
+        step: int,
+        lr: float,
+        clip_factor: Tensor,
+        skipped: Tensor,
+        global_batch_size: int,
     ) -> None:
         self._scores.append(
             step=step,

@@ -1,11 +1,12 @@
-"""GradDotProdEngine: per-sample train-validation gradient dot products within the one backward pass of training.
+"""GradDotProdEngine: per-sample train-validation gradient dot products within the one backward pass of
+training.
 
-The idea: a dot product is a gradient. Every trainable layer gets one more input, a probe of zeros that touches no output,
-and a backward pass that returns for its weights the gradient of the train rows only, and for the probe its per-sample dot
-products. Autograd adds the probe's gradients over the layers, so after `loss.backward()` `probe.grad` is the vector of dot
-products, up to a known scale, and `p.grad` is the training gradient. Nothing is stored on modules or parameters and no
-gradient is made behind autograd's back: reducers, clipping, accumulation and checkpointing see an ordinary model.
-"""
+The idea: a dot product is a gradient. Every trainable layer gets one more input, a probe of zeros that
+touches no output, and a backward pass that returns for its weights the gradient of the train rows only, and
+for the probe its per-sample dot products. Autograd adds the probe's gradients over the layers, so after
+`loss.backward()` `probe.grad` is the vector of dot products, up to a known scale, and `p.grad` is the
+training gradient. Nothing is stored on modules or parameters and no gradient is made behind autograd's back:
+reducers, clipping, accumulation and checkpointing see an ordinary model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +23,8 @@ from .step import CurrentStep, LayerStep, Step
 
 
 class GradDotProdEngine:
-    """Scores every train row i of a step with <∇ℓ_i, ∇L_val>, the ingredient of first-order In-Run Data Shapley (Wang et
-    al., arXiv 2406.11011).
+    """Scores every train row i of a step with <∇ℓ_i, ∇L_val>, the ingredient of first-order In-Run Data
+    Shapley (Wang et al., arXiv 2406.11011).
 
         engine = GradDotProdEngine(model, val_batch_size=m)
         engine.attach(optimizer)                  # or: with engine:
@@ -33,14 +34,19 @@ class GradDotProdEngine:
         dots = engine.dot_products()              # (n,)
         engine.detach()                           # the model is as it was
 
-    model: any module whose trainable parameters all belong to layers with a rule; it is called on a joint batch, whose first
-    dimension is the sample and whose last `val_batch_size` rows are the validation rows. pairwise: a score for each (train,
-    validation) pair instead of the mean over the validation rows. strategy: forces one way of contracting (contraction.py),
-    None chooses by shape. Raises ValueError for a val_batch_size below 1 and an unknown strategy.
-    """
+    model: any module whose trainable parameters all belong to layers with a rule; it is called on a joint
+    batch, whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
+    pairwise: a score for each (train, validation) pair instead of the mean over the validation rows.
+    strategy: forces one way of contracting (contraction.py), None chooses by shape. Raises ValueError for a
+    val_batch_size below 1 and an unknown strategy."""
 
     def __init__(
-        self, model: nn.Module, val_batch_size: int, *, pairwise: bool = False, strategy: Strategy | None = None
+        self,
+        model: nn.Module,
+        val_batch_size: int,
+        *,
+        pairwise: bool = False,
+        strategy: Strategy | None = None,
     ) -> None:
         if val_batch_size < 1:
             raise ValueError(f"val_batch_size must be at least 1, got {val_batch_size}")
@@ -58,10 +64,10 @@ class GradDotProdEngine:
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Puts the rules in the place of the layers' forwards.
 
-        Raises ValueError for a trainable parameter that no rule covers, or that the optimizer (if given) does not update,
-        for dropout and batch normalisation, and for weights that are shared in any way but between an embedding and an
-        output layer; RuntimeError if the engine is attached already. A failed attach leaves the model untouched.
-        """
+        Raises ValueError for a trainable parameter that no rule covers, or that the optimizer (if given) does
+        not update, for dropout and batch normalisation, and for weights that are shared in any way but
+        between an embedding and an output layer; RuntimeError if the engine is attached already. A failed
+        attach leaves the model untouched."""
         if self._restore:
             raise RuntimeError("the engine is attached already: detach it first")
         check_rows_are_independent(self.model)
@@ -81,7 +87,8 @@ class GradDotProdEngine:
             self._restore.append(partial(vars(layer).pop, "forward"))
 
     def detach(self) -> None:
-        """The model is exactly as it was before `attach`. Raises RuntimeError if the engine is not attached."""
+        """The model is exactly as it was before `attach`. Raises RuntimeError if the engine is not
+        attached."""
         if not self._restore:
             raise RuntimeError("the engine is not attached")
         for restore in self._restore:
@@ -108,8 +115,8 @@ class GradDotProdEngine:
         rows, m = len(inputs[0]), self.val_batch_size
         if rows <= m:
             raise ValueError(
-                f"the model was called with {rows} rows, the last {m} of which are validation rows: there is no train row. "
-                "Append the validation rows to the train rows, or detach the engine."
+                f"the model was called with {rows} rows, the last {m} of which are validation rows: there "
+                "is no train row. Append the validation rows to the train rows, or detach the engine."
             )
         weight = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         split = Split(rows - m, m, self.pairwise)
@@ -124,11 +131,14 @@ class GradDotProdEngine:
 
     def _step(self) -> Step:
         if self._current.step is None:
-            raise RuntimeError("no forward pass has run with the engine attached: call the model on a joint batch first")
+            raise RuntimeError(
+                "no forward pass has run with the engine attached: call the model on a joint batch first"
+            )
         return self._current.step
 
     def joint_loss(self, losses: Tensor) -> Tensor:
-        """The mean over the n train rows plus the mean over the m validation rows of the per-sample losses (n+m,).
+        """The mean over the n train rows plus the mean over the m validation rows of the per-sample losses
+        (n+m,).
 
         Multiply it by any factor before `backward()`. Raises ValueError for losses of another shape.
         """
@@ -136,43 +146,45 @@ class GradDotProdEngine:
         weights = step.row_weights()
         if losses.shape != weights.shape:
             raise ValueError(
-                f"joint_loss takes one loss per row, {tuple(weights.shape)}, train rows first; got {tuple(losses.shape)}"
+                f"joint_loss takes one loss per row, {tuple(weights.shape)}, train rows first; got "
+                f"{tuple(losses.shape)}"
             )
         return (losses * weights).sum() + step.scale_probe
 
     def prepare_gradients(self) -> None:
-        """Checks that the gradients and dot products are those of this step. Nothing has to be moved: `.grad` holds the
-        gradient of the mean loss of the train rows, times the factor put on the joint loss.
+        """Checks that the gradients and dot products are those of this step. Nothing has to be moved: `.grad`
+        holds the gradient of the mean loss of the train rows, times the factor put on the joint loss.
 
-        Raises RuntimeError if the backward pass did not start from `joint_loss`, and if a layer that has a gradient did not run
-        exactly once in the forward pass (its weight was used without calling it, or it was called twice).
-        """
+        Raises RuntimeError if the backward pass did not start from `joint_loss`, and if a layer that has a
+        gradient did not run exactly once in the forward pass (its weight was used without calling it, or it
+        was called twice)."""
         step = self._step()
         if step.scale_probe.grad is None or step.probe.grad is None:
             raise RuntimeError(
-                "the dot products need the backward pass of engine.joint_loss(losses): call its backward() (times any "
-                "factor) before prepare_gradients()"
+                "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
+                "(times any factor) before prepare_gradients()"
             )
         for layer_step in self._layers:
             layer = layer_step.layer
             has_gradient = any(p.grad is not None for p in layer.parameters(recurse=False) if p.requires_grad)
             if has_gradient and layer_step.calls != 1:
                 raise RuntimeError(
-                    f"layer '{layer_step.name}' of type {type(layer).__name__} has a gradient but ran {layer_step.calls} "
-                    "times in the forward pass: its dot products are exact only for one call. If another module reads its "
-                    "weight directly, call the layer instead; if it is called repeatedly, give each call a layer of its own."
+                    f"layer '{layer_step.name}' of type {type(layer).__name__} has a gradient but ran "
+                    f"{layer_step.calls} times in the forward pass: its dot products are exact only for one "
+                    "call. If another module reads its weight directly, call the layer instead; if it is "
+                    "called repeatedly, give each call a layer of its own."
                 )
         self._prepared = True
 
     def dot_products(self) -> Tensor:
-        """(n,): <∇ℓ_i, ∇L_val> for every train row i of the last step, L_val the mean loss of the validation rows; with pairwise
-        (n, m): <∇ℓ_i, ∇ℓ_j>, whose mean over j that is. In float32 (float64 for a float64 model), on the model's device, in
-        units of squared gradient: no learning rate, no batch size, no loss scale. Raises RuntimeError before
-        `prepare_gradients`.
-        """
+        """(n,): <∇ℓ_i, ∇L_val> for every train row i of the last step, L_val the mean loss of the validation
+        rows; with pairwise (n, m): <∇ℓ_i, ∇ℓ_j>, whose mean over j that is. In float32 (float64 for a float64
+        model), on the model's device, in units of squared gradient: no learning rate, no batch size, no loss
+        scale. Raises RuntimeError before `prepare_gradients`."""
         if not self._prepared:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
         step = self._step()
         n, m, pairwise = step.split.n, step.split.m, step.split.pairwise
+        assert step.probe.grad is not None and step.scale_probe.grad is not None
         dots = step.probe.grad * (n * m if pairwise else n) / step.scale_probe.grad**2
         return dots if pairwise else dots.squeeze(1)

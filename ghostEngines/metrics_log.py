@@ -127,12 +127,11 @@ class ScoreWriter:
                 "sample_ids, domains, blocks, dot_products and train_losses need one entry per sample each, "
                 f"got shapes {', '.join(str(tuple(shape)) for shape in shapes)}"
             )
-        earliest = self._buffer[-1].step if self._buffer else self._last_step + 1
-        if step < earliest:
+        latest = self._buffer[-1].step if self._buffer else self._last_step
+        if step < latest or (step == latest and not self._buffer):
             raise ValueError(
-                f"step {step} is not in order: {self.folder} has scores of rank {self.rank} up to step "
-                f"{max(earliest - 1, self._last_step)}; a run that goes on from step {step} first calls "
-                f"drop_from({step})"
+                f"step {step} is not in order: {self.folder} has rank {self.rank} at step {latest} already; "
+                f"a run that goes on from step {step} calls drop_from({step}) first"
             )
         row = _Step(
             step=step,
@@ -297,7 +296,10 @@ def summed_values(folder: str | os.PathLike[str]) -> pa.Table:
     ]
     order = [("value", "descending"), ("sample_id", "ascending")]
     nodes = [
-        ("scan", acero.ScanNodeOptions(open_scores(folder), columns=list(columns), require_sequenced_output=True)),
+        (
+            "scan",
+            acero.ScanNodeOptions(open_scores(folder), columns=list(columns), require_sequenced_output=True),
+        ),
         ("project", acero.ProjectNodeOptions(list(columns.values()), list(columns))),
         ("aggregate", acero.AggregateNodeOptions(sums, list(keys))),
         ("order_by", acero.OrderByNodeOptions(order)),

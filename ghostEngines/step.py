@@ -12,10 +12,12 @@ from .contraction import Split, Strategy, choose_strategy
 
 @dataclass(frozen=True)
 class TiedRoute:
-    """What the embedding of a tied weight hands to the head through the graph, so that the cross terms come back to it.
+    """What the embedding of a tied weight hands to the head through the graph, so that the cross terms come
+    back to it.
 
-    With the weight's gradient E from the embedding and H from the head, <E_i + H_i, E_v + H_v> has two cross terms. Both
-    tensors are zeros of the accumulation dtype that touch no output; the head returns as their gradients
+    With the weight's gradient E from the embedding and H from the head, <E_i + H_i, E_v + H_v> has two cross
+    terms. Both tensors are zeros of the accumulation dtype that touch no output; the head returns as their
+    gradients
 
         gathered (k, n, L, d)   H_v at the train rows' tokens, for <E_i, H_v> = Σ_t g_it · H_v[x_it]
         picked (n, U, d)        H_i at the validation rows' tokens, for <H_i, E_v> = Σ_u H_i[u] · E_v[u]
@@ -33,10 +35,10 @@ class TiedRoute:
 class Step:
     """One pass over a joint batch of n train and m validation rows.
 
-    probe (n, k): zeros; after the backward its gradient is the sum of all layers' dot products, times s²/n (s²/(n·m) if
-    pairwise), s being the common factor on the loss. scale_probe (): zero; its gradient is s. strategy: the one that every
-    weight must use, None for a choice by shape. routes: a tied weight's route from its embedding to its head, by its name.
-    """
+    probe (n, k): zeros; after the backward its gradient is the sum of all layers' dot products, times s²/n
+    (s²/(n·m) if pairwise), s being the common factor on the loss. scale_probe (): zero; its gradient is s.
+    strategy: the one that every weight must use, None for a choice by shape. routes: a tied weight's route
+    from its embedding to its head, by its name."""
 
     split: Split
     probe: Tensor
@@ -45,14 +47,17 @@ class Step:
     routes: dict[str, TiedRoute] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, split: Split, strategy: Strategy | None, dtype: torch.dtype, device: torch.device) -> "Step":
+    def begin(
+        cls, split: Split, strategy: Strategy | None, dtype: torch.dtype, device: torch.device
+    ) -> "Step":
         """dtype: the accumulation dtype."""
         probe = torch.zeros(split.n, split.directions, dtype=dtype, device=device, requires_grad=True)
         scale_probe = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
         return cls(split, probe, scale_probe, strategy)
 
     def row_weights(self) -> Tensor:
-        """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation rows."""
+        """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation
+        rows."""
         n, m = self.split.n, self.split.m
         weights = self.probe.new_full((n + m,), 1 / n)
         weights[n:] = 1 / m
@@ -64,8 +69,8 @@ class Step:
 
 
 class CurrentStep:
-    """Where the layers find the step under way. `recording` is true while the model's forward runs: a layer that runs
-    outside of it is being recomputed by activation checkpointing, which is not a second call."""
+    """Where the layers find the step under way. `recording` is true while the model's forward runs: a layer
+    that runs outside of it is being recomputed by activation checkpointing, which is not a second call."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
@@ -75,9 +80,8 @@ class CurrentStep:
 class LayerStep:
     """The step as one layer's rule sees it.
 
-    name: the layer's name in the model. rule: how the layer runs under the engine. tied: the name of the tie that its weight
-    belongs to, or None. calls: how often the layer ran in the forward pass under way.
-    """
+    name: the layer's name in the model. rule: how the layer runs under the engine. tied: the name of the tie
+    that its weight belongs to, or None. calls: how often the layer ran in the forward pass under way."""
 
     def __init__(
         self, layer: nn.Module, name: str, rule: Callable[..., Tensor], tied: str | None, current: CurrentStep
@@ -87,11 +91,11 @@ class LayerStep:
         self._current = current
 
     def forward(self, *inputs: Any) -> Any:
-        """What stands in the place of the layer's forward while the engine is attached; without gradients it is the layer's own.
+        """What stands in the place of the layer's forward while the engine is attached; without gradients it
+        is the layer's own.
 
-        A bound method, not a closure: `torch.compile` guards on the function and the type of its object, which all blocks
-        have in common, and so one graph serves them all.
-        """
+        A bound method, not a closure: `torch.compile` guards on the function and the type of its object,
+        which all blocks have in common, and so one graph serves them all."""
         if not torch.is_grad_enabled():
             return type(self.layer).forward(self.layer, *inputs)
         return self.rule(self.layer, self, *inputs)
@@ -101,35 +105,37 @@ class LayerStep:
         step = self._current.step
         if step is None:
             raise RuntimeError(
-                f"layer '{self.name}' ran outside of the model that the engine is attached to: call the model itself (or the "
-                "DDP or FSDP wrapper around it), or detach the engine first."
+                f"layer '{self.name}' ran outside of the model that the engine is attached to: call the "
+                "model itself (or the DDP or FSDP wrapper around it), or detach the engine first."
             )
         return step
 
     def enter(self, x: Tensor) -> Step:
         """Counts this call and returns the step.
 
-        Raises ValueError unless the first dimension of the layer's input x is the sample, RuntimeError outside of a step.
-        """
+        Raises ValueError unless the first dimension of the layer's input x is the sample, RuntimeError
+        outside of a step."""
         step = self.step
         if self._current.recording:
             self.calls += 1
         rows = step.split.n + step.split.m
         if x.dim() == 0 or x.shape[0] != rows:
             raise ValueError(
-                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has {rows} rows "
-                f"({step.split.n} train, {step.split.m} validation): the first dimension of every covered layer's input must "
-                "be the sample. Keep the batch first and flatten nothing into it, or freeze the layer's parameters."
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has "
+                f"{rows} rows ({step.split.n} train, {step.split.m} validation): the first dimension of "
+                "every covered layer's input must be the sample. Keep the batch first and flatten nothing "
+                "into it, or freeze the layer's parameters."
             )
         return step
 
     def take_route(self) -> TiedRoute | None:
-        """The route laid by the embedding that shares this head's weight; None for a weight of the head's own."""
+        """The route laid by the embedding that shares this head's weight; None for a weight of the head's
+        own."""
         if self.tied is None:
             return None
         if self.tied not in self.step.routes:
             raise RuntimeError(
-                f"layer '{self.name}' shares its weight with an embedding that has not run in this forward pass: call the "
-                "embedding first, or untie the weights."
+                f"layer '{self.name}' shares its weight with an embedding that has not run in this forward "
+                "pass: call the embedding first, or untie the weights."
             )
         return self.step.routes[self.tied]

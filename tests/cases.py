@@ -19,9 +19,19 @@ Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def tiny_gpt2(tied: bool) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=V, n_positions=12, n_embd=D, n_layer=2, n_head=2, tie_word_embeddings=tied, initializer_range=0.3,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=V,
+        n_positions=12,
+        n_embd=D,
+        n_layer=2,
+        n_head=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2LMHeadModel(config)
     for p in model.parameters():  # biases and norms away from their neutral starting values
         nn.init.normal_(p, std=0.3)
@@ -35,8 +45,8 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """build() a model; x(rows), y(rows) its data; losses(model, x, y) -> (rows,); logits(model, x) for the oracle; rules: the layer types
-    that the case covers."""
+    """build() a model; x(rows), y(rows) its data; losses(model, x, y) -> (rows,); logits(model, x) for the
+    oracle; rules: the layer types that the case covers."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -51,7 +61,8 @@ class Case:
         return seeded(self.build)
 
     def data(self, rows: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-        """x (rows, *shape), in float64 or token ids from few tokens, so that they repeat; y without the feature dimension."""
+        """x (rows, *shape), in float64 or token ids from few tokens, so that they repeat; y without the
+        feature dimension."""
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
             x = torch.randint(V, (rows, *self.shape), generator=generator)
@@ -141,34 +152,77 @@ CASES = [
     Case("linear-4d", lambda: mlp(True), (nn.Linear,), tokens=False, shape=(2, T)),
     Case("linear-no-bias", lambda: mlp(False), (nn.Linear,), tokens=False),
     Case("conv1d", lambda: nn.Sequential(Conv1D(5, D), nn.Tanh(), Conv1D(V, 5)), (Conv1D,), tokens=False),
-    Case("conv1d-2d", lambda: nn.Sequential(Conv1D(5, D), nn.Tanh(), Conv1D(V, 5)), (Conv1D,), tokens=False, shape=()),
-    Case("layer-norm", lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False),
-    Case("layer-norm-2d", lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False, shape=()),
+    Case(
+        "conv1d-2d",
+        lambda: nn.Sequential(Conv1D(5, D), nn.Tanh(), Conv1D(V, 5)),
+        (Conv1D,),
+        tokens=False,
+        shape=(),
+    ),
+    Case(
+        "layer-norm", lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False
+    ),
+    Case(
+        "layer-norm-2d",
+        lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V)),
+        (nn.LayerNorm,),
+        tokens=False,
+        shape=(),
+    ),
     Case(
         "layer-norm-no-bias",
-        lambda: nn.Sequential(nn.LayerNorm(D, bias=False), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False,
+        lambda: nn.Sequential(nn.LayerNorm(D, bias=False), nn.Linear(D, V)),
+        (nn.LayerNorm,),
+        tokens=False,
     ),
     Case(
         "layer-norm-two-dimensions",
-        lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)), (nn.LayerNorm,), tokens=False,
+        lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)),
+        (nn.LayerNorm,),
+        tokens=False,
     ),
     Case("embedding", lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), (nn.Embedding,)),
-    Case("embedding-1d", lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), (nn.Embedding,), shape=()),
-    Case("embedding-padding", lambda: nn.Sequential(nn.Embedding(V, D, padding_idx=1), nn.Linear(D, V)), (nn.Embedding,)),
+    Case(
+        "embedding-1d", lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), (nn.Embedding,), shape=()
+    ),
+    Case(
+        "embedding-padding",
+        lambda: nn.Sequential(nn.Embedding(V, D, padding_idx=1), nn.Linear(D, V)),
+        (nn.Embedding,),
+    ),
     Case("positions-broadcast", lambda: Positions(False), (nn.Embedding,)),
     Case("positions-expanded", lambda: Positions(True), (nn.Embedding,)),
     Case(
-        "fused-head", FusedOnly, (CrossEntropyHead,), tokens=False, padded=True,
-        losses=call_with_targets, logits=lambda model, x: model.inner(x).tanh() @ model.head.weight.T,
+        "fused-head",
+        FusedOnly,
+        (CrossEntropyHead,),
+        tokens=False,
+        padded=True,
+        losses=call_with_targets,
+        logits=lambda model, x: model.inner(x).tanh() @ model.head.weight.T,
     ),
     Case("tied-linear", TiedLinear, (nn.Linear, nn.Embedding)),
     Case("gpt2-tied", lambda: tiny_gpt2(True), (), logits=hf_logits),
     Case("gpt2-untied", lambda: tiny_gpt2(False), (), logits=hf_logits),
     Case("gpt2-tied-padded", lambda: tiny_gpt2(True), (), logits=hf_logits, padded=True),
     Case("fused-gpt2-tied", lambda: fused_gpt2(True), (), losses=call_with_targets, logits=fused_logits),
-    Case("fused-gpt2-tied-padded", lambda: fused_gpt2(True), (), losses=call_with_targets, logits=fused_logits, padded=True),
-    Case("fused-gpt2-untied", lambda: fused_gpt2(False), (), losses=call_with_targets, logits=fused_logits, padded=True),
-]  # fmt: skip
+    Case(
+        "fused-gpt2-tied-padded",
+        lambda: fused_gpt2(True),
+        (),
+        losses=call_with_targets,
+        logits=fused_logits,
+        padded=True,
+    ),
+    Case(
+        "fused-gpt2-untied",
+        lambda: fused_gpt2(False),
+        (),
+        losses=call_with_targets,
+        logits=fused_logits,
+        padded=True,
+    ),
+]
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -1,7 +1,8 @@
-"""What the engine must compute, the slow and obviously correct way: one backward pass per sample. Shares nothing with ghostEngines.
+"""What the engine must compute, the slow and obviously correct way: one backward pass per sample. Shares
+nothing with ghostEngines.
 
-The cross entropy is taken of the float64 logits themselves: Hugging Face's loss function would cast them to float32.
-"""
+The cross entropy is taken of the float64 logits themselves: Hugging Face's loss function would cast them to
+float32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,10 +50,13 @@ class Truth:
 
     def training_gradient(self) -> dict[str, Tensor]:
         """Of the mean loss of the train rows."""
-        return {name: sum(row[name] for row in self.gradients[: self.n]) / self.n for name in self.gradients[0]}
+        return {
+            name: sum(row[name] for row in self.gradients[: self.n]) / self.n for name in self.gradients[0]
+        }
 
     def gradient_error(self, model: nn.Module) -> float:
-        """max over parameters of ‖Δ‖/‖want‖; a parameter that should have no gradient must have none, or zero."""
+        """max over parameters of ‖Δ‖/‖want‖; a parameter that should have no gradient must have none, or
+        zero."""
         worst = 0.0
         for name, want in self.training_gradient().items():
             got = dict(model.named_parameters())[name].grad
@@ -78,7 +82,10 @@ def per_sample(model: nn.Module, logits: Logits, x: Tensor, y: Tensor, n: int) -
         loss = row_loss(row_logits.reshape(-1, row_logits.shape[-1]), y[i].reshape(-1))
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         rows.append(
-            {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), gradients, strict=True)}
+            {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(named.items(), gradients, strict=True)
+            }
         )
         losses.append(loss.detach())
     return Truth(rows, torch.stack(losses), n)

@@ -17,7 +17,9 @@ def truth_of(case: Case, n: int, m: int) -> Truth:
     return per_sample(case.model(), case.logits, x, y, n)
 
 
-def engine_step(case: Case, n: int, m: int, dtype: torch.dtype = torch.float64, factor: float = 1.0, **options):
+def engine_step(
+    case: Case, n: int, m: int, dtype: torch.dtype = torch.float64, factor: float = 1.0, **options
+):
     """(dots, model with its gradients, losses) of one step with the engine."""
     model = copy_in(case.model(), dtype)
     x, y = case.data(n + m)
@@ -88,7 +90,8 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_the_oracle_sees_what_the_mistakes_of_others_would_change() -> None:
-    """Summing validation rows before the product, and dropping a tied weight's cross terms, are errors far above the bounds."""
+    """Summing validation rows before the product, and dropping a tied weight's cross terms, are errors far
+    above the bounds."""
     truth = truth_of(BY_NAME["gpt2-tied"], 5, 3)
     untied = truth_of(BY_NAME["gpt2-untied"], 5, 3)
     rows = truth.vectors()

@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of x runs: autocast's where it is on, x's own otherwise (float64 stays)."""
+    """The dtype in which a matrix product of x runs: autocast's where it is on, x's own otherwise (float64
+    stays)."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -13,6 +14,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which nothing is cast silently: the functions below say themselves which product runs in which dtype,
-    and a dot product of float32 tensors stays one wherever `backward()` is called."""
+    """A context in which nothing is cast silently: the functions below say themselves which product runs in
+    which dtype, and a dot product of float32 tensors stays one wherever `backward()` is called."""
     return torch.autocast(x.device.type, enabled=False)

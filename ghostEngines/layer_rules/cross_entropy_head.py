@@ -1,10 +1,10 @@
-"""The output layer fused with its cross entropy: one loss per row, and never more than a group of rows' logits at a time.
+"""The output layer fused with its cross entropy: one loss per row, and never more than a group of rows'
+logits at a time.
 
-The logits, (n+m) · T · V numbers, are the largest tensor of a language model's training step. The head makes them group by
-group, and from them at once its own gradients, so that none has to be kept for the backward pass. The row weights of the
-loss must therefore be known beforehand: uniform without an engine, 1/n and 1/m with one; the backward pass accepts only a
-common factor on them.
-"""
+The logits, (n+m) · T · V numbers, are the largest tensor of a language model's training step. The head makes
+them group by group, and from them at once its own gradients, so that none has to be kept for the backward
+pass. The row weights of the loss must therefore be known beforehand: uniform without an engine, 1/n and 1/m
+with one; the backward pass accepts only a common factor on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contraction import Split, Strategy, accumulation_dtype, add_gradient, direction_of, gram, instantiate, project
+from ..contraction import (
+    Split,
+    Strategy,
+    accumulation_dtype,
+    add_gradient,
+    direction_of,
+    gram,
+    instantiate,
+    project,
+)
 from ..losses import IGNORE_INDEX, count_targets, require
 from ..step import LayerStep, TiedRoute
 from .autocast import compute_dtype, without_autocast
@@ -36,20 +45,22 @@ class CrossEntropyHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary, in_features))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden (N, T, d), targets (N, T) token ids that are shifted already, -100 for positions without a target.
+    def forward(self, hidden: Tensor, targets: Tensor) -> Any:
+        """hidden (N, T, d), targets (N, T) token ids that are shifted already, -100 for positions without a
+        target.
 
-        Returns (N,): for each row the mean cross entropy over its own targets, in nats, float32 (float64 for float64 inputs).
-        In training, its backward accepts the gradient of `losses.mean()`, times any factor, and nothing else.
-        Raises ValueError for a row without a target.
-        """
+        Returns (N,): for each row the mean cross entropy over its own targets, in nats, float32 (float64 for
+        float64 inputs). In training, its backward accepts the gradient of `losses.mean()`, times any factor,
+        and nothing else. Raises ValueError for a row without a target."""
         rows = len(hidden)
         weights = hidden.new_full((rows,), 1 / rows, dtype=accumulation_dtype(hidden.dtype))
         return run_head(hidden, self.weight, targets, weights, plan=None)
 
 
 @register_rule(CrossEntropyHead)
-def cross_entropy_head(layer: CrossEntropyHead, layer_step: LayerStep, hidden: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_head(
+    layer: CrossEntropyHead, layer_step: LayerStep, hidden: Tensor, targets: Tensor
+) -> Any:
     """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
     step = layer_step.enter(hidden)
     strategy = step.strategy_for(hidden.shape[1], *layer.weight.shape)
@@ -69,11 +80,12 @@ class HeadPlan:
 
 def run_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, plan: HeadPlan | None
-) -> Tensor:
+) -> Any:
     """Common to the head with and without an engine; row_weights (N,)."""
     if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
         raise ValueError(
-            f"the head takes hidden states (N, T, d) and targets (N, T), got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+            f"the head takes hidden states (N, T, d) and targets (N, T), got {tuple(hidden.shape)} and "
+            f"{tuple(targets.shape)}"
         )
     counts = count_targets(targets)
     dtype = compute_dtype(hidden)
@@ -89,10 +101,10 @@ def run_head(
 class FusedHead(torch.autograd.Function):
     """Losses (N,) from hidden (N, T, d); the gradients are made here and only scaled in the backward pass.
 
-    A group's residuals are softmax minus one-hot, (g, T, V), zero where there is no target. They are not scaled by the row
-    weights, since in float16 nearly all of them would flush to zero: the row's number of targets, relative to the smallest
-    one of the batch, goes into the other factor of the product, and everything else into the float32 result.
-    """
+    A group's residuals are softmax minus one-hot, (g, T, V), zero where there is no target. They are not
+    scaled by the row weights, since in float16 nearly all of them would flush to zero: the row's number of
+    targets, relative to the smallest one of the batch, goes into the other factor of the product, and
+    everything else into the float32 result."""
 
     @staticmethod
     def forward(
@@ -137,15 +149,18 @@ class FusedHead(torch.autograd.Function):
         common = grad_losses[0] / row_weights[0]
         require(
             torch.isclose(grad_losses, common * row_weights, rtol=1e-4, atol=0).all(),
-            "the fused head made its gradients for the row weights of the joint loss (1/n for train and 1/m for validation "
-            "rows; without an engine 1/N for all), but another combination of its losses was differentiated. Call backward() "
-            "on engine.joint_loss(losses), or on losses.mean() without an engine, times any factor.",
+            "the fused head made its gradients for the row weights of the joint loss (1/n for train and "
+            "1/m for validation rows; without an engine 1/N for all), but another combination of its "
+            "losses was differentiated. Call backward() on engine.joint_loss(losses), or on losses.mean() "
+            "without an engine, times any factor.",
         )
         grad_hidden, sink = ctx.grad_hidden, ctx.sink
         ctx.grad_hidden = ctx.sink = None  # they are scaled in place, once
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(common).to(ctx.hidden_dtype)
-        weight_gradients = (None,) * 4 if sink is None else sink.finish(common * scales[0], common * scales[-1])
+        weight_gradients = (
+            (None,) * 4 if sink is None else sink.finish(common * scales[0], common * scales[-1])
+        )
         return grad_hidden, *weight_gradients, *(None,) * 5
 
 
@@ -180,12 +195,11 @@ class _AttributingSink(_Sink):
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         super().__init__(total)
-        self.plan, k = plan, plan.split.directions
-        self.dots = total.new_empty(plan.split.n, k)
-        self.direction = total.new_zeros(k, *total.shape) if plan.strategy != "gram" or plan.route is not None else None
-        self.val_factors: list[tuple[Tensor, Tensor]] = []
-        self.gathered: Tensor | None = None
-        self.picked: Tensor | None = None
+        self.plan, split = plan, plan.split
+        self.dots = total.new_empty(split.n, split.directions)
+        if plan.strategy != "gram" or plan.route is not None:
+            self.direction = total.new_zeros(split.directions, *total.shape)
+        self.val_factors: list[tuple[Tensor, Tensor]] = []  # of gram
         if plan.route is not None:
             self.picked = total.new_empty(plan.route.picked.shape)
 
@@ -197,19 +211,21 @@ class _AttributingSink(_Sink):
             self._add_train(residuals, rows, group)
 
     def _add_validation(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        split = self.plan.split
         if self.plan.strategy == "gram":
             self.val_factors.append((residuals.clone(), rows))
-        if self.direction is not None and split.pairwise:
-            self.direction[group] = direction_of(residuals, rows, split)
-        elif self.direction is not None:
+            if self.plan.route is None:
+                return
+        if self.plan.split.pairwise:
+            self.direction[group] = direction_of(residuals, rows, self.plan.split)
+        else:
             add_gradient(residuals, rows, self.direction[0])
 
     def _add_train(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
         route, strategy = self.plan.route, self.plan.strategy
         if strategy == "gram":
             val_residuals, val_rows = (torch.cat(factors) for factors in zip(*self.val_factors, strict=True))
-            self.dots[group] = gram(residuals, rows, val_residuals, val_rows, self.total, self.plan.split.pairwise)
+            pairwise = self.plan.split.pairwise
+            self.dots[group] = gram(residuals, rows, val_residuals, val_rows, self.total, pairwise)
         else:
             contraction = instantiate if strategy == "instantiate" else project
             self.dots[group] = contraction(residuals, rows, self.direction, self.total)
@@ -219,7 +235,8 @@ class _AttributingSink(_Sink):
     def seal(self) -> None:
         if self.plan.route is not None:
             self.gathered = self.direction[:, self.plan.route.train_tokens]
-        self.direction, self.val_factors = None, []
+        self.val_factors.clear()
+        vars(self).pop("direction", None)
 
     def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight, *_ = super().finish(train_scale, val_scale)
@@ -241,7 +258,8 @@ def _groups(rows: int, positions: int, split: Split | None) -> Iterator[slice]:
 def _residual_groups(
     rows: Tensor, matrix: Tensor, targets: Tensor, counts: Tensor, losses: Tensor, plan: HeadPlan | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """For each group of rows its residuals (g, T, V), in a buffer that the next group overwrites; fills losses (N,)."""
+    """For each group of rows its residuals (g, T, V), in a buffer that the next group overwrites; fills
+    losses (N,)."""
     (n_rows, positions, _), vocabulary = rows.shape, len(matrix)
     groups = list(_groups(n_rows, positions, None if plan is None else plan.split))
     largest = max(group.stop - group.start for group in groups)
@@ -258,8 +276,8 @@ def _residual_groups(
 def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
     """Replaces logits (P, V) by softmax minus one-hot, in place; rows whose target (P,) is -100 become zero.
 
-    Returns the cross entropy (P,) in nats, zero where there is no target; softmax and its sum run in the wide dtype.
-    """
+    Returns the cross entropy (P,) in nats, zero where there is no target; softmax and its sum run in the wide
+    dtype."""
     position_losses = logits.new_empty(len(logits), dtype=wide)
     for start in range(0, len(logits), SOFTMAX_POSITIONS):
         chunk = slice(start, start + SOFTMAX_POSITIONS)
@@ -277,7 +295,9 @@ def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) ->
     return position_losses
 
 
-def _losses_only(hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+def _losses_only(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Evaluation: the losses (N,) without any gradient."""
     with without_autocast(hidden):
         losses = hidden.new_empty(len(hidden), dtype=accumulation_dtype(dtype))

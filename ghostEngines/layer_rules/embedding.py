@@ -14,16 +14,17 @@ from .registry import register_rule
 def _check(layer: nn.Embedding) -> None:
     for option, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
         if getattr(layer, option) != off:
-            raise ValueError(f"nn.Embedding with {option}={getattr(layer, option)} is not covered: use {option}={off}.")
+            raise ValueError(
+                f"nn.Embedding with {option}={getattr(layer, option)} is not covered: use {option}={off}."
+            )
 
 
 @register_rule(nn.Embedding, check=_check)
-def embedding(layer: nn.Embedding, layer_step: LayerStep, tokens: Tensor) -> Tensor:
+def embedding(layer: nn.Embedding, layer_step: LayerStep, tokens: Tensor) -> Any:
     """tokens (n+m, ...) -> (n+m, ..., d).
 
-    Tokens of shape (1, ...), such as the position ids of Hugging Face models, stand for all rows: the output is expanded, so
-    that the gradient which comes back still has a sample dimension.
-    """
+    Tokens of shape (1, ...), such as the position ids of Hugging Face models, stand for all rows: the output
+    is expanded, so that the gradient which comes back still has a sample dimension."""
     split = layer_step.step.split
     if tokens.shape[:1] == (1,):
         tokens = tokens.expand(split.n + split.m, *tokens.shape[1:])
@@ -40,15 +41,20 @@ def embedding(layer: nn.Embedding, layer_step: LayerStep, tokens: Tensor) -> Ten
 class ProbedEmbedding(torch.autograd.Function):
     """y = W[tokens], and the two zero outputs of a `TiedRoute` (None for a weight that is not tied).
 
-    The validation gradient E_v is kept for the validation rows' own tokens only: `slots` maps a token to its place among
-    them, one of the positions at which it stands.
-    """
+    The validation gradient E_v is kept for the validation rows' own tokens only: `slots` maps a token to its
+    place among them, one of the positions at which it stands."""
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, probe: Tensor, split: Split, padding_idx: int | None, tied: bool
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        probe: Tensor,
+        split: Split,
+        padding_idx: int | None,
+        tied: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        ctx.split, ctx.padding_idx, ctx.tied, ctx.vocabulary = split, padding_idx, tied, len(weight)
+        ctx.split, ctx.padding_idx, ctx.vocabulary = split, padding_idx, len(weight)
         ctx.save_for_backward(tokens)
         output = nn.functional.embedding(tokens, weight, padding_idx)
         if not tied:
@@ -74,20 +80,23 @@ class ProbedEmbedding(torch.autograd.Function):
             direction, slots = validation_gradient(tokens[n:], backprops[n:], split, ctx.vocabulary)
             seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token
             at_tokens = direction[:, seen.clamp(min=0)] * (seen >= 0)[..., None]  # (k, n, L, d)
-            if ctx.tied:
+            if gathered is not None:
                 at_tokens = at_tokens + gathered
             dots = torch.einsum("nld,knld->nk", backprops[:n], at_tokens)
-            if ctx.tied:
+            if picked is not None:
                 dots = dots + picked.flatten(1) @ direction.flatten(1).mT
         return None, grad_weight, dots, None, None, None
 
 
-def validation_gradient(tokens: Tensor, backprops: Tensor, split: Split, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """tokens (m, L), backprops (m, L, d) -> the validation gradient (k, m·L, d) by slot, and the slots (vocabulary,).
+def validation_gradient(
+    tokens: Tensor, backprops: Tensor, split: Split, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """tokens (m, L), backprops (m, L, d) -> the validation gradient (k, m·L, d) by slot, and the slots
+    (vocabulary,).
 
-    A token's slot is the last of the m·L positions at which it stands, -1 for a token of no validation row; the direction is
-    zero at all other positions. So every shape is known beforehand and no device has to be waited for.
-    """
+    A token's slot is the last of the m·L positions at which it stands, -1 for a token of no validation row;
+    the direction is zero at all other positions. So every shape is known beforehand and no device has to be
+    waited for."""
     m, length, d = backprops.shape
     places = torch.arange(m * length, device=tokens.device)
     slots = places.new_full((vocabulary,), -1).scatter_reduce_(0, tokens.flatten(), places, "amax")

@@ -12,10 +12,12 @@ from .registry import register_rule
 
 
 @register_rule(nn.LayerNorm)
-def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, x: Tensor) -> Tensor:
+def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, x: Tensor) -> Any:
     """x (n+m, ..., *normalized_shape) -> the same shape."""
     step = layer_step.enter(x)
-    return ProbedLayerNorm.apply(x, layer.weight, layer.bias, step.probe, layer.normalized_shape, layer.eps, step.split)
+    return ProbedLayerNorm.apply(
+        x, layer.weight, layer.bias, step.probe, layer.normalized_shape, layer.eps, step.split
+    )
 
 
 class ProbedLayerNorm(torch.autograd.Function):
@@ -42,31 +44,27 @@ class ProbedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dtype = accumulation_dtype(x.dtype)
-        gradients = []
+        shape, dtype = ctx.shape, accumulation_dtype(x.dtype)
+        grad_x = grad_weight = grad_bias = None
+        dots = []
         with without_autocast(x):
-            wide = [None if t is None else t.to(dtype) for t in (backprops, x, mean, rstd, weight, bias)]
-            backprops, wide_x, mean, rstd, weight, bias = wide
-            grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-                backprops, wide_x, ctx.shape, mean, rstd, weight, bias, [needs_x, False, False]
-            )
+            g, wide_x, mean, rstd = (t.to(dtype) for t in (backprops, x, mean, rstd))
+            if needs_x:
+                w, b = (None if p is None else p.to(dtype) for p in (weight, bias))
+                grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                    g, wide_x, shape, mean, rstd, w, b, [True, False, False]
+                )
+                grad_x = grad_x.to(x.dtype)
             if needs_weight:
-                per_position = backprops * ((wide_x - mean) * rstd)
-                gradients.append(_sum_positions(per_position, ctx.shape))
+                per_sample = sum_positions(g * ((wide_x - mean) * rstd), shape)
+                grad_weight, weight_dots = contract_gradients(per_sample, ctx.split)
+                dots.append(weight_dots)
             if needs_bias:
-                gradients.append(_sum_positions(backprops, ctx.shape))
-            contracted = [contract_gradients(gradient, ctx.split) for gradient in gradients]
-        grads = iter([grad for grad, _ in contracted])
-        dots = sum(dots for _, dots in contracted)
-        return (
-            grad_x.to(x.dtype) if needs_x else None,
-            next(grads) if needs_weight else None,
-            next(grads) if needs_bias else None,
-            dots,
-            *(None,) * 3,
-        )
+                grad_bias, bias_dots = contract_gradients(sum_positions(g, shape), ctx.split)
+                dots.append(bias_dots)
+        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), *(None,) * 3
 
 
-def _sum_positions(per_position: Tensor, shape: tuple[int, ...]) -> Tensor:
+def sum_positions(per_position: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(N, ..., *shape) -> (N, *shape)."""
     return per_position.reshape(len(per_position), -1, *shape).sum(1)

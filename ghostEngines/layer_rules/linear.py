@@ -7,30 +7,32 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..contraction import Split, Strategy, contract, contract_gradients, direction_of
-from ..step import LayerStep, TiedRoute
+from ..step import LayerStep
 from .autocast import compute_dtype, without_autocast
 from .registry import register_rule
 
 
 @register_rule(nn.Linear)
-def linear(layer: nn.Linear, step: LayerStep, x: Tensor) -> Tensor:
+def linear(layer: nn.Linear, step: LayerStep, x: Tensor) -> Any:
     """x (n+m, ..., d) -> (n+m, ..., p); the weight is (p, d)."""
     return _run(layer, step, x, layer.weight)
 
 
 @register_rule(Conv1D)
-def conv1d(layer: Conv1D, step: LayerStep, x: Tensor) -> Tensor:
+def conv1d(layer: Conv1D, step: LayerStep, x: Tensor) -> Any:
     """x (n+m, ..., d) -> (n+m, ..., p); the weight is (d, p)."""
     return _run(layer, step, x, layer.weight)
 
 
-def _run(layer: nn.Linear | Conv1D, layer_step: LayerStep, x: Tensor, weight: Tensor) -> Tensor:
+def _run(layer: nn.Linear | Conv1D, layer_step: LayerStep, x: Tensor, weight: Tensor) -> Any:
     step = layer_step.enter(x)
     transposed = type(layer) is Conv1D
     positions = x.shape[1:-1].numel()
     strategy = step.strategy_for(positions, *weight.shape)
     route = layer_step.take_route()
-    routed = (None,) * 4 if route is None else (route.gathered, route.picked, route.train_tokens, route.val_tokens)
+    routed = (
+        (None,) * 4 if route is None else (route.gathered, route.picked, route.train_tokens, route.val_tokens)
+    )
     return ProbedLinear.apply(
         x, weight, layer.bias, step.probe, *routed, step.split, strategy, transposed, compute_dtype(x)
     )
@@ -76,7 +78,10 @@ class ProbedLinear(torch.autograd.Function):
             if needs_x:
                 matrix = weight.to(x.dtype)
                 grad_x = backprops @ (matrix.mT if ctx.transposed else matrix)
-            activations, backprops = x.reshape(rows, -1, x.shape[-1]), backprops.reshape(rows, -1, backprops.shape[-1])
+            activations, backprops = (
+                x.reshape(rows, -1, x.shape[-1]),
+                backprops.reshape(rows, -1, backprops.shape[-1]),
+            )
             if needs_weight:
                 left, right = (activations, backprops) if ctx.transposed else (backprops, activations)
                 grad_weight, weight_dots, direction = contract(left, right, split, ctx.strategy)
@@ -89,7 +94,7 @@ class ProbedLinear(torch.autograd.Function):
                 sums = backprops.sum(1, dtype=torch.promote_types(backprops.dtype, torch.float32))  # (n+m, p)
                 grad_bias, bias_dots = contract_gradients(sums, split)
                 dots.append(bias_dots)
-        return grad_x, grad_weight, grad_bias, sum(dots), gathered, picked, *(None,) * 6
+        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), gathered, picked, *(None,) * 6
 
 
 def routed_gradients(
@@ -97,9 +102,8 @@ def routed_gradients(
 ) -> tuple[Tensor, Tensor]:
     """What a head whose weight is tied to an embedding returns through the `TiedRoute`.
 
-    left (n+, T, V), right (n+, T, d): at least the train rows, in the scale of the joint loss. direction (k, V, d).
-    Returns gathered (k, n, L, d) and picked (n, U, d).
-    """
+    left (n+, T, V), right (n+, T, d): at least the train rows, in the scale of the joint loss. direction (k,
+    V, d). Returns gathered (k, n, L, d) and picked (n, U, d)."""
     n = len(train_tokens)
     picked = left[:n, :, val_tokens].mT @ right[:n]
     return direction[:, train_tokens], picked.to(direction.dtype)
