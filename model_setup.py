@@ -106,16 +106,23 @@ def build_model(config: TrainingConfig) -> CausalLM:
             f"{config.architecture}"
         )
     torch.manual_seed(config.seed)
-    model = CausalLM(GPT2LMHeadModel(hf_config))
-    return model.to(config.device, getattr(torch, config.model_dtype)).train()
+    return place(CausalLM(GPT2LMHeadModel(hf_config)), config)
 
 
 def load_model(folder: Path, config: TrainingConfig) -> CausalLM:
     """The model that a run saved. Raises ValueError if the folder is not there or its model has dropout."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no saved model in {folder}")
-    hf = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, config.model_dtype))
-    return CausalLM(hf).to(config.device).train()
+    return place(CausalLM(GPT2LMHeadModel.from_pretrained(folder)), config)
+
+
+def place(model: CausalLM, config: TrainingConfig) -> CausalLM:
+    """The model on its device, in its precision, with its blocks compiled if so configured."""
+    model.to(config.device, getattr(torch, config.model_dtype)).train()
+    if config.compile:
+        for block in model.hf.transformer.h:  # one graph serves all blocks; the head chooses its own chunks
+            block.compile()
+    return model
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -25,6 +25,7 @@ from data_processing.batch_encoder import Counts, EncodedBatch
 from data_processing.pile_records import InputFile, PileError
 from data_processing.shards import (
     FORMAT_VERSION,
+    TOKEN_TYPE,
     Shard,
     ShardWriter,
     domain_file_name,
@@ -180,11 +181,12 @@ def _append_shard(joined: ShardWriter, shard: Shard) -> None:
     """Copies a shard's documents, at a time those that start within JOIN_TOKENS."""
     starts = shard.document_starts
     first = 0
-    while first < shard.num_documents:
-        last = int(np.searchsorted(starts, starts[first] + JOIN_TOKENS))
-        stop = starts[last] if last < shard.num_documents else shard.num_tokens
-        joined.extend(np.asarray(shard.tokens[starts[first] : stop]))
-        first = last
+    with shard.path.with_suffix(".bin").open("rb") as file:  # not the map: what it read would stay in memory
+        while first < shard.num_documents:
+            last = int(np.searchsorted(starts, starts[first] + JOIN_TOKENS))
+            stop = starts[last] if last < shard.num_documents else shard.num_tokens
+            joined.extend(np.fromfile(file, TOKEN_TYPE, stop - starts[first]))
+            first = last
 
 
 def publish(joined: Path, work: Path, target: Path, manifest: dict[str, Any]) -> None:

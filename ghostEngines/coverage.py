@@ -1,7 +1,11 @@
 """What the engine can score, and errors that say why it can't: the checks made when it attaches."""
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from .layer_rules import RULES, CrossEntropyHead
 
@@ -108,3 +112,39 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     foreign = len(trained - set(named))
     if foreign:
         raise ValueError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")
+
+
+def find_bypass(loss: Tensor, probe: Tensor, layers: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """The name of a layer whose parameter gets a gradient from anything but one call of the layer; None if there
+    is none.
+
+    Read off the graph of the loss: a rule's node sends a gradient to the probe as well as to the parameters,
+    so a node that sends one to a parameter and none to the probe is not a rule's, and each parameter may get
+    one for each layer that owns it. (Of a compiled block the graph shows one node only.)
+    """
+    names: dict[int, list[str]] = {}
+    for name, layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(name)
+    uses: Counter[int] = Counter()
+    for node in graph_nodes(loss):
+        leaves = [id(child.variable) for child, _ in node.next_functions if hasattr(child, "variable")]
+        for leaf in leaves:
+            if leaf in names:
+                uses[leaf] += 1
+                if id(probe) not in leaves or uses[leaf] > len(names[leaf]):
+                    return names[leaf][0]
+    return None
+
+
+def graph_nodes(loss: Tensor) -> Iterator[Node]:
+    """Every node of the graph behind the loss, once."""
+    assert loss.grad_fn is not None
+    seen, stack = {loss.grad_fn}, [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)

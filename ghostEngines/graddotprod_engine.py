@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .contraction import STRATEGIES, Split, Strategy, accumulation_dtype
-from .coverage import check_optimizer, check_rows_are_independent, covered_layers, find_ties
+from .coverage import check_optimizer, check_rows_are_independent, covered_layers, find_bypass, find_ties
 from .layer_rules import RULES
 from .step import CurrentStep, LayerStep, Step
 
@@ -59,6 +59,7 @@ class GradDotProdEngine:
         self._layers: list[LayerStep] = []
         self._current = CurrentStep()
         self._prepared = False
+        self._bypassed: str | None = None
         self._restore: list[Callable[[], Any]] = []
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -112,7 +113,8 @@ class GradDotProdEngine:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not inputs:
             raise ValueError("the model was called without a tensor, so that its number of rows is unknown")
-        rows, m = len(inputs[0]), self.val_batch_size
+        shape, m = inputs[0].shape, self.val_batch_size
+        rows = shape[0] if shape else 0
         if rows <= m:
             raise ValueError(
                 f"the model was called with {rows} rows, the last {m} of which are validation rows: there "
@@ -120,7 +122,8 @@ class GradDotProdEngine:
             )
         weight = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         split = Split(rows - m, m, self.pairwise)
-        self._current.step = Step.begin(split, self.strategy, accumulation_dtype(weight.dtype), weight.device)
+        dtype = accumulation_dtype(weight.dtype)
+        self._current.step = Step.begin(split, shape, self.strategy, dtype, weight.device)
         self._current.recording = True
         self._prepared = False
         for layer_step in self._layers:
@@ -149,7 +152,9 @@ class GradDotProdEngine:
                 f"joint_loss takes one loss per row, {tuple(weights.shape)}, train rows first; got "
                 f"{tuple(losses.shape)}"
             )
-        return (losses * weights).sum() + step.scale_probe
+        loss = (losses * weights).sum() + step.scale_probe
+        self._bypassed = find_bypass(loss, step.probe, [(each.name, each.layer) for each in self._layers])
+        return loss
 
     def prepare_gradients(self) -> None:
         """Checks that the gradients and dot products are those of this step. Nothing has to be moved: `.grad`
@@ -163,6 +168,12 @@ class GradDotProdEngine:
             raise RuntimeError(
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
                 "(times any factor) before prepare_gradients()"
+            )
+        if self._bypassed is not None:
+            raise RuntimeError(
+                f"the weight of layer '{self._bypassed}' was used in another way than by one call of the layer: "
+                "that part of its gradient is in no dot product, and the validation rows' part of it in .grad. "
+                "If another module reads the weight, call the layer instead; give each call a layer of its own."
             )
         for layer_step in self._layers:
             layer = layer_step.layer

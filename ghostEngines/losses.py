@@ -1,5 +1,6 @@
 """Per-sample losses of a model that returns logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 IGNORE_INDEX = -100
 
 
-def per_sample_losses(model: nn.Module, x: Any, y: Tensor) -> Tensor:
+def per_sample_losses(model: Callable[[Any], Any], x: Any, y: Tensor) -> Tensor:
     """One cross entropy per row: the mean over the row's own targets, in nats.
 
     x: what the model takes, with the sample first. y (N, T) or (N,): the target of each position, shifted
@@ -16,6 +17,11 @@ def per_sample_losses(model: nn.Module, x: Any, y: Tensor) -> Tensor:
     V) or (N, V), or a Hugging Face output that has them. Returns (N,) in float32 (float64 for a float64
     model). Raises ValueError for a row without any target."""
     output = model(x)
+    if isinstance(output, tuple | list):
+        raise TypeError(
+            f"the model returned a {type(output).__name__} of {len(output)}: per_sample_losses takes logits, or an "
+            "output that has them as .logits; pass a function that picks them"
+        )
     logits = output if isinstance(output, Tensor) else output.logits
     if logits.shape[:-1] != y.shape:
         raise ValueError(

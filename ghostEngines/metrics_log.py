@@ -163,7 +163,7 @@ class ScoreWriter:
     def merge(self) -> None:
         """Merge this rank's small files into files of at least `rows_per_file` rows, but for the last."""
         for group in self._groups(put_in_order(self.folder, self.rank)):
-            table = pa.concat_tables([file.read() for file in group]).unify_dictionaries().combine_chunks()
+            table = pa.concat_tables([file.read() for file in group]).combine_chunks()
             merged = score_file(self.folder, group[0].first, group[-1].last, self.rank)
             publish(merged, table, replaces=group)
         self._take_stock()

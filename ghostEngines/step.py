@@ -41,6 +41,7 @@ class Step:
     from its embedding to its head, by its name."""
 
     split: Split
+    input_shape: torch.Size
     probe: Tensor
     scale_probe: Tensor
     strategy: Strategy | None
@@ -48,12 +49,17 @@ class Step:
 
     @classmethod
     def begin(
-        cls, split: Split, strategy: Strategy | None, dtype: torch.dtype, device: torch.device
+        cls,
+        split: Split,
+        input_shape: torch.Size,
+        strategy: Strategy | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> "Step":
-        """dtype: the accumulation dtype."""
+        """input_shape: of the model's input, n+m rows. dtype: the accumulation dtype."""
         probe = torch.zeros(split.n, split.directions, dtype=dtype, device=device, requires_grad=True)
         scale_probe = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        return cls(split, probe, scale_probe, strategy)
+        return cls(split, input_shape, probe, scale_probe, strategy)
 
     def row_weights(self) -> Tensor:
         """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation
@@ -90,15 +96,15 @@ class LayerStep:
         self.calls = 0
         self._current = current
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
         """What stands in the place of the layer's forward while the engine is attached; without gradients it
         is the layer's own.
 
         A bound method, not a closure: `torch.compile` guards on the function and the type of its object,
         which all blocks have in common, and so one graph serves them all."""
         if not torch.is_grad_enabled():
-            return type(self.layer).forward(self.layer, *inputs)
-        return self.rule(self.layer, self, *inputs)
+            return type(self.layer).forward(self.layer, *inputs, **named_inputs)
+        return self.rule(self.layer, self, *inputs, **named_inputs)
 
     @property
     def step(self) -> Step:
@@ -121,10 +127,16 @@ class LayerStep:
         rows = step.split.n + step.split.m
         if x.dim() == 0 or x.shape[0] != rows:
             raise ValueError(
-                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has "
-                f"{rows} rows ({step.split.n} train, {step.split.m} validation): the first dimension of "
-                "every covered layer's input must be the sample. Keep the batch first and flatten nothing "
-                "into it, or freeze the layer's parameters."
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has {rows} "
+                f"rows ({step.split.n} train, {step.split.m} validation): the first dimension of every covered "
+                "layer's input must be the sample. Keep the batch first and flatten nothing into it, or freeze "
+                "the layer's parameters."
+            )
+        if x.dim() == 1 and rows in step.input_shape[1:]:
+            raise ValueError(
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, which may be one entry for each "
+                f"of the {rows} rows of the model's input, or for each of its {rows} columns: expand it to "
+                f"({rows}, ...), or use another number of rows."
             )
         return step
 

@@ -17,6 +17,7 @@ from ghostEngines import GradDotProdEngine
 
 MODELS = ["gpt2-tied", "gpt2-tied-padded", "fused-gpt2-tied-padded", "fused-gpt2-untied"]
 N, M = 3, 2
+CLIP = 0.5
 
 
 def truth_of(case: Case, seed: int = 1, model: nn.Module | None = None) -> Truth:
@@ -27,9 +28,9 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
-def checkpoint_blocks(model: nn.Module, use_reentrant: bool) -> None:
+def checkpoint_blocks(model: nn.Module) -> None:
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=use_reentrant)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def assert_exact(truth: Truth, dots: Tensor, model: nn.Module) -> None:
@@ -43,8 +44,8 @@ def test_checkpointing(name: str) -> None:
     case = BY_NAME[name]
     model = case.model().train()
     ran = []
-    blocks(model)[0].mlp.register_forward_hook(lambda *_: ran.append(1))
-    checkpoint_blocks(model, use_reentrant=False)
+    blocks(model)[0].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    checkpoint_blocks(model)
     for _ in range(2):
         model.zero_grad()
         dots, _ = joint_step(model, *case.data(N + M), M, case.losses)
@@ -64,9 +65,10 @@ def test_checkpointing_of_the_whole_model() -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     """Its first pass runs without gradients, so that the layers in it do not see the step."""
     case = BY_NAME["gpt2-tied"]
-    model = case.model().train()
-    checkpoint_blocks(model, use_reentrant=True)
-    with pytest.raises(RuntimeError, match=r"transformer\.h\.0.*0 times"):
+    model = case.model()
+    mlp = blocks(model)[0].mlp
+    mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"transformer\.h\.0\.mlp.*0 times"):
         joint_step(model, *case.data(N + M), M, case.losses)
 
 
@@ -141,7 +143,7 @@ def test_accumulation(name: str) -> None:
 
 FROZEN = {
     "weights": lambda name: name.endswith("c_fc.weight"),
-    "biases": lambda name: name.endswith("c_fc.bias") or name.endswith("ln_1.bias"),
+    "biases": lambda name: name.endswith(("c_fc.bias", "ln_1.bias")),
     "norm weights": lambda name: ".ln_" in name and name.endswith("weight"),
     "positions": lambda name: "wpe" in name,
     "tokens": lambda name: "wte" in name or "lm_head" in name,
@@ -193,9 +195,9 @@ def test_twenty_steps_are_those_of_plain_training(tied: bool) -> None:
                 engine.prepare_gradients()
             else:
                 model(x[:N], y[:N]).mean().backward()
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
             optimizer.step()
-        assert 0 < sum(norm > 1.0 for norm in norms) <= 20  # the clipping does clip
+        assert 0 < sum(norm > CLIP for norm in norms) < 20  # the clipping does clip
         trained.append(list(model.parameters()))
     for ours, plain in zip(*trained, strict=True):
         assert (ours - plain).norm() <= 1e-9 * plain.norm()

@@ -10,6 +10,7 @@ from cases import BY_NAME, Case, joint_step
 from oracle import row_loss
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from transformers import PreTrainedModel
 
 NAMES = [
     "linear-3d", "conv1d", "layer-norm", "embedding", "positions-broadcast", "tied-linear", "fused-head",
@@ -25,7 +26,7 @@ class Losses(nn.Module):
         super().__init__()
         self.case, self.model = case, case.model()
         for module in self.model.modules():
-            if hasattr(module, "set_attn_implementation"):
+            if isinstance(module, PreTrainedModel):
                 module.set_attn_implementation("eager")  # fused attention has no forward-mode derivative
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def expected(steps: range) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tmp_path / "run [1]" / "grad_dotprods"  # glob characters in a path must do no harm
+    return tmp_path / "run" / "grad_dotprods [1]"  # glob characters must do no harm
 
 
 # ---- what is written

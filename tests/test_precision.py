@@ -132,8 +132,11 @@ def test_the_training_gradient_is_as_exact_as_plain_autograd(parameters: torch.d
         dots, _ = joint_step(model, x, y, M, call_with_targets, strategy=strategy)
     ours, theirs = training_gradient_error(model, truth), training_gradient_error(plain, truth)
     assert dots.dtype == torch.float32
-    assert torch.tensor(list(ours.values())).mean() <= 1.5 * torch.tensor(list(theirs.values())).mean()
-    assert truth.dot_error(dots) < 0.02
+    assert sum(ours.values()) <= 1.2 * sum(theirs.values())
+    assert (
+        max(ours[name] / theirs[name] for name in ours) <= 2.5
+    )  # single small parameters are a matter of luck
+    assert truth.dot_error(dots) < 4e-3
 
 
 def test_a_gradient_scaler() -> None:

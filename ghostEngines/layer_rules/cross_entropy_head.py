@@ -25,7 +25,7 @@ from ..contraction import (
 )
 from ..losses import IGNORE_INDEX, count_targets, require
 from ..step import LayerStep, TiedRoute
-from .autocast import compute_dtype, without_autocast
+from .functions import compute_dtype, without_autocast
 from .registry import register_rule
 
 # Rows are taken together up to this many positions: enough for full speed of the matrix products.

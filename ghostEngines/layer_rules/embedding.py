@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..contraction import Split, accumulation_dtype
 from ..step import LayerStep, TiedRoute
-from .autocast import without_autocast
+from .functions import as_shape, without_autocast
 from .registry import register_rule
 
 
@@ -20,14 +20,14 @@ def _check(layer: nn.Embedding) -> None:
 
 
 @register_rule(nn.Embedding, check=_check)
-def embedding(layer: nn.Embedding, layer_step: LayerStep, tokens: Tensor) -> Any:
-    """tokens (n+m, ...) -> (n+m, ..., d).
+def embedding(layer: nn.Embedding, layer_step: LayerStep, input: Tensor) -> Any:
+    """Token ids (n+m, ...) -> (n+m, ..., d).
 
     Tokens of shape (1, ...), such as the position ids of Hugging Face models, stand for all rows: the output
     is expanded, so that the gradient which comes back still has a sample dimension."""
     split = layer_step.step.split
-    if tokens.shape[:1] == (1,):
-        tokens = tokens.expand(split.n + split.m, *tokens.shape[1:])
+    one_for_all = input.dim() > 1 and input.shape[0] == 1
+    tokens = input.expand(split.n + split.m, *input.shape[1:]) if one_for_all else input
     step = layer_step.enter(tokens)
     output, gathered, picked = ProbedEmbedding.apply(
         tokens, layer.weight, step.probe, split, layer.padding_idx, layer_step.tied is not None
@@ -56,10 +56,10 @@ class ProbedEmbedding(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.split, ctx.padding_idx, ctx.vocabulary = split, padding_idx, len(weight)
         ctx.save_for_backward(tokens)
-        output = nn.functional.embedding(tokens, weight, padding_idx)
+        length, d = tokens[0].numel(), weight.shape[1]
+        output = as_shape(weight.index_select(0, tokens.reshape(-1)), *tokens.shape, d)
         if not tied:
             return output, None, None
-        length, d = tokens[0].numel(), weight.shape[1]
         gathered = probe.new_zeros(()).expand(split.directions, split.n, length, d)
         picked = probe.new_zeros(()).expand(split.n, split.m * length, d)
         return output, gathered, picked

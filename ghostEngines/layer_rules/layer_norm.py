@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from ..contraction import Split, accumulation_dtype, contract_gradients
 from ..step import LayerStep
-from .autocast import without_autocast
+from .functions import without_autocast
 from .registry import register_rule
 
 
 @register_rule(nn.LayerNorm)
-def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, x: Tensor) -> Any:
-    """x (n+m, ..., *normalized_shape) -> the same shape."""
-    step = layer_step.enter(x)
+def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, input: Tensor) -> Any:
+    """input (n+m, ..., *normalized_shape) -> the same shape."""
+    step = layer_step.enter(input)
     return ProbedLayerNorm.apply(
-        x, layer.weight, layer.bias, step.probe, layer.normalized_shape, layer.eps, step.split
+        input, layer.weight, layer.bias, step.probe, layer.normalized_shape, layer.eps, step.split
     )
 
 

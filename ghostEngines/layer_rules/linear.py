@@ -8,14 +8,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contraction import Split, Strategy, contract, contract_gradients, direction_of
 from ..step import LayerStep
-from .autocast import compute_dtype, without_autocast
+from .functions import as_shape, compute_dtype, without_autocast
 from .registry import register_rule
 
 
 @register_rule(nn.Linear)
-def linear(layer: nn.Linear, step: LayerStep, x: Tensor) -> Any:
-    """x (n+m, ..., d) -> (n+m, ..., p); the weight is (p, d)."""
-    return _run(layer, step, x, layer.weight)
+def linear(layer: nn.Linear, step: LayerStep, input: Tensor) -> Any:
+    """input (n+m, ..., d) -> (n+m, ..., p); the weight is (p, d)."""
+    return _run(layer, step, input, layer.weight)
 
 
 @register_rule(Conv1D)
@@ -64,8 +64,10 @@ class ProbedLinear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, weight, train_tokens, val_tokens)
         with without_autocast(x):
-            matrix = weight.to(dtype).mT if transposed else weight.to(dtype)
-            return nn.functional.linear(x, matrix, None if bias is None else bias.to(dtype))
+            matrix = weight.to(dtype) if transposed else weight.to(dtype).mT  # (d, p)
+            flat = x.reshape(-1, x.shape[-1])
+            output = flat @ matrix if bias is None else torch.addmm(bias.to(dtype), flat, matrix)
+            return as_shape(output, *x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,5 @@
-"""How the rules' autograd functions behave under `torch.autocast`."""
+"""What the rules' autograd functions have in common: their behaviour under `torch.autocast`, and the tensors
+they return."""
 
 import torch
 from torch import Tensor
@@ -17,3 +18,9 @@ def without_autocast(x: Tensor) -> torch.autocast:
     """A context in which nothing is cast silently: the functions below say themselves which product runs in
     which dtype, and a dot product of float32 tensors stays one wherever `backward()` is called."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def as_shape(flat: Tensor, *shape: int) -> Tensor:
+    """A fresh tensor in another shape, not a view of it: autograd forbids to change a view in place that an
+    autograd function has returned, and a model may well do that."""
+    return torch.ops.aten._unsafe_view(flat, shape)

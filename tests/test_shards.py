@@ -1,0 +1,198 @@
+"""The shard format: what is written is what is read, and nothing damaged or foreign is read at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_processing.shards import EOT, ShardError, ShardWriter, domain_file_name, list_shards, open_shard
+
+DOCUMENTS = [[1, 2, 3], [50255], [7] * 10]
+
+
+def write_shard(folder: Path, domain: str = "Pile-CC", split: str = "train", tokenizer: str = "gpt2") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(folder, domain, split=split, tokenizer=tokenizer) as shard:
+        for document in DOCUMENTS:
+            shard.append(document)
+    return folder / f"{domain_file_name(domain)}.json"
+
+
+def test_a_written_shard_reads_back(tmp_path: Path) -> None:
+    shard = open_shard(write_shard(tmp_path, "Wikipedia (en)"), verify_checksum=True)
+    expected = [token for document in DOCUMENTS for token in (*document, EOT)]
+    assert (shard.domain, shard.split, shard.tokenizer) == ("Wikipedia (en)", "train", "gpt2")
+    assert (shard.num_tokens, shard.num_documents, shard.max_token_id) == (len(expected), 3, EOT)
+    assert shard.tokens.tolist() == expected
+    assert shard.document_starts.tolist() == [0, 4, 6]
+    assert isinstance(shard.tokens, np.memmap)
+    assert (tmp_path / "Wikipedia (en).bin").read_bytes() == np.array(expected, "<u2").tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "Wikipedia (en).bin",
+        "Wikipedia (en).idx",
+        "Wikipedia (en).json",
+    ]
+
+
+def test_extend_and_append_write_the_same_bytes(tmp_path: Path) -> None:
+    appended = write_shard(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    chunks = [
+        np.array([*DOCUMENTS[0], EOT, *DOCUMENTS[1], EOT], "<u2"),
+        np.array([*DOCUMENTS[2], EOT], "<u2"),
+    ]
+    with ShardWriter(tmp_path / "b", "Pile-CC", split="train", tokenizer="gpt2") as shard:
+        for chunk in chunks:
+            shard.extend(chunk)
+    for path in (tmp_path / "b").iterdir():
+        assert path.read_bytes() == appended.with_name(path.name).read_bytes()
+
+
+@pytest.mark.parametrize("document", [[], [EOT], [-1], [70_000], [1.5], [[1, 2]]])
+def test_a_document_that_is_no_list_of_token_ids_is_an_error(tmp_path: Path, document: list) -> None:
+    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+        shard.append([1])
+        with pytest.raises(ShardError, match=r"a document is|token ids are"):
+            shard.append(document)
+    assert open_shard(tmp_path / "A.json").tokens.tolist() == [1, EOT]
+
+
+def test_an_id_beyond_the_vocabulary_is_not_written(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2")
+    with pytest.raises(ShardError, match="50257 is beyond"), writer as shard:
+        shard.extend(np.array([50257, EOT], "<u2"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exception_leaves_no_files(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+            shard.append([1])
+            assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_has_documents_and_is_never_overwritten(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2")
+    with pytest.raises(ShardError, match="no document"), writer:
+        pass
+    path = write_shard(tmp_path)
+    with pytest.raises(ShardError, match=r"Pile-CC\.json: this shard exists"):
+        write_shard(tmp_path)
+    open_shard(path, verify_checksum=True)
+
+
+@pytest.mark.parametrize(
+    "domain", ["../../evil", ".", "..", ".hidden", "/etc", "a/b", "a\n\0b", "Üñï 中", "50%"]
+)
+def test_no_domain_name_leaves_the_folder(tmp_path: Path, domain: str) -> None:
+    folder = tmp_path / "data" / "train"
+    path = write_shard(folder, domain)
+    assert path.parent == folder
+    assert len(list(folder.iterdir())) == 3
+    assert not path.name.startswith(".")
+    assert list_shards(tmp_path / "data", "train")[0].domain == domain
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("domain", ["", "x" * 201, "中" * 23])
+def test_a_domain_that_makes_no_file_name_is_an_error(domain: str) -> None:
+    with pytest.raises(ShardError, match="cannot name a shard"):
+        domain_file_name(domain)
+
+
+def change(**fields: object) -> Callable[[Path], None]:
+    """Damage: other values in the JSON; None removes the field."""
+
+    def damage(path: Path) -> None:
+        content = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+    return damage
+
+
+def rewrite(suffix: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Damage: other bytes in a file."""
+    return lambda path: (
+        path.with_suffix(suffix).write_bytes(edit(path.with_suffix(suffix).read_bytes())) and None
+    )
+
+
+DAMAGES = {
+    "truncated tokens": (rewrite(".bin", lambda data: data[:-2]), "has 32 bytes, its JSON says 34"),
+    "half a token": (rewrite(".bin", lambda data: data[:-1]), "has 33 bytes"),
+    "tokens too many": (rewrite(".bin", lambda data: data + data), "has 68 bytes"),
+    "empty tokens": (rewrite(".bin", lambda _: b""), "has 0 bytes"),
+    "truncated index": (rewrite(".idx", lambda data: data[:-8]), r"Pile-CC\.idx: has 16 bytes"),
+    "another index": (rewrite(".idx", lambda data: b"\1" + data[1:]), "do not belong together"),
+    "index beyond": (rewrite(".idx", lambda data: data[:-8] + b"\x7f" * 8), "do not belong together"),
+    "cut document": (rewrite(".bin", lambda data: data[:-2] + b"\0\0"), "do not belong together"),
+    "no tokens": (lambda path: path.with_suffix(".bin").unlink(), r"Pile-CC\.bin is missing"),
+    "no index": (lambda path: path.with_suffix(".idx").unlink(), r"Pile-CC\.idx is missing"),
+    "not JSON": (rewrite(".json", lambda _: b"{"), "is not the JSON of a shard"),
+    "not text": (rewrite(".json", lambda _: b"\xff\xfe\xff"), "is not the JSON of a shard"),
+    "another JSON": (rewrite(".json", lambda _: b"[1]"), 'no "magic"'),
+    "another magic": (change(magic="numpy"), 'no "magic"'),
+    "another version": (change(format_version=99), "format version 99, this code reads 1"),
+    "no count": (change(num_tokens=None), "num_tokens is None, not int"),
+    "count of another type": (change(num_documents="3"), "num_documents is '3', not int"),
+    "no documents": (change(num_documents=0), "has 24 bytes, its JSON says 0"),
+    "ids beyond": (change(max_token_id=50257), "largest token id 50257 is beyond the vocabulary of 50257"),
+    "another domain": (change(domain="ArXiv"), "holds domain 'ArXiv', its file name says another"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_foreign_shard_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    path = write_shard(tmp_path)
+    open_shard(path)
+    damage(path)
+    with pytest.raises(ShardError, match=message) as error:
+        open_shard(path)
+    assert str(tmp_path / "Pile-CC.") in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_checksums_find_what_sizes_do_not(tmp_path: Path, suffix: str) -> None:
+    path = write_shard(tmp_path)
+    rewrite(suffix, lambda data: data[:8] + bytes([data[8] ^ 1]) + data[9:])(path)
+    open_shard(path)
+    with pytest.raises(ShardError, match=rf"Pile-CC\{suffix}: sha256 is"):
+        open_shard(path, verify_checksum=True)
+
+
+def test_list_shards_sorts_by_domain(tmp_path: Path) -> None:
+    for domain in ("b", "A", "a/", "~"):
+        write_shard(tmp_path / "val", domain, split="val")
+    assert [shard.domain for shard in list_shards(tmp_path, "val")] == ["A", "a/", "b", "~"]
+
+
+def test_a_missing_split_names_the_commands_and_the_splits_that_are_there(tmp_path: Path) -> None:
+    write_shard(tmp_path / "val", split="val")
+    (tmp_path / "empty").mkdir()
+    for split in ("train", "empty"):
+        with pytest.raises(ShardError, match=rf"'{split}' in {tmp_path} \(splits there: val\)") as error:
+            list_shards(tmp_path, split)
+        assert "python -m data_processing.tokenize_pile" in str(error.value)
+        assert "python -m data_processing.demo_corpus" in str(error.value)
+
+
+def test_list_shards_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
+    write_shard(tmp_path / "test", "A", split="test")
+    (tmp_path / "test" / "B.bin").write_bytes(b"\0\0")
+    with pytest.raises(ShardError, match=r"B\.bin: has no B\.json"):
+        list_shards(tmp_path, "test")
+    (tmp_path / "test" / "B.bin").unlink()
+    write_shard(tmp_path / "test", "B", split="test", tokenizer="gpt2_bytes")
+    with pytest.raises(ShardError, match=r"A\.json has tokenizer 'gpt2', B\.json 'gpt2_bytes'"):
+        list_shards(tmp_path, "test")
+    (tmp_path / "test").rename(tmp_path / "train")
+    with pytest.raises(ShardError, match="made for split 'test', but lies in 'train'"):
+        list_shards(tmp_path, "train")

@@ -1,0 +1,485 @@
+"""tokenize_pile: the right tokens in the right order, whatever goes wrong on the way."""
+
+import fcntl
+import gzip
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from data_processing import pile_records, split_parts, tokenize_pile
+from data_processing.batch_encoder import Counts
+from data_processing.pile_records import (
+    BadRecord,
+    InputFile,
+    LineBatch,
+    PileError,
+    find_inputs,
+    line_batches,
+    numbered_lines,
+    parse_record,
+)
+from data_processing.shards import EOT, list_shards
+from data_processing.tokenize_pile import main, tokenize
+from data_processing.tokenizers import get_tokenizer
+from data_processing.worker_pool import WorkerError, WorkerPool
+
+Record = tuple[str, str]  # domain, text
+RECORDS: list[Record] = [
+    (("ArXiv", "Wikipedia (en)", "../x")[number % 3], f"Document {number}, naïve 中😀\n" * (number % 5 + 1))
+    for number in range(60)
+]
+
+
+def as_line(record: Record) -> bytes:
+    domain, text = record
+    content = {"text": text, "meta": {"pile_set_name": domain, "other": 1}}
+    return json.dumps(content, ensure_ascii=len(text) % 2 == 0).encode()
+
+
+def write_jsonl(path: Path, records: list[Record]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\n".join(as_line(record) for record in records))
+    return path
+
+
+def run(inputs: list[Path], output_dir: Path, **options: object) -> Counts:
+    settings = {"split": "train", "tokenizer": "gpt2_bytes", "num_workers": 1} | options
+    return tokenize(inputs, output_dir=output_dir, **settings)  # type: ignore[arg-type]
+
+
+def expected_tokens(records: list[Record]) -> dict[str, list[int]]:
+    tokenizer = get_tokenizer("gpt2_bytes")
+    tokens: dict[str, list[int]] = {}
+    for domain, text in records:
+        tokens.setdefault(domain, []).extend([*tokenizer.encode(text).tolist(), EOT])
+    return tokens
+
+
+def tokens_in(output_dir: Path, split: str = "train") -> dict[str, list[int]]:
+    return {shard.domain: shard.tokens.tolist() for shard in list_shards(output_dir, split)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What comes out
+
+
+def test_plain_gzip_and_zstd_files_of_a_folder_in_order(tmp_path: Path) -> None:
+    plain = write_jsonl(tmp_path / "in" / "b.jsonl", RECORDS[20:40])
+    lines = [as_line(record) + b"\r\n" for record in RECORDS]
+    (tmp_path / "in" / "a.jsonl.gz").write_bytes(
+        gzip.compress(b"".join(lines[:10])) + gzip.compress(b"".join(lines[10:20]))
+    )
+    (tmp_path / "in" / "sub").mkdir()
+    with (tmp_path / "in" / "sub" / "c.jsonl.zst").open("wb") as file:
+        for frame in (lines[40:50], lines[50:60]):
+            file.write(pa.compress(b"".join(frame), codec="zstd", asbytes=True))
+    (tmp_path / "in" / "README.md").write_text("not an input")
+
+    counts = run([tmp_path / "in"], tmp_path / "out")
+
+    assert tokens_in(tmp_path / "out") == expected_tokens(RECORDS)
+    assert counts.documents == 60
+    assert counts.tokens == sum(len(tokens) for tokens in tokens_in(tmp_path / "out").values())
+    assert counts.text_bytes == sum(len(text.encode()) for _, text in RECORDS)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train"]
+    assert plain.exists()
+    for shard in list_shards(tmp_path / "out", "train"):
+        documents = [text for domain, text in RECORDS if domain == shard.domain]
+        starts = itertools.accumulate([len(text.encode()) + 1 for text in documents[:-1]], initial=0)
+        assert shard.document_starts.tolist() == list(starts)
+
+
+def test_the_number_of_workers_and_the_batches_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [
+        write_jsonl(tmp_path / "1.jsonl", RECORDS[:50]),
+        write_jsonl(tmp_path / "2.jsonl", RECORDS[50:]),
+    ]
+    run(inputs, tmp_path / "one")
+    monkeypatch.setattr(pile_records, "BATCH_BYTES", 300)
+    monkeypatch.setattr(split_parts, "JOIN_TOKENS", 100)
+    run(inputs, tmp_path / "three", num_workers=3)
+    assert contents(tmp_path / "one" / "train") == contents(tmp_path / "three" / "train")
+    assert tokens_in(tmp_path / "three") == expected_tokens(RECORDS)
+
+
+@pytest.mark.skipif(
+    not {"PILE_SAMPLE_DIR", "TIKTOKEN_CACHE_DIR"} <= set(os.environ),
+    reason="PILE_SAMPLE_DIR or TIKTOKEN_CACHE_DIR is not set: no sample of the Pile, or no GPT-2 vocabulary",
+)
+def test_the_sample_with_gpt2(tmp_path: Path) -> None:
+    path = Path(os.environ["PILE_SAMPLE_DIR"]) / "pile" / "val.jsonl"
+    run([path], tmp_path, split="val", tokenizer="gpt2", num_workers=2)
+    records = [parse_record(line) for line in path.read_bytes().splitlines()]
+    tokenizer = get_tokenizer("gpt2")
+    tokens: dict[str, list[int]] = {}
+    for text, domain in records:
+        tokens.setdefault(domain, []).extend([*tokenizer.encode(text).tolist(), EOT])
+    assert tokens_in(tmp_path, "val") == tokens
+
+
+def test_blank_lines_are_no_records_and_empty_texts_no_documents(tmp_path: Path) -> None:
+    lines = [b"", as_line(("A", "x")), b"  \r", as_line(("A", "")), as_line(("B", ""))]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
+    counts = run([tmp_path / "in.jsonl"], tmp_path / "out")
+    assert (counts.documents, counts.empty_texts, counts.bad_records) == (1, 2, 0)
+    assert tokens_in(tmp_path / "out") == expected_tokens([("A", "x")])
+
+
+# Reading lines
+
+
+def test_batches_are_whole_lines_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [b"x" * length for length in (5, 0, 70, 3, 200, 64, 63, 1, 0, 0, 9)]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    (source,) = find_inputs([tmp_path / "in.jsonl"])
+    for size in (1, 7, 64, 1000):
+        monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
+        batches = list(line_batches(source))
+        assert [batch.is_last for batch in batches] == [False] * (len(batches) - 1) + [True]
+        assert b"".join(batch.data for batch in batches) == b"\n".join(lines)
+        numbered = [line for batch in batches for line in numbered_lines(batch)]
+        assert numbered == [(number, line) for number, line in enumerate(lines, 1) if line]
+        assert max(len(batch.data) for batch in batches) < size + 202
+
+
+def test_a_line_too_long_is_bad_but_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [b"a" * 10, b"b" * 10_000, b"c" * 10, b"d" * 100, b"e" * 10_000, b"f"]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    (source,) = find_inputs([tmp_path / "in.jsonl"])
+    monkeypatch.setattr(pile_records, "MAX_LINE_BYTES", 100)
+    for size in (16, 101, 150):
+        monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
+        batches = list(line_batches(source))
+        assert max(len(batch.data) for batch in batches) <= 100 + 2 * size  # the long lines are never held
+        read = dict(line for batch in batches for line in numbered_lines(batch))
+        assert list(read) == [1, 2, 3, 4, 5, 6]
+        assert [read[number] for number in (1, 3, 4, 6)] == [lines[0], lines[2], lines[3], lines[5]]
+        for number in (2, 5):
+            with pytest.raises(BadRecord, match="longer than"):
+                parse_record(read[number])
+
+
+def damaged_gzip() -> bytes:
+    return gzip.compress(b"".join(as_line(record) + b"\n" for record in RECORDS))[:-20]
+
+
+def damaged_zstd() -> bytes:
+    data = b"".join(as_line(record) + b"\n" for record in RECORDS)
+    return pa.compress(data, codec="zstd", asbytes=True)[:-20]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl.gz", damaged_gzip()),
+        ("a.jsonl.zst", damaged_zstd()),
+        ("a.jsonl.gz", b"plain text"),
+        ("a.jsonl.zst", b"plain text"),
+    ],
+)
+def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PileError, match=rf"{name}: cannot be read"):
+        run([tmp_path / name], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_inputs_that_are_not_there_or_not_inputs(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in" / "a.jsonl", RECORDS)
+    (tmp_path / "empty").mkdir()
+    for paths, message in (
+        ([tmp_path / "b.jsonl"], r"b\.jsonl: no such file"),
+        ([tmp_path / "b.json"], r"b\.json: the name must end in one of \.jsonl, \.jsonl\.zst, \.jsonl\.gz"),
+        ([tmp_path / "empty"], r"empty: holds no file"),
+        ([path, tmp_path / "in"], r"a\.jsonl: is given twice"),
+    ):
+        with pytest.raises(PileError, match=message):
+            find_inputs(paths)
+
+
+def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    source = InputFile.at(path)
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(PileError, match=r"a\.jsonl: changed while it was read"):
+        list(line_batches(source))
+
+
+# Bad records
+
+BAD_LINES = {
+    b'{"text": "cut': "malformed JSON: Unterminated string",
+    b'{"text": "a"} {}': "malformed JSON: Extra data at character 15",
+    b"\xef\xbb\xbf{}": "malformed JSON: Unexpected UTF-8 BOM",
+    b"[" * 100_000: "malformed JSON: maximum recursion",
+    b"1" * 5000: "malformed JSON: Exceeds the limit",
+    b'{"text": "caf\xe9"}': "invalid UTF-8: byte 0xe9 at position 14",
+    b'{"text": "x"}'.decode().encode("utf-16"): "invalid UTF-8: byte 0xff at position 1",
+    b"[1]": "the record is a JSON array, not an object with 'text'",
+    b"null": "the record is a JSON null",
+    b'{"meta": {"pile_set_name": "A"}}': "the record has no 'text'",
+    b'{"text": 3, "meta": {"pile_set_name": "A"}}': "'text' of the record is a JSON number, not a string",
+    b'{"text": ["x"], "meta": {"pile_set_name": "A"}}': "'text' of the record is a JSON array, not a string",
+    b'{"text": "x"}': "the record has no 'meta'",
+    b'{"text": "x", "meta": "A"}': "'meta' is a JSON string, not an object with 'pile_set_name'",
+    b'{"text": "x", "meta": {}}': "'meta' has no 'pile_set_name'",
+    b'{"text": "x", "meta": {"pile_set_name": null}}': "'pile_set_name' of 'meta' is a JSON null",
+    b'{"text": "x", "meta": {"pile_set_name": ""}}': "domain '' cannot name a shard",
+    b'{"text": "a\\ud800b", "meta": {"pile_set_name": "A"}}': r"'text' of the record holds \\ud800, half of a",
+    b'{"text": "x", "meta": {"pile_set_name": "\\udfff"}}': r"'pile_set_name' of 'meta' holds \\udfff, half",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_record_says_what_is_wrong(line: bytes) -> None:
+    with pytest.raises(BadRecord, match=BAD_LINES[line]):
+        parse_record(line)
+
+
+def with_bad_lines(path: Path) -> Path:
+    """Bad records at lines 3 and 5."""
+    lines = [as_line(("A", "one")), b"", b"{", as_line(("A", "two")), b"{}", as_line(("A", "three"))]
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_a_bad_record_stops_with_file_and_line(tmp_path: Path) -> None:
+    path = with_bad_lines(tmp_path / "in.jsonl")
+    with pytest.raises(PileError, match=rf"{path}:3: malformed JSON.*--on_bad_record skip"):
+        run([path], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_skipped_records_are_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = [with_bad_lines(tmp_path / f"{name}.jsonl") for name in "ab"]
+    counts = run(inputs, tmp_path / "out", on_bad_record="skip")
+    assert (counts.documents, counts.bad_records) == (6, 4)
+    assert tokens_in(tmp_path / "out") == expected_tokens([("A", "one"), ("A", "two"), ("A", "three")] * 2)
+    listed = (tmp_path / "out" / "train" / "bad_records.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [
+        f"{path}:{line}" for path in inputs for line in (3, 5)
+    ]
+    assert [line.split(": ", 1)[1] for line in listed[2:]] == [
+        "malformed JSON: Expecting property name enclosed in double quotes at character 2",
+        "the record has no 'text'",
+    ]
+    assert f"left out: {listed[0]}" in caplog.text
+    with pytest.raises(PileError, match="made without 4 bad records"):
+        run(inputs, tmp_path / "out")
+
+
+def test_inputs_without_a_document_are_an_error(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [("A", "")])
+    with pytest.raises(PileError, match="no document"):
+        run([path], tmp_path / "out")
+
+
+def test_domains_that_are_no_domains_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_parts, "MAX_DOMAINS", 2)
+    path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    with pytest.raises(PileError, match=r"more than 2 domains, the next is '\.\./x'"):
+        run([path], tmp_path / "out")
+
+
+# What is there already
+
+
+def test_the_same_again_is_done_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    first = run([path], tmp_path / "out")
+    before = contents(tmp_path / "out" / "train")
+    monkeypatch.setattr(tokenize_pile, "WorkerPool", lambda *_: pytest.fail("tokenized again"))
+    assert run([path], tmp_path / "out") == first
+    assert contents(tmp_path / "out" / "train") == before
+
+
+def test_another_split_there_is_an_error(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    other = write_jsonl(tmp_path / "other.jsonl", RECORDS)
+    out = tmp_path / "out"
+    run([path], out)
+    before = contents(out / "train")
+    with pytest.raises(PileError, match=rf"made of other inputs.*{path}.*remove {out / 'train'}"):
+        run([path, other], out)
+    with pytest.raises(PileError, match="tokenizer 'gpt2_bytes' and not 'gpt2'"):
+        run([path], out, tokenizer="gpt2")
+    with pytest.raises(PileError, match="split 'train' in .* has gpt2_bytes"):
+        run([path], out, split="val", tokenizer="gpt2")
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(PileError, match="made of other inputs, or of these before they changed"):
+        run([path], out)
+    (out / "train" / "inputs.manifest").unlink()
+    with pytest.raises(PileError, match="was not made by this command"):
+        run([path], out)
+    assert contents(out / "train").items() < before.items()
+
+
+def test_two_processes_do_not_write_one_split(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    work = tmp_path / "out" / ".train.work"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(PileError, match="another process is writing split 'train'"):
+            run([path], tmp_path / "out")
+    run([path], tmp_path / "out")
+
+
+# Interruptions
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Ctrl-C when the input file of that name is to be read; returns the list of those that were read."""
+    read: list[str] = []
+
+    def interrupted(source: InputFile) -> Iterator[LineBatch]:
+        if source.path.name == name:
+            raise KeyboardInterrupt
+        read.append(source.path.name)
+        yield from line_batches(source)
+
+    monkeypatch.setattr(tokenize_pile, "line_batches", interrupted)
+    return read
+
+
+def test_finished_files_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [write_jsonl(tmp_path / f"{n}.jsonl", RECORDS[10 * n : 10 * n + 10]) for n in range(6)]
+    run(inputs, tmp_path / "whole")
+
+    interrupt_at(monkeypatch, "5.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, tmp_path / "out")
+    assert not (tmp_path / "out" / "train").exists()
+    inputs[1].write_bytes(inputs[1].read_bytes())  # touched, so perhaps another
+    read = interrupt_at(monkeypatch, "none")
+    run(inputs, tmp_path / "out")
+    assert "0.jsonl" not in read
+    assert {"1.jsonl", "5.jsonl"} <= set(read)
+    for path in (tmp_path / "whole" / "train").glob("*.bin"):
+        assert (tmp_path / "out" / "train" / path.name).read_bytes() == path.read_bytes()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
+def test_a_part_of_another_tokenizer_or_with_bad_records_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [
+        with_bad_lines(tmp_path / "0.jsonl"),
+        *(write_jsonl(tmp_path / f"{n}.jsonl", RECORDS) for n in (1, 2, 3)),
+    ]
+    interrupt_at(monkeypatch, "3.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, tmp_path / "out", on_bad_record="skip")
+    with pytest.raises(PileError, match=r"0\.jsonl:3"):
+        run(inputs, tmp_path / "out")
+    key = split_parts.PartKey(InputFile.at(inputs[1]), "train", "gpt2_bytes")
+    work = tmp_path / "out" / ".train.work"
+    assert split_parts.finished_part(work, key) is not None
+    assert split_parts.finished_part(work, split_parts.PartKey(key.source, "train", "gpt2")) is None
+
+
+def live_processes(group: int) -> set[int]:
+    """Processes of a group that are not zombies."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_group) == group and state not in "ZX":
+            found.add(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_no_process_outlives_the_command(tmp_path: Path, name: str) -> None:
+    """Ctrl-C goes to the whole group, as a terminal sends it; a kill to the parent alone."""
+    record = as_line(("A", "word " * 200)) + b"\n"
+    (tmp_path / "in.jsonl").write_bytes(record * 50_000)  # 50 MB: seconds
+    command = [sys.executable, "-m", "data_processing.tokenize_pile", "--input", str(tmp_path / "in.jsonl")]
+    command += ["--split", "train", "--output_dir", str(tmp_path / "out"), "--tokenizer", "gpt2_bytes"]
+    process = subprocess.Popen(
+        [*command, "--num_workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    while not list(tmp_path.glob("out/.train.work/*/A.bin.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert len(live_processes(process.pid)) >= 3
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.kill()
+    _, errors = process.communicate(timeout=20)
+    deadline = time.monotonic() + 10
+    while live_processes(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert live_processes(process.pid) == set()
+    if name == "SIGINT":
+        assert process.returncode == 130
+        assert errors.startswith("interrupted; the same command goes on")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+# The pool
+
+
+def test_the_pool_answers_in_order_and_does_not_run_ahead() -> None:
+    taken = 0
+
+    def tasks() -> Iterator[str]:
+        nonlocal taken
+        for number in range(50):
+            taken += 1
+            yield "x" * number
+
+    with WorkerPool(3, len) as pool:
+        for number, (task, answer) in enumerate(pool.answers(tasks())):
+            assert answer == len(task) == number
+            assert taken <= number + 6
+
+
+@pytest.mark.parametrize(("handler", "task", "status"), [(os._exit, 3, 3), (int, "no number", 1)])
+def test_a_worker_that_ends_is_an_error(handler: object, task: object, status: int) -> None:
+    with pytest.raises(WorkerError, match=f"ended with status {status}"), WorkerPool(2, handler) as pool:  # type: ignore[arg-type]
+        list(pool.answers([task] * 8))
+
+
+# The command line
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    arguments = ["--input", str(path), "--split", "val", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--tokenizer", "gpt2_bytes", "--num_workers", "1"]
+    assert main(arguments) == 0
+    assert tokens_in(tmp_path / "out", "val") == expected_tokens(RECORDS)
+    assert main([*arguments, "--num_workers", "0"]) == 1
+    assert main([*arguments, "--input", "nothing.jsonl"]) == 1
+    for missing in ("--input", "--split", "--output_dir", "--tokenizer"):
+        place = arguments.index(missing)
+        with pytest.raises(SystemExit) as stop:
+            main(arguments[:place] + arguments[place + 2 :])
+        assert stop.value.code == 2
+        assert f"required: {missing}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--token", "gpt2"])
