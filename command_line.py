@@ -23,7 +23,7 @@ def flags_of(config: Any) -> list[Field[Any]]:
 
 
 def check_flags(config: Any) -> None:
-    """What fields say of themselves: choices, bounds, nothing empty. Raises ConfigError at the first error."""
+    """What fields say of themselves: choices, bounds, nothing empty. ConfigError at the first error."""
     for spec in flags_of(config):
         value = getattr(config, spec.name)
         choices = get_args(spec.type) if get_origin(spec.type) is Literal else ()

@@ -56,9 +56,8 @@ def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
     values = asdict(config)
     assert not values.keys() & extra.keys(), values.keys() & extra.keys()
     text = json.dumps({**values, **extra}, indent=2, allow_nan=False)
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # its presence marks a run, so it appears whole or not at all
+    # Its presence marks the folder as a run, so it appears whole or not at all.
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 

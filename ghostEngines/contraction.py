@@ -29,8 +29,6 @@ STRATEGIES: tuple[Strategy, ...] = ("gram", "project", "instantiate")
 # running sum together then stay in a core's second-level cache, so that the dot product and the sum cost no
 # memory traffic.
 TILE_NUMEL = 1 << 20
-# How many samples share a running sum in `instantiate`.
-RUN_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -87,27 +85,17 @@ def instantiate(left: Tensor, right: Tensor, direction: Tensor, total: Tensor) -
     dtype. Returns dots (n, k); total grows by Σ_i G_i."""
     n, _, p = left.shape
     k, _, d = direction.shape
-    # Within a run of samples the product is added to its predecessors by the matrix product itself, which
-    # costs nothing, and dots are differences of the running sum's; a run is short, so that little is lost to
-    # cancellation. Half precision has no such running sum: each sample's gradient is converted, and a run is
-    # one sample.
-    run = RUN_LENGTH if left.dtype == total.dtype else 1
     rows = max(1, TILE_NUMEL // d)
     dots = total.new_zeros(n, k)
     for start in range(0, p, rows):
         tile = slice(start, start + rows)
         tile_direction = direction[:, tile].flatten(1)  # (k, rows·d)
-        running_dots = total.new_empty(n, k)
-        for first in range(0, n, run):
-            running = (left[first, :, tile].mT @ right[first]).to(total.dtype)  # (rows, d)
-            torch.mv(tile_direction, running.view(-1), out=running_dots[first])
-            for i in range(first + 1, min(first + run, n)):
-                running.addmm_(left[i, :, tile].mT, right[i])
-                torch.mv(tile_direction, running.view(-1), out=running_dots[i])
-            total[tile] += running
-        dots += running_dots
-        for first in range(0, n, run):
-            dots[first + 1 : first + run] -= running_dots[first : min(first + run, n) - 1]
+        for i in range(n):
+            # Not a running sum whose differences are the dots: an outlier would cost its neighbours their
+            # digits.
+            gradient = (left[i, :, tile].mT @ right[i]).to(total.dtype)  # (rows, d)
+            dots[i].addmv_(tile_direction, gradient.view(-1))
+            total[tile] += gradient
     return dots
 
 
@@ -130,8 +118,9 @@ def gram(
     if pairwise; total grows by Σ_i G_i."""
     add_gradient(left, right, total)
     n, m = len(left), len(val_left)
+    # In the wide dtype: in float16 these products overflow and flush, and no scale of the loss serves both.
     grams = [
-        (train.flatten(0, 1) @ val.flatten(0, 1).mT).to(total.dtype)  # (n·T, m·T')
+        train.flatten(0, 1).to(total.dtype) @ val.flatten(0, 1).to(total.dtype).mT  # (n·T, m·T')
         for train, val in ((left, val_left), (right, val_right))
     ]
     dots = grams[0].mul_(grams[1]).view(n, -1, m, val_left.shape[1]).sum((1, 3))  # (n, m)

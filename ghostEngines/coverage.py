@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
         trainable = [
             key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad
         ]
-        if not trainable:
+        if not trainable and not (type(module) in RULES and RULES[type(module)].always):
             continue
         if type(module) not in RULES:
             raise ValueError(
@@ -41,7 +42,7 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
             )
         rule.check(module)
         layers[name] = module
-    if not layers:
+    if not any(p.requires_grad for layer in layers.values() for p in layer.parameters(recurse=False)):
         raise ValueError("the model has no trainable parameter")
     return layers
 
@@ -55,6 +56,8 @@ def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
     owners: dict[nn.Parameter, list[tuple[str, str]]] = {}
     for name, layer in layers.items():
         for key, parameter in layer.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             owners.setdefault(parameter, []).append((name, key))
     ties = {}
     for shared in owners.values():
@@ -76,20 +79,28 @@ def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
     return ties
 
 
-def check_rows_are_independent(model: nn.Module) -> None:
-    """ValueError for dropout (n+m rows would draw other masks than n rows) and batch normalisation (it mixes
-    rows)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules, by name, that may make a row's loss depend on the other rows: dropout and batch
+    normalisation."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
+    """ValueError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n rows
+    would."""
+    for name, module in modules:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training:
+                raise ValueError(
+                    f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's "
+                    "loss then depends on the other rows and has no gradient of its own. Use LayerNorm, or "
+                    "put the module into eval mode."
+                )
+        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(
                 f"module '{name}' drops out with p={module.p}: the scores would be of a random model, and "
                 "the training not the one without validation rows. Set its p to 0."
-            )
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's loss "
-                "then depends on the other rows and has no gradient of its own. Use LayerNorm, or put the "
-                "module into eval mode."
             )
 
 
@@ -114,9 +125,12 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")
 
 
+ACCUMULATE = "torch::autograd::AccumulateGrad"  # the node at which a gradient arrives at a parameter
+
+
 def find_bypass(loss: Tensor, probe: Tensor, layers: Sequence[tuple[str, nn.Module]]) -> str | None:
-    """The name of a layer whose parameter gets a gradient from anything but one call of the layer; None if there
-    is none.
+    """The name of a layer whose parameter gets a gradient from anything but one call of the layer; None if
+    there is none.
 
     Read off the graph of the loss: a rule's node sends a gradient to the probe as well as to the parameters,
     so a node that sends one to a parameter and none to the probe is not a rule's, and each parameter may get
@@ -128,7 +142,8 @@ def find_bypass(loss: Tensor, probe: Tensor, layers: Sequence[tuple[str, nn.Modu
             names.setdefault(id(parameter), []).append(name)
     uses: Counter[int] = Counter()
     for node in graph_nodes(loss):
-        leaves = [id(child.variable) for child, _ in node.next_functions if hasattr(child, "variable")]
+        children: list[Any] = [child for child, _ in node.next_functions if child is not None]
+        leaves = [id(child.variable) for child in children if child.name() == ACCUMULATE]
         for leaf in leaves:
             if leaf in names:
                 uses[leaf] += 1

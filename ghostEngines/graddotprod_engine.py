@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .contraction import STRATEGIES, Split, Strategy, accumulation_dtype
-from .coverage import check_optimizer, check_rows_are_independent, covered_layers, find_bypass, find_ties
+from .coverage import (
+    check_optimizer,
+    check_rows_are_independent,
+    covered_layers,
+    find_bypass,
+    find_ties,
+    mixing_modules,
+)
 from .layer_rules import RULES
+from .losses import require
 from .step import CurrentStep, LayerStep, Step
 
 
@@ -60,6 +68,8 @@ class GradDotProdEngine:
         self._current = CurrentStep()
         self._prepared = False
         self._bypassed: str | None = None
+        self._seen_gradients: list[Tensor] = []
+        self._mixing: list[tuple[str, nn.Module]] = []
         self._restore: list[Callable[[], Any]] = []
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -71,7 +81,8 @@ class GradDotProdEngine:
         attach leaves the model untouched."""
         if self._restore:
             raise RuntimeError("the engine is attached already: detach it first")
-        check_rows_are_independent(self.model)
+        self._mixing = mixing_modules(self.model)
+        check_rows_are_independent(self._mixing)
         covered = covered_layers(self.model)
         ties = find_ties(covered)
         if optimizer is not None:
@@ -95,7 +106,7 @@ class GradDotProdEngine:
         for restore in self._restore:
             restore()
         self._restore, self._layers = [], []
-        self._current.step, self._prepared = None, False
+        self._current.step, self._current.phase, self._prepared = None, "idle", False
 
     def __enter__(self) -> "GradDotProdEngine":
         self.attach()
@@ -110,6 +121,7 @@ class GradDotProdEngine:
         """A forward pass with gradients begins: read n off the model's input and lay out fresh probes."""
         if not torch.is_grad_enabled():
             return
+        self._check_unchanged()
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not inputs:
             raise ValueError("the model was called without a tensor, so that its number of rows is unknown")
@@ -124,13 +136,23 @@ class GradDotProdEngine:
         split = Split(rows - m, m, self.pairwise)
         dtype = accumulation_dtype(weight.dtype)
         self._current.step = Step.begin(split, shape, self.strategy, dtype, weight.device)
-        self._current.recording = True
-        self._prepared = False
+        self._current.phase = "forward"
+        self._prepared, self._bypassed, self._seen_gradients = False, None, []
         for layer_step in self._layers:
             layer_step.calls = 0
 
+    def _check_unchanged(self) -> None:
+        """Parameters and modes may change while the engine is attached; what trains must still be covered."""
+        check_rows_are_independent(self._mixing)
+        covered = {id(p) for each in self._layers for p in each.layer.parameters(recurse=False)}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in covered:
+                raise RuntimeError(
+                    f"'{name}' was unfrozen while the engine was attached: detach and attach again"
+                )
+
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._current.recording = False
+        self._current.phase = "idle"
 
     def _step(self) -> Step:
         if self._current.step is None:
@@ -153,8 +175,16 @@ class GradDotProdEngine:
                 f"{tuple(losses.shape)}"
             )
         loss = (losses * weights).sum() + step.scale_probe
-        self._bypassed = find_bypass(loss, step.probe, [(each.name, each.layer) for each in self._layers])
+        layers = [(each.name, each.layer) for each in self._layers]
+        self._bypassed = self._bypassed or find_bypass(loss, step.probe, layers)
+        if losses.requires_grad:
+            losses.register_hook(self._begin_backward)
         return loss
+
+    def _begin_backward(self, grad_losses: Tensor) -> None:
+        """The first gradient of a backward pass: that of the losses."""
+        self._current.phase = "backward"
+        self._seen_gradients.append(grad_losses)
 
     def prepare_gradients(self) -> None:
         """Checks that the gradients and dot products are those of this step. Nothing has to be moved: `.grad`
@@ -169,11 +199,14 @@ class GradDotProdEngine:
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
                 "(times any factor) before prepare_gradients()"
             )
+        self._current.phase = "idle"
+        self._check_scale(step)
         if self._bypassed is not None:
             raise RuntimeError(
-                f"the weight of layer '{self._bypassed}' was used in another way than by one call of the layer: "
-                "that part of its gradient is in no dot product, and the validation rows' part of it in .grad. "
-                "If another module reads the weight, call the layer instead; give each call a layer of its own."
+                f"the weight of layer '{self._bypassed}' was used in another way than by one call of the "
+                "layer: that part of its gradient is in no dot product, and the validation rows' part of "
+                "it in .grad. If another module reads the weight, call the layer instead; give each call a "
+                "layer of its own."
             )
         for layer_step in self._layers:
             layer = layer_step.layer
@@ -186,6 +219,21 @@ class GradDotProdEngine:
                     "called repeatedly, give each call a layer of its own."
                 )
         self._prepared = True
+
+    def _check_scale(self, step: Step) -> None:
+        """One backward pass, of the joint loss times a factor and nothing else."""
+        if len(self._seen_gradients) != 1:
+            raise RuntimeError(
+                f"{len(self._seen_gradients)} backward passes went through the losses of one forward pass: "
+                "the dot products are exact for one backward() of engine.joint_loss(losses)"
+            )
+        assert step.scale_probe.grad is not None
+        want = step.scale_probe.grad * step.row_weights()
+        require(
+            torch.isclose(self._seen_gradients[0], want, rtol=1e-4, atol=0, equal_nan=True).all(),
+            "the losses were differentiated in another combination than engine.joint_loss(losses): call "
+            "backward() on it alone, times any factor",
+        )
 
     def dot_products(self) -> Tensor:
         """(n,): <∇ℓ_i, ∇L_val> for every train row i of the last step, L_val the mean loss of the validation

@@ -19,8 +19,8 @@ def per_sample_losses(model: Callable[[Any], Any], x: Any, y: Tensor) -> Tensor:
     output = model(x)
     if isinstance(output, tuple | list):
         raise TypeError(
-            f"the model returned a {type(output).__name__} of {len(output)}: per_sample_losses takes logits, or an "
-            "output that has them as .logits; pass a function that picks them"
+            f"the model returned a {type(output).__name__} of {len(output)}: per_sample_losses takes "
+            "logits, or an output that has them as .logits; pass a function that picks them"
         )
     logits = output if isinstance(output, Tensor) else output.logits
     if logits.shape[:-1] != y.shape:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,15 @@ class Step:
 
 
 class CurrentStep:
-    """Where the layers find the step under way. `recording` is true while the model's forward runs: a layer
-    that runs outside of it is being recomputed by activation checkpointing, which is not a second call."""
+    """Where the layers find the step under way.
+
+    phase: "forward" while the model's forward runs, "backward" from the first gradient to
+    `prepare_gradients`: a layer that runs then is being recomputed by activation checkpointing, which is not
+    a second call. "idle" at all other times, when no layer may run with gradients."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.recording = False
+        self.phase: Literal["idle", "forward", "backward"] = "idle"
 
 
 class LayerStep:
@@ -106,10 +109,16 @@ class LayerStep:
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
         return self.rule(self.layer, self, *inputs, **named_inputs)
 
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError(
+            "a model with an engine attached cannot be copied or pickled, since the copy would have an "
+            "engine that nobody could detach: detach it first, or copy the state_dict"
+        )
+
     @property
     def step(self) -> Step:
         step = self._current.step
-        if step is None:
+        if step is None or self._current.phase == "idle":
             raise RuntimeError(
                 f"layer '{self.name}' ran outside of the model that the engine is attached to: call the "
                 "model itself (or the DDP or FSDP wrapper around it), or detach the engine first."
@@ -122,21 +131,21 @@ class LayerStep:
         Raises ValueError unless the first dimension of the layer's input x is the sample, RuntimeError
         outside of a step."""
         step = self.step
-        if self._current.recording:
+        if self._current.phase == "forward":
             self.calls += 1
         rows = step.split.n + step.split.m
         if x.dim() == 0 or x.shape[0] != rows:
             raise ValueError(
-                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has {rows} "
-                f"rows ({step.split.n} train, {step.split.m} validation): the first dimension of every covered "
-                "layer's input must be the sample. Keep the batch first and flatten nothing into it, or freeze "
-                "the layer's parameters."
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, but the model's input has "
+                f"{rows} rows ({step.split.n} train, {step.split.m} validation): the first dimension of "
+                "every covered layer's input must be the sample. Keep the batch first and flatten nothing "
+                "into it, or freeze the layer's parameters."
             )
         if x.dim() == 1 and rows in step.input_shape[1:]:
             raise ValueError(
-                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, which may be one entry for each "
-                f"of the {rows} rows of the model's input, or for each of its {rows} columns: expand it to "
-                f"({rows}, ...), or use another number of rows."
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, which may be one entry for "
+                f"each of the {rows} rows of the model's input, or for each of its {rows} columns: expand "
+                f"it to ({rows}, ...), or use another number of rows."
             )
         return step
 

@@ -224,6 +224,16 @@ def test_outputs_are_those_of_the_untouched_model(name: str, autocast: bool, dty
         assert torch.equal(a, b.expand_as(a))  # broadcast positions are expanded to all rows
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_for_inputs_that_are_not_contiguous(dtype: torch.dtype, bias: bool) -> None:
+    model = nn.Linear(64, 96, bias=bias).to(dtype)
+    x = torch.randn(5, 64, 33, generator=torch.Generator().manual_seed(0)).to(dtype).mT
+    want = model(x)
+    with GradDotProdEngine(nn.Sequential(model), val_batch_size=2) as engine:
+        assert torch.equal(engine.model(x), want)
+
+
 def test_the_engine_does_not_keep_a_step_alive() -> None:
     """Detached, it holds no tensor of its last step."""
     model = BY_NAME["gpt2-tied"].model()

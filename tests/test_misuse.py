@@ -92,6 +92,20 @@ def test_the_backward_pass_is_that_of_the_joint_loss(loss) -> None:
         rest()
 
 
+def test_a_joint_loss_for_the_log() -> None:
+    """It may be asked for more than once; what counts is what the backward pass starts from."""
+    engine, model, run, truth = started()
+    losses = run(1)
+    logged = engine.joint_loss(losses).item()
+    assert abs(logged - (losses[:3].mean() + losses[3:].mean()).item()) < 1e-12
+    finish(engine, model, losses, truth)
+    model.zero_grad()
+    losses = run(1)
+    (0.25 * engine.joint_loss(losses) + 0.75 * engine.joint_loss(losses)).backward()
+    engine.prepare_gradients()
+    assert truth.dot_error(engine.dot_products()) < 1e-10
+
+
 def test_two_backward_passes_of_one_forward() -> None:
     """Their gradients add up, linearly in p.grad and in the dots, but the scale of the dots is a square."""
     engine, _, run, _ = started()
@@ -208,6 +222,19 @@ def test_parameters_that_are_frozen_while_attached() -> None:
 def deepcopy_detached(model: nn.Module, engine: GradDotProdEngine) -> nn.Module:
     engine.detach()
     return deepcopy(model)
+
+
+def test_weights_that_are_tied_while_attached() -> None:
+    """Nobody has laid the route for the cross terms of their gradients."""
+    engine, model, run, _ = started("gpt2-untied")
+    model.lm_head.weight = model.transformer.wte.weight
+
+    def step() -> None:
+        engine.joint_loss(run(1)).backward()
+        engine.prepare_gradients()
+
+    with pytest.raises(LOUD, match="lm_head"):
+        step()
 
 
 @pytest.mark.parametrize("copy", [deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])

@@ -227,7 +227,7 @@ BAD_LINES = {
     b'{"text": "cut': "malformed JSON: Unterminated string",
     b'{"text": "a"} {}': "malformed JSON: Extra data at character 15",
     b"\xef\xbb\xbf{}": "malformed JSON: Unexpected UTF-8 BOM",
-    b"[" * 100_000: "malformed JSON: maximum recursion",
+    b"[" * 100_000: "malformed JSON",
     b"1" * 5000: "malformed JSON: Exceeds the limit",
     b'{"text": "caf\xe9"}': "invalid UTF-8: byte 0xe9 at position 14",
     b'{"text": "x"}'.decode().encode("utf-16"): "invalid UTF-8: byte 0xff at position 1",
@@ -241,7 +241,7 @@ BAD_LINES = {
     b'{"text": "x", "meta": {}}': "'meta' has no 'pile_set_name'",
     b'{"text": "x", "meta": {"pile_set_name": null}}': "'pile_set_name' of 'meta' is a JSON null",
     b'{"text": "x", "meta": {"pile_set_name": ""}}': "domain '' cannot name a shard",
-    b'{"text": "a\\ud800b", "meta": {"pile_set_name": "A"}}': r"'text' of the record holds \\ud800, half of a",
+    b'{"text": "a\\ud800b", "meta": {"pile_set_name": "A"}}': r"'text' of the record holds \\ud800, half",
     b'{"text": "x", "meta": {"pile_set_name": "\\udfff"}}': r"'pile_set_name' of 'meta' holds \\udfff, half",
 }
 
@@ -319,7 +319,7 @@ def test_another_split_there_is_an_error(tmp_path: Path) -> None:
         run([path, other], out)
     with pytest.raises(PileError, match="tokenizer 'gpt2_bytes' and not 'gpt2'"):
         run([path], out, tokenizer="gpt2")
-    with pytest.raises(PileError, match="split 'train' in .* has gpt2_bytes"):
+    with pytest.raises(PileError, match=r"split 'train' in .* has gpt2_bytes"):
         run([path], out, split="val", tokenizer="gpt2")
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(PileError, match="made of other inputs, or of these before they changed"):

@@ -5,9 +5,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from cases import BY_NAME, D, T, Wired, joint_step, seeded, token_rows
+from cases import BY_NAME, D, T, V, Wired, joint_step, seeded, token_rows
 from oracle import per_sample
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
@@ -173,3 +173,25 @@ def test_an_input_that_needs_a_gradient() -> None:
     losses = per_sample_losses(case.model(), plain, y)
     (losses[:3].mean() + losses[3:].mean()).backward()
     assert torch.allclose(x.grad, plain.grad, rtol=1e-12, atol=1e-14)
+
+
+class LooksAtItself(nn.Module):
+    """Its first guess, made without gradients, is an input of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(D, D), nn.Linear(D, V)
+
+    def forward(self, x: Tensor, guess: bool = False) -> Tensor:
+        if not guess:
+            with torch.no_grad():
+                x = x + self(x, guess=True).mean(-1, keepdim=True)
+        return self.out(self.lin(x).tanh())
+
+
+def test_a_model_that_looks_at_itself() -> None:
+    model, (x, y) = seeded(LooksAtItself), BY_NAME["linear-3d"].data(5)
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), x, y, 3)
+    dots, _ = joint_step(model, x, y, 2)
+    assert truth.dot_error(dots) < 1e-10
+    assert truth.gradient_error(model) < 1e-10

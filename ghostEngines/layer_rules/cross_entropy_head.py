@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..contraction import (
     Split,
@@ -57,7 +58,7 @@ class CrossEntropyHead(nn.Module):
         return run_head(hidden, self.weight, targets, weights, plan=None)
 
 
-@register_rule(CrossEntropyHead)
+@register_rule(CrossEntropyHead, always=True)  # frozen, too, it needs the row weights
 def cross_entropy_head(
     layer: CrossEntropyHead, layer_step: LayerStep, hidden: Tensor, targets: Tensor
 ) -> Any:
@@ -88,6 +89,8 @@ def run_head(
             f"{tuple(targets.shape)}"
         )
     counts = count_targets(targets)
+    known = (targets >= 0) & (targets < len(weight)) | (targets == IGNORE_INDEX)
+    require(known.all(), f"a target is no token: ids go from 0 to {len(weight) - 1}, {IGNORE_INDEX} is none.")
     dtype = compute_dtype(hidden)
     if not torch.is_grad_enabled():
         return _losses_only(hidden, weight, targets, counts, dtype)
@@ -138,12 +141,12 @@ class FusedHead(torch.autograd.Function):
             if sink is not None:
                 sink.seal()
             ctx.grad_hidden, ctx.sink = grad_hidden, sink
-            ctx.hidden_dtype = hidden.dtype
+            ctx.hidden_dtype, ctx.spent = hidden.dtype, False
             ctx.save_for_backward(row_weights, row_weights / fewest)
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         row_weights, scales = ctx.saved_tensors
         common = grad_losses[0] / row_weights[0]
@@ -154,8 +157,12 @@ class FusedHead(torch.autograd.Function):
             "losses was differentiated. Call backward() on engine.joint_loss(losses), or on losses.mean() "
             "without an engine, times any factor.",
         )
-        grad_hidden, sink = ctx.grad_hidden, ctx.sink
-        ctx.grad_hidden = ctx.sink = None  # they are scaled in place, once
+        if ctx.spent:
+            raise RuntimeError(
+                "backward() a second time: the fused head's gradients are gone after the first"
+            )
+        grad_hidden, sink, ctx.spent = ctx.grad_hidden, ctx.sink, True
+        ctx.grad_hidden = ctx.sink = None  # they are scaled in place
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(common).to(ctx.hidden_dtype)
         weight_gradients = (

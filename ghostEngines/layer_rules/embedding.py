@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..contraction import Split, accumulation_dtype
 from ..step import LayerStep, TiedRoute
@@ -65,6 +66,7 @@ class ProbedEmbedding(torch.autograd.Function):
         return output, gathered, picked
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, backprops: Tensor, gathered: Tensor | None, picked: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -23,4 +23,5 @@ def without_autocast(x: Tensor) -> torch.autocast:
 def as_shape(flat: Tensor, *shape: int) -> Tensor:
     """A fresh tensor in another shape, not a view of it: autograd forbids to change a view in place that an
     autograd function has returned, and a model may well do that."""
-    return torch.ops.aten._unsafe_view(flat, shape)
+    fresh: Tensor = torch.ops.aten._unsafe_view(flat, shape)
+    return fresh

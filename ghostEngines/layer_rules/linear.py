@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..contraction import Split, Strategy, contract, contract_gradients, direction_of
@@ -70,6 +71,7 @@ class ProbedLinear(torch.autograd.Function):
             return as_shape(output, *x.shape[:-1], output.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, train_tokens, val_tokens = ctx.saved_tensors
         split, (needs_x, needs_weight, needs_bias, *_) = ctx.split, ctx.needs_input_grad

@@ -17,11 +17,13 @@ RuleCheck = Callable[[Any], None]
 @dataclass(frozen=True)
 class LayerRule:
     """forward: see `RuleForward`. check: raises ValueError for a layer whose options the rule does not cover.
-    parameters: the names of the parameters that the rule knows; a layer with another one is not covered."""
+    parameters: the names of the parameters that the rule knows; a layer with another one is not covered.
+    always: whether the rule runs for a layer without trainable parameters, too."""
 
     forward: RuleForward
     check: RuleCheck
     parameters: tuple[str, ...]
+    always: bool
 
 
 RULES: dict[type[nn.Module], LayerRule] = {}
@@ -35,6 +37,7 @@ def register_rule(
     *layer_types: type[nn.Module],
     check: RuleCheck = _anything_goes,
     parameters: tuple[str, ...] = ("weight", "bias"),
+    always: bool = False,
 ) -> Callable[[RuleForward], RuleForward]:
     """Decorator: this function is how layers of exactly these types run under the engine.
 
@@ -48,7 +51,7 @@ def register_rule(
                 raise ValueError(
                     f"{layer_type.__name__} has a rule already: {RULES[layer_type].forward.__qualname__}"
                 )
-            RULES[layer_type] = LayerRule(forward, check, parameters)
+            RULES[layer_type] = LayerRule(forward, check, parameters, always)
         return forward
 
     return register

@@ -1,0 +1,328 @@
+"""Blocks, their ids and their order: permanent, seeded, complete, the same for any number of processes."""
+
+import time
+import tracemalloc
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import batch_order
+from batch_order import BatchOrder, WeightedDraws, permute
+from data_processing.shards import EOT, ShardError, ShardWriter, open_shard
+from dataloader import Batch, BatchLoader, BlockDataset, parse_domains, validation_batch
+
+BLOCK_SIZE = 8
+BLOCKS = {"ArXiv": 12, "Pile-CC": 5, "Wikipedia (en)": 30}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One document a domain, of tokens that tell domain and position."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train").mkdir()
+    for number, (domain, blocks) in enumerate(BLOCKS.items()):
+        with ShardWriter(folder / "train", domain, split="train", tokenizer="gpt2_bytes") as shard:
+            shard.append(
+                1000 * number + np.arange(blocks * BLOCK_SIZE + 3)
+            )  # 3 and END_OF_TEXT are left over
+    return folder
+
+
+@pytest.fixture
+def dataset(data_dir: Path) -> BlockDataset:
+    return BlockDataset.open(data_dir, "train", BLOCK_SIZE)
+
+
+def places(batch: Batch) -> list[tuple[str, int]]:
+    return list(zip(batch.domains, batch.blocks.tolist(), strict=True))
+
+
+# Blocks
+
+
+def test_a_dataset_knows_its_shards(data_dir: Path, dataset: BlockDataset) -> None:
+    assert dataset.domains == tuple(BLOCKS)
+    assert dataset.blocks_per_domain == BLOCKS
+    assert dataset.num_blocks == sum(BLOCKS.values())
+    assert dataset.tokenizer == "gpt2_bytes"
+    assert dataset.max_token_id == EOT
+    assert dataset.block_size == BLOCK_SIZE
+    assert dataset.checksums == {
+        domain: open_shard(data_dir / "train" / f"{domain}.json").checksum for domain in BLOCKS
+    }
+
+
+def test_blocks_are_views_that_share_one_token(dataset: BlockDataset) -> None:
+    for domain, number in (("ArXiv", 0), ("Wikipedia (en)", 2)):
+        for block in range(BLOCKS[domain]):
+            tokens = dataset.tokens(domain, block)
+            start = 1000 * number + block * BLOCK_SIZE
+            assert tokens.tolist() == list(range(start, start + BLOCK_SIZE + 1))
+            assert tokens.dtype == np.uint16
+            assert isinstance(tokens, np.memmap)
+            assert not tokens.flags.owndata
+    for block in (-1, BLOCKS["ArXiv"]):
+        with pytest.raises(IndexError, match=f"block {block} of 'ArXiv', which has 12"):
+            dataset.tokens("ArXiv", block)
+
+
+def test_a_shard_that_is_just_long_enough(tmp_path: Path) -> None:
+    for tokens, blocks in ((BLOCK_SIZE, 1), (2 * BLOCK_SIZE - 1, 1), (2 * BLOCK_SIZE, 2)):
+        with ShardWriter(tmp_path, f"{tokens}", split=tmp_path.name, tokenizer="gpt2") as shard:
+            shard.append(range(tokens))  # and END_OF_TEXT
+        dataset = BlockDataset.open(tmp_path.parent, tmp_path.name, BLOCK_SIZE, (f"{tokens}",))
+        assert dataset.num_blocks == blocks
+        assert len(dataset.tokens(f"{tokens}", blocks - 1)) == BLOCK_SIZE + 1
+
+
+def test_targets_are_shifted_once(dataset: BlockDataset) -> None:
+    batch = dataset.batch([("Pile-CC", 3), ("ArXiv", 0)])
+    assert batch.x.dtype == batch.y.dtype == torch.int64
+    assert batch.x.shape == batch.y.shape == (2, BLOCK_SIZE)
+    assert batch.x.is_contiguous()
+    assert batch.y.is_contiguous()
+    assert batch.x[0].tolist() == list(range(1024, 1032))
+    assert batch.y[0].tolist() == list(range(1025, 1033))
+    assert torch.equal(batch.y[:, :-1], batch.x[:, 1:])
+    assert places(batch) == [("Pile-CC", 3), ("ArXiv", 0)]
+    assert batch.sample_ids.dtype == batch.blocks.dtype == np.int64
+
+
+def test_sample_ids_do_not_depend_on_the_domains_in_use(data_dir: Path, dataset: BlockDataset) -> None:
+    some = BlockDataset.open(data_dir, "train", BLOCK_SIZE, ("Wikipedia (en)", "Pile-CC"))
+    assert some.domains == ("Pile-CC", "Wikipedia (en)")
+    for domain in some.domains:
+        for block in range(BLOCKS[domain]):
+            assert some.sample_id(domain, block) == dataset.sample_id(domain, block)
+    ids = [dataset.sample_id(domain, block) for domain, blocks in BLOCKS.items() for block in range(blocks)]
+    assert len(set(ids)) == len(ids)
+    assert dataset.sample_id("Wikipedia (en)", 29) == 2 * 2**40 + 29
+    assert some.batch([("Pile-CC", 4)]).sample_ids.tolist() == [2**40 + 4]
+
+
+def test_domains_that_are_not_there(data_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"--domains: Enron, arxiv in .*train; it has ArXiv, Pile-CC, Wikip"):
+        BlockDataset.open(data_dir, "train", BLOCK_SIZE, ("arxiv", "ArXiv", "Enron"))
+    with pytest.raises(ShardError, match="no shards of split 'val'"):
+        BlockDataset.open(data_dir, "val", BLOCK_SIZE)
+
+
+def test_blocks_longer_than_a_shard(data_dir: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--block_size 60: .*train: Pile-CC \(44 tokens\).*\"ArXiv,Wikip"
+    ) as error:
+        BlockDataset.open(data_dir, "train", 60)
+    assert "100 tokens" not in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"ArXiv \(100 tokens\), Pile-CC \(44 tokens\), Wikip.*Choose a smaller"
+    ):
+        BlockDataset.open(data_dir, "train", 1000)
+    assert BlockDataset.open(data_dir, "train", 60, ("ArXiv",)).num_blocks == 1
+    with pytest.raises(ValueError, match="--block_size 0"):
+        BlockDataset.open(data_dir, "train", 0)
+
+
+def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) -> None:
+    """Opening does not read the tokens; a damaged file must not reach the embedding."""
+    with ShardWriter(tmp_path, "A", split=tmp_path.name, tokenizer="gpt2") as shard:
+        shard.append(range(40))
+    data = np.fromfile(tmp_path / "A.bin", "<u2")
+    data[19] = 50257
+    data.tofile(tmp_path / "A.bin")
+    dataset = BlockDataset.open(tmp_path.parent, tmp_path.name, BLOCK_SIZE)
+    dataset.batch([("A", 0), ("A", 1)])
+    with pytest.raises(ShardError, match=r"A\.bin: token id 50257 in block 2 is beyond"):
+        dataset.batch([("A", 0), ("A", 2), ("A", 1)])
+
+
+# The order
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 100, 1000, 4096, 4097])
+def test_permutations_are_permutations(size: int) -> None:
+    for seed in range(20):
+        permuted = permute(np.arange(size), size, batch_order._keys(seed))
+        assert sorted(permuted.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [3, 5, 16, 47])
+def test_permutations_are_even(size: int) -> None:
+    """Over the keys each index goes everywhere equally often (chi-square over size^2 cells, 6 sigma)."""
+    rounds = 2000
+    table = np.zeros((size, size))
+    for seed in range(rounds):
+        table[np.arange(size), permute(np.arange(size), size, batch_order._keys("even", seed))] += 1
+    expected = rounds / size
+    chi_square = ((table - expected) ** 2 / expected).sum()
+    freedom = (size - 1) ** 2
+    assert abs(chi_square - freedom) < 6 * np.sqrt(2 * freedom)
+
+
+def test_neighbours_in_the_order_are_unrelated() -> None:
+    """The step between neighbours is as that of independent draws: a third of the range on average."""
+    permuted = permute(np.arange(100_000), 10**9, batch_order._keys("steps"))
+    assert abs(np.abs(np.diff(permuted)).mean() / 10**9 - 1 / 3) < 0.005
+    assert abs(np.corrcoef(permuted[:-1], permuted[1:])[0, 1]) < 0.02
+    for bit in range(29):
+        assert abs((permuted >> bit & 1)[permuted < 2**29].mean() - 0.5) < 0.02
+
+
+def test_each_epoch_visits_each_block_once(dataset: BlockDataset) -> None:
+    order = BatchOrder(dataset.blocks_per_domain, seed=1)
+    everything = {(domain, block) for domain, blocks in BLOCKS.items() for block in range(blocks)}
+    epochs = [order.places(epoch * dataset.num_blocks, dataset.num_blocks) for epoch in range(4)]
+    for epoch in epochs:
+        assert set(epoch) == everything
+        assert len(epoch) == len(everything)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert BatchOrder(dataset.blocks_per_domain, seed=1).places(0, 47) == epochs[0]
+    assert BatchOrder(dataset.blocks_per_domain, seed=2).places(0, 47) != epochs[0]
+
+
+WEIGHTS = [None, {"ArXiv": 2.0, "Pile-CC": 1.0, "Wikipedia (en)": 0.5}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 4), (2, 2), (4, 1)])
+def test_the_order_does_not_depend_on_the_number_of_processes(
+    dataset: BlockDataset, weights: dict | None, batch_size: int, world_size: int
+) -> None:
+    expected = BatchOrder(dataset.blocks_per_domain, 3, weights).places(0, 4 * 50)
+    loaders = [
+        BatchLoader(dataset, batch_size=batch_size, seed=3, weights=weights, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    seen = [place for step in range(50) for loader in loaders for place in places(loader.batch(step))]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_any_step_is_found_without_those_before_it(dataset: BlockDataset, weights: dict | None) -> None:
+    options = {"batch_size": 3, "seed": 5, "weights": weights, "rank": 1, "world_size": 2}
+    loader = BatchLoader(dataset, **options)
+    in_order = [loader.batch(step) for step in range(60)]
+    for loader_again in (loader, BatchLoader(dataset, **options)):
+        for step in (59, 0, 17, 18, 5, 59):
+            batch = loader_again.batch(step)
+            assert places(batch) == places(in_order[step])
+            assert torch.equal(batch.x, in_order[step].x)
+            assert batch.sample_ids.tolist() == in_order[step].sample_ids.tolist()
+
+
+def test_weights_are_frequencies_and_each_domain_keeps_its_epochs(dataset: BlockDataset) -> None:
+    weights = {"ArXiv": 2.0, "Pile-CC": 1.0, "Wikipedia (en)": 5.0}
+    order = BatchOrder(dataset.blocks_per_domain, 7, weights)
+    count = 40_000
+    drawn = order.places(0, count)
+    frequencies = Counter(domain for domain, _ in drawn)
+    for domain, weight in weights.items():
+        share = weight / 8
+        assert abs(frequencies[domain] - count * share) < 5 * np.sqrt(count * share * (1 - share))
+        blocks = [block for name, block in drawn if name == domain]
+        epochs = [
+            tuple(blocks[start : start + BLOCKS[domain]]) for start in range(0, len(blocks), BLOCKS[domain])
+        ]
+        assert all(set(epoch) == set(range(BLOCKS[domain])) for epoch in epochs[:-1])
+        assert len(set(epochs)) > 0.95 * min(len(epochs), 120)
+    runs = sum(first[0] == second[0] for first, second in pairwise(drawn)) / count
+    assert abs(runs - sum((weight / 8) ** 2 for weight in weights.values())) < 0.02  # draws are independent
+
+
+def test_a_domains_own_order_does_not_depend_on_the_weights(dataset: BlockDataset) -> None:
+    orders = []
+    for weights in ({"ArXiv": 1.0, "Pile-CC": 1.0, "Wikipedia (en)": 1.0}, {"ArXiv": 3.0, "Pile-CC": 1.0}):
+        blocks = {domain: BLOCKS[domain] for domain in weights}
+        drawn = BatchOrder(blocks, 7, weights).places(0, 1000)
+        orders.append([block for domain, block in drawn if domain == "ArXiv"][:100])
+    assert orders[0] == orders[1]
+
+
+def test_draws_are_counted_again_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_order, "COUNT_CHUNK", 64)
+    draws = WeightedDraws([1, 2, 3], seed=0)
+    drawn = draws.domains(0, 1000)
+    for position in (0, 1, 63, 64, 65, 1000, 300, 999):
+        assert draws.counts_before(position).tolist() == np.bincount(drawn[:position], minlength=3).tolist()
+
+
+def test_weights_for_other_domains_are_an_error(dataset: BlockDataset) -> None:
+    with pytest.raises(ValueError, match="weights for"):
+        BatchLoader(dataset, batch_size=1, seed=0, weights={"ArXiv": 1.0})
+    with pytest.raises(ValueError, match="--batch_size 0"):
+        BatchLoader(dataset, batch_size=0, seed=0)
+
+
+@pytest.mark.parametrize("weights", [None, {"a": 1.0, "b": 2.0}])
+def test_a_step_costs_the_same_for_any_number_of_blocks(weights: dict | None) -> None:
+    def cost(blocks: int) -> tuple[int, float]:
+        """Peak bytes and median seconds of a step of 64 rows."""
+        order = BatchOrder({"a": blocks, "b": blocks}, 0, weights)
+        order.places(0, 64)
+        tracemalloc.start()
+        order.places(64, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        seconds = []
+        for step in range(2, 40):
+            start = time.perf_counter()
+            order.places(64 * step, 64)
+            seconds.append(time.perf_counter() - start)
+        return peak, float(np.median(seconds))
+
+    small_peak, small_seconds = cost(1000)
+    large_peak, large_seconds = cost(10**9)
+    assert large_peak < 2 * small_peak < 1_000_000
+    assert large_seconds < 5 * small_seconds
+
+
+# Validation rows
+
+
+def test_validation_rows_are_fixed_distinct_and_seeded(dataset: BlockDataset) -> None:
+    chosen = places(validation_batch(dataset, 20, seed=1))
+    assert len(set(chosen)) == 20
+    assert places(validation_batch(dataset, 20, seed=1)) == chosen
+    assert places(validation_batch(dataset, 5, seed=1)) == chosen[:5]  # a larger batch extends a smaller one
+    assert places(validation_batch(dataset, 20, seed=2)) != chosen
+    assert len(set(places(validation_batch(dataset, 47, seed=1)))) == 47
+    for m in (48, 0):
+        with pytest.raises(ValueError, match=f"--val_batch_size {m}: there are 47 validation blocks of 8 "):
+            validation_batch(dataset, m, seed=1)
+
+
+# --domains
+
+
+def test_domains_are_parsed() -> None:
+    assert parse_domains("ArXiv") == (("ArXiv",), None)
+    assert parse_domains("Wikipedia (en), ArXiv") == (("Wikipedia (en)", "ArXiv"), None)
+    assert parse_domains("Wikipedia (en):2,ArXiv: 0.5") == (
+        ("Wikipedia (en)", "ArXiv"),
+        {"Wikipedia (en)": 2.0, "ArXiv": 0.5},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "an empty name"),
+        ("ArXiv,", "an empty name"),
+        (":1", "an empty name"),
+        ("ArXiv,Pile-CC,ArXiv", "'ArXiv' is named twice"),
+        ("ArXiv:1,ArXiv:2", "'ArXiv' is named twice"),
+        ("ArXiv:1,Pile-CC", "'Pile-CC' has the weight '', not a number; all have one, or none"),
+        ("ArXiv:one", "'ArXiv' has the weight 'one', not a number"),
+        ("ArXiv:0", "'ArXiv' has the weight '0', not a finite one above 0"),
+        ("ArXiv:-1", "not a finite one above 0"),
+        ("ArXiv:inf", "not a finite one above 0"),
+        ("ArXiv:nan", "not a finite one above 0"),
+    ],
+)
+def test_domains_that_cannot_be_meant_are_errors(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        parse_domains(text)
+    assert f"--domains {text!r}" in str(error.value)
