@@ -30,9 +30,10 @@ def main(argv: list[str]) -> int:
     after Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.disable_progress_bar()
-    config = resolve(TrainingConfig.from_command_line(argv))
+    config = TrainingConfig.from_command_line(argv)
     with ExitStack() as resources:
         try:
+            config = resolve(config)
             world = resources.enter_context(distributed_world())
             model = prepare_model(config)
             data = TrainingData.open(config, world, model.hf.config.vocab_size)
@@ -109,4 +110,7 @@ def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before there was anything to save
+        sys.exit(130)

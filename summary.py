@@ -19,6 +19,8 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
     """Prints the table of a run that has made at least one step, to standard output."""
     console = Console(highlight=False)
     table = Table(show_header=False, box=None, title=config.run_name, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("steps", f"{progress.steps} of {config.max_steps}")
     table.add_row("tokens/s", f"{progress.tokens / progress.seconds:,.0f}")
     table.add_row("train loss, last step", f"{progress.train_loss:.4f}")
@@ -35,12 +37,12 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
 def add_extremes(table: Table, config: TrainingConfig, data: TrainingData) -> None:
     """The samples with the highest and the lowest summed value: the predicted fall of the validation loss, in
     nats."""
-    values = summed_values(config.result_dir / "grad_dotprods")
+    sums = summed_values(config.result_dir / "grad_dotprods")
+    values = sums.filter(sums["value"].is_valid())  # null: all of the sample's steps were skipped
     count = min(EXTREMES, len(values))
     for title, rows in (("highest value", values[:count]), ("lowest value", values[len(values) - count :])):
         for row in rows.to_pylist():
             tokens = data.blocks["train"].tokens(row["domain"], row["block"])
-            words = " ".join(data.tokenizer.decode(tokens[:FIRST_TOKENS].tolist()).split())[:FIRST_CHARACTERS]
-            table.add_row(
-                title, f"{row['value']:+.3e}  {escape(row['domain'])} block {row['block']}: {escape(words)}"
-            )
+            words = " ".join(data.tokenizer.decode(tokens[:FIRST_TOKENS].tolist()).split())
+            sample = f"{row['domain']} block {row['block']}: {words[:FIRST_CHARACTERS]}"
+            table.add_row(title, f"{row['value']:+.3e}  {escape(sample)}")
