@@ -1,3 +1,0 @@
-"""Paths and defaults that all tests share."""
-
-
