@@ -110,6 +110,7 @@ def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData) -
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the table shows texts of any language
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before there was anything to save

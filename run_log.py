@@ -3,7 +3,11 @@ the screen."""
 
 import json
 import logging
+import math
+import sys
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,23 +25,29 @@ class RunLog:
     once."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        self._file = (config.result_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = tqdm(total=config.max_steps, desc=config.run_name, unit="step", dynamic_ncols=True)
-        self._redirect = logging_redirect_tqdm()
-        self._redirect.__enter__()
-        self._wandb = start_wandb(config) if config.wandb_mode != "disabled" else None
+        with ExitStack() as opened:
+            self._wandb = None
+            if config.wandb_mode != "disabled":
+                self._wandb = opened.enter_context(start_wandb(config))
+            file = (config.result_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._file = opened.enter_context(file)
+            self._bar = opened.enter_context(progress_bar(config.max_steps))
+            opened.enter_context(logging_redirect_tqdm())
+            self._resources = opened.pop_all()
 
-    def record(self, step: int, values: dict[str, Any]) -> None:
-        """One line, and the same to Weights & Biases. values: JSON numbers by name; nested names are joined
-        by a slash."""
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """One line, and the same to Weights & Biases. JSON has no NaN and no infinity: null stands for
+        them."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False)
+        self._file.write(line + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(dict(values), step=step)
 
-    def advance(self, **shown: str) -> None:
+    def advance(self, shown: str) -> None:
         """One step further on the bar, with what to show beside it."""
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
@@ -46,20 +56,20 @@ class RunLog:
         logger.info("step %d: loss %s", step, text)
         self.record(step, {f"loss/{name}": loss for name, loss in losses.items()})
 
-    def close(self) -> None:
-        self._bar.close()
-        self._redirect.__exit__(None, None, None)
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self._resources.__exit__(kind, error, traceback)
+
+
+def progress_bar(steps: int) -> tqdm:
+    """Steps done, time left, and a postfix. In a file, where nothing is overwritten, a line every 10
+    seconds."""
+    in_terminal = sys.stderr.isatty()
+    return tqdm(total=steps, unit="step", dynamic_ncols=in_terminal, mininterval=0.1 if in_terminal else 10)
 
 
 def start_wandb(config: TrainingConfig) -> Any:

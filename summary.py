@@ -2,8 +2,8 @@
 far."""
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from config_file import TrainingConfig
 from ghostEngines.metrics_log import summed_values
@@ -12,37 +12,45 @@ from training_loop import Progress
 
 EXTREMES = 3  # samples shown at either end
 FIRST_TOKENS = 200  # decoded for the first words
-FIRST_CHARACTERS = 60
+FIRST_CHARACTERS = 100
 
 
 def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData) -> None:
     """Prints the table of a run that has made at least one step, to standard output."""
-    console = Console(highlight=False)
-    table = Table(show_header=False, box=None, title=config.run_name, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")
-    table.add_row("steps", f"{progress.steps} of {config.max_steps}")
-    table.add_row("tokens/s", f"{progress.tokens / progress.seconds:,.0f}")
-    table.add_row("train loss, last step", f"{progress.train_loss:.4f}")
-    if progress.evaluation is not None:
-        for name, loss in progress.evaluation.items():
-            table.add_row(f"loss on {name}", f"{loss:.4f}")
-    table.add_row("results", str(config.result_dir))
+    console = Console(highlight=False, markup=False, emoji=False)
+    lines = {
+        "steps": f"{progress.steps} of {config.max_steps}",
+        "tokens/s": f"{progress.tokens / progress.seconds:,.0f}",
+        "train loss, last step": f"{progress.train_loss:.4f}",
+        **{f"loss on {name}": f"{loss:.4f}" for name, loss in (progress.evaluation or {}).items()},
+        "results": config.result_dir,
+    }
     if config.method == "GradDotProd":
-        table.add_row("dot products", str(config.result_dir / "grad_dotprods"))
-        add_extremes(table, config, data)
-    console.print(table)
+        lines["dot products"] = config.result_dir / "grad_dotprods"
+    console.print(f"\n{config.run_name}", soft_wrap=True)
+    for name, value in lines.items():
+        console.print(f"{name:22s} {value}", soft_wrap=True)  # a path stays in one piece
+    if config.method == "GradDotProd":
+        print_extremes(console, config, data)
 
 
-def add_extremes(table: Table, config: TrainingConfig, data: TrainingData) -> None:
-    """The samples with the highest and the lowest summed value: the predicted fall of the validation loss, in
-    nats."""
+def print_extremes(console: Console, config: TrainingConfig, data: TrainingData) -> None:
+    """The samples with the highest and the lowest summed value, with their first words, a line each."""
     sums = summed_values(config.result_dir / "grad_dotprods")
     values = sums.filter(sums["value"].is_valid())  # null: all of the sample's steps were skipped
     count = min(EXTREMES, len(values))
-    for title, rows in (("highest value", values[:count]), ("lowest value", values[len(values) - count :])):
+    for title, rows in (("highest", values[:count]), ("lowest", values[len(values) - count :])):
+        table = Table.grid(padding=(0, 2))
         for row in rows.to_pylist():
             tokens = data.blocks["train"].tokens(row["domain"], row["block"])
-            words = " ".join(data.tokenizer.decode(tokens[:FIRST_TOKENS].tolist()).split())
-            sample = f"{row['domain']} block {row['block']}: {words[:FIRST_CHARACTERS]}"
-            table.add_row(title, f"{row['value']:+.3e}  {escape(sample)}")
+            words = Text(first_words(data.tokenizer.decode(tokens[:FIRST_TOKENS].tolist())), no_wrap=True)
+            words.overflow = "ellipsis"
+            table.add_row(f"{row['value']:+.3e}", f"{row['domain']}, block {row['block']}", words)
+        console.print(f"{title} summed value so far: predicted fall of the validation loss, in nats")
+        console.print(table)
+
+
+def first_words(text: str) -> str:
+    """The beginning of a text in a line, without what could steer a terminal."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(printable.split())[:FIRST_CHARACTERS]

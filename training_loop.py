@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the parameters are those before that step."""
+    """The loss or its gradient is NaN or infinite; the parameters are those before that step."""
 
 
 @dataclass
@@ -73,17 +73,23 @@ class Trainer:
 
         Raises NonFiniteLoss, and whatever happens in a step; KeyboardInterrupt after Ctrl-C.
         """
+        between_steps = False  # after another error the parameters may be anything
         try:
             self._train()
+            between_steps = True
         except (KeyboardInterrupt, NonFiniteLoss):
-            with interrupt_deferred():
-                save_model(self.model, self.config)
+            between_steps = True
             raise
-        else:
-            save_model(self.model, self.config)
         finally:
             with interrupt_deferred():
-                self.manager.close()
+                self._save(with_model=between_steps)
+
+    def _save(self, with_model: bool) -> None:
+        try:
+            self.manager.close()
+        finally:
+            if with_model:
+                save_model(self.model, self.config)
 
     def _train(self) -> None:
         config = self.config
@@ -109,18 +115,15 @@ class Trainer:
         with self.precision.autocast():
             losses = self.model(x, y)  # (n+m,)
         train_loss = manager.train_losses(losses).mean().item()
-        if not math.isfinite(train_loss) or not losses.isfinite().all():
-            raise NonFiniteLoss(
-                f"the loss of step {step} is {train_loss} (per row: {losses.tolist()}); samples "
-                f"{batch.sample_ids.tolist()} of {', '.join(batch.domains)}. The run stops with the "
-                "parameters before this step: lower --learning_rate, lengthen --warmup_step, or look at "
-                "these samples."
-            )
+        if not losses.isfinite().all():
+            raise non_finite(step, batch, f"the loss is {train_loss} (per row: {losses.tolist()})")
         self.scaler.scale(manager.joint_loss(losses)).backward()
         manager.prepare_gradients()
 
         with interrupt_deferred():
             norm, clip_factor = self._clip()
+            if not (norm.isfinite() or self.scaler.is_enabled()):  # the scaler leaves such a step out
+                raise non_finite(step, batch, f"the norm of the gradient is {norm.item()}")
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -132,7 +135,7 @@ class Trainer:
                 skipped=~norm.isfinite(),
                 global_batch_size=self.global_batch_size,
             )
-            self._record(step, batch, lr, train_loss, norm, clip_factor, time.perf_counter() - start)
+            self._record(step, batch, lr, train_loss, norm, clip_factor, start)
 
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it and the
@@ -154,21 +157,33 @@ class Trainer:
         train_loss: float,
         norm: Tensor,
         clip_factor: Tensor,
-        seconds: float,
+        start: float,
     ) -> None:
-        progress, tokens = self.progress, self.global_batch_size * self.config.block_size
-        progress.steps, progress.train_loss = step + 1, train_loss
-        progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+        values = None
         if (step + 1) % self.config.log_interval == 0:
             values = {
                 "train_loss": train_loss,
                 "lr": lr,
-                "grad_norm": norm.item(),
+                "grad_norm": norm.item(),  # waits for the device: the step's time is known after that
                 "clip_factor": clip_factor.item(),
-                "tokens_per_second": tokens / seconds,
+                **dot_statistics(self.manager.dot_products(), batch.domains),
             }
-            self.log.record(step, values | dot_statistics(self.manager.dot_products(), batch.domains))
-        self.log.advance(loss=f"{train_loss:.4f}", tok_s=f"{progress.tokens / progress.seconds:.0f}")
+        progress, seconds = self.progress, time.perf_counter() - start
+        tokens = self.global_batch_size * self.config.block_size
+        progress.steps, progress.train_loss = step + 1, train_loss
+        progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+        if values is not None:
+            self.log.record(step, values | {"tokens_per_second": tokens / seconds})
+        self.log.advance(f"loss {train_loss:.4f}, {progress.tokens / progress.seconds:.0f} tokens/s")
+
+
+def non_finite(step: int, batch: Batch, seen: str) -> NonFiniteLoss:
+    """The error that stops a run at this step."""
+    return NonFiniteLoss(
+        f"step {step}: {seen}; samples {batch.sample_ids.tolist()} of {', '.join(batch.domains)}. The run "
+        "stops with the parameters before this step: lower --learning_rate, lengthen --warmup_step, or look "
+        "at these samples"
+    )
 
 
 def dot_statistics(dots: Tensor | None, domains: tuple[str, ...]) -> dict[str, float]:

@@ -122,7 +122,8 @@ def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     # imported here, because each worker process would import it for nothing: a third of its start.
     from pyarrow import CompressedInputStream
 
-    return CompressedInputStream(raw, compression)
+    stream: BinaryIO = CompressedInputStream(raw, compression)
+    return stream
 
 
 def _add(pending: list[bytes], data: bytes) -> None:

@@ -16,18 +16,14 @@ import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
-
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from typing import Any
 
 from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
 from data_processing.pile_records import InputFile, LineBatch, PileError, find_inputs, line_batches
+from data_processing.progress import Progress
 from data_processing.shards import FORMAT_VERSION, ShardError, list_shards
 from data_processing.split_parts import (
     BAD_RECORDS,
@@ -44,7 +40,6 @@ from data_processing.tokenizers import TOKENIZERS, TokenizerError, get_tokenizer
 from data_processing.worker_pool import WorkerError, WorkerPool
 
 SPLITS = ("train", "val", "test")
-SHOWN_BAD_RECORDS = 10  # on the screen; the file has all of them
 log = logging.getLogger(__name__)
 
 
@@ -166,8 +161,9 @@ def _make_parts(job: Job, work: Path) -> list[Part]:
         log.info("%d of %d input files were finished before", len(keys) - len(missing), len(keys))
     if missing:
         _encode(job, work, missing)
-    parts = [finished_part(work, key) for key in keys]
-    return [part for part in parts if part is not None]
+    parts = [part for key in keys if (part := finished_part(work, key)) is not None]
+    assert len(parts) == len(keys), "a part was not finished"
+    return parts
 
 
 def _is_usable(part: Part | None, job: Job) -> bool:
@@ -178,8 +174,8 @@ def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
     """Reads the input files one after the other; workers encode their batches, which come back in order."""
     encoder = BatchEncoder(get_tokenizer(job.tokenizer))
     batches = (batch for key in keys for batch in line_batches(key.source))
-    progress = Progress(job, sum(key.source.size for key in keys))
-    with WorkerPool(job.num_workers, encoder) as pool, progress:
+    total_bytes = sum(key.source.size for key in keys)
+    with WorkerPool(job.num_workers, encoder) as pool, Progress(job.split, total_bytes) as progress:
         answers = pool.answers(batches)
         for key in keys:
             with PartWriter(work, key) as part:
@@ -198,37 +194,6 @@ def _check_records(job: Job, batch: LineBatch, encoded: EncodedBatch) -> None:
             f"{batch.source.path}:{line}: {reason}. "
             "Mend the line, or leave out bad records with --on_bad_record skip"
         )
-
-
-class Progress:
-    """The bar, in bytes of the input files, and behind it the rate in bytes of text: more, if compressed."""
-
-    def __init__(self, job: Job, total_bytes: int) -> None:
-        self._bar_options = {"desc": job.split, "total": total_bytes, "unit": "B", "unit_scale": True}
-        self._counts = Counts()
-        self._before = 0  # bytes of the files that are behind us
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._bar = self._stack.enter_context(
-            tqdm(**self._bar_options, disable=None)
-        )  # None: not into log files
-        self._stack.enter_context(logging_redirect_tqdm())
-        self._started = time.monotonic()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def show(self, batch: LineBatch, encoded: EncodedBatch) -> None:
-        for line, reason in encoded.bad_records[: max(0, SHOWN_BAD_RECORDS - self._counts.bad_records)]:
-            log.warning("left out: %s:%d: %s", batch.source.path, line, reason)
-        self._counts.add(encoded.counts)
-        rate = self._counts.text_bytes / 1e6 / (time.monotonic() - self._started)
-        self._bar.set_postfix_str(f"text {rate:.1f} MB/s, {self._counts.documents} documents", refresh=False)
-        self._bar.update(self._before + batch.bytes_read - self._bar.n)
-        if batch.is_last:
-            self._before += batch.source.size
 
 
 def _log_result(job: Job, counts: Counts) -> None:
@@ -284,10 +249,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = parse_arguments(argv)
     try:
-        tokenize(**vars(parse_arguments(argv)))
-    except (PileError, ShardError, TokenizerError, WorkerError, OSError) as error:
+        tokenize(**vars(arguments))
+    except (PileError, ShardError, TokenizerError, WorkerError) as error:
         log.error("error: %s", error)
+        return 1
+    except OSError as error:  # of the input PileError tells; this is a full disk, or no right to write
+        log.error("error: --output_dir %s: %s", arguments.output_dir, error)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted; the same command goes on from the input files that were finished")

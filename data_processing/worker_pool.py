@@ -40,7 +40,7 @@ def _serve(connection: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     messages = _messages(connection)
-    handler = next(messages, None)
+    handler: Any = next(messages, None)  # None: no task will come either
     for task in messages:
         answer = handler(task)
         with suppress(ConnectionError):

@@ -128,11 +128,13 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 ACCUMULATE = "torch::autograd::AccumulateGrad"  # the node at which a gradient arrives at a parameter
 
 
-def find_bypass(loss: Tensor, probe: Tensor, layers: Sequence[tuple[str, nn.Module]]) -> str | None:
+def find_bypass(
+    loss: Tensor, probes: Sequence[Tensor], layers: Sequence[tuple[str, nn.Module]]
+) -> str | None:
     """The name of a layer whose parameter gets a gradient from anything but one call of the layer; None if
     there is none.
 
-    Read off the graph of the loss: a rule's node sends a gradient to the probe as well as to the parameters,
+    Read off the graph of the loss: a rule's node sends a gradient to a probe as well as to the parameters,
     so a node that sends one to a parameter and none to the probe is not a rule's, and each parameter may get
     one for each layer that owns it. (Of a compiled block the graph shows one node only.)
     """
@@ -141,13 +143,14 @@ def find_bypass(loss: Tensor, probe: Tensor, layers: Sequence[tuple[str, nn.Modu
         for parameter in layer.parameters(recurse=False):
             names.setdefault(id(parameter), []).append(name)
     uses: Counter[int] = Counter()
+    probe_ids = {id(probe) for probe in probes}
     for node in graph_nodes(loss):
         children: list[Any] = [child for child, _ in node.next_functions if child is not None]
         leaves = [id(child.variable) for child in children if child.name() == ACCUMULATE]
         for leaf in leaves:
             if leaf in names:
                 uses[leaf] += 1
-                if id(probe) not in leaves or uses[leaf] > len(names[leaf]):
+                if probe_ids.isdisjoint(leaves) or uses[leaf] > len(names[leaf]):
                     return names[leaf][0]
     return None
 

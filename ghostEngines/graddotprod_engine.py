@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contraction import STRATEGIES, Split, Strategy, accumulation_dtype
+from .contraction import STRATEGIES, Split, Strategy
 from .coverage import (
     check_optimizer,
     check_rows_are_independent,
@@ -27,7 +27,7 @@ from .coverage import (
 )
 from .layer_rules import RULES
 from .losses import require
-from .step import CurrentStep, LayerStep, Step
+from .step import GRANULARITIES, CurrentStep, Granularity, LayerStep, Step
 
 
 class GradDotProdEngine:
@@ -44,25 +44,27 @@ class GradDotProdEngine:
 
     model: any module whose trainable parameters all belong to layers with a rule; it is called on a joint
     batch, whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
-    pairwise: a score for each (train, validation) pair instead of the mean over the validation rows.
-    strategy: forces one way of contracting (contraction.py), None chooses by shape. Raises ValueError for a
-    val_batch_size below 1 and an unknown strategy."""
+    granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"), or
+    for each layer ("per_layer"). strategy: forces one way of contracting (contraction.py), None chooses by
+    shape. Raises ValueError for a val_batch_size below 1, an unknown granularity and an unknown strategy."""
 
     def __init__(
         self,
         model: nn.Module,
         val_batch_size: int,
         *,
-        pairwise: bool = False,
+        granularity: Granularity = "total",
         strategy: Strategy | None = None,
     ) -> None:
         if val_batch_size < 1:
             raise ValueError(f"val_batch_size must be at least 1, got {val_batch_size}")
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if strategy is not None and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
         self.model = model
         self.val_batch_size = val_batch_size
-        self.pairwise = pairwise
+        self.granularity = granularity
         self.strategy = strategy
         self._layers: list[LayerStep] = []
         self._current = CurrentStep()
@@ -133,13 +135,13 @@ class GradDotProdEngine:
                 "is no train row. Append the validation rows to the train rows, or detach the engine."
             )
         weight = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        split = Split(rows - m, m, self.pairwise)
-        dtype = accumulation_dtype(weight.dtype)
-        self._current.step = Step.begin(split, shape, self.strategy, dtype, weight.device)
+        split = Split(rows - m, m, self.granularity == "pairwise")
+        count = len(self._layers) if self.granularity == "per_layer" else 1
+        step = self._current.step = Step.begin(split, shape, self.strategy, weight, count)
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients = False, None, []
-        for layer_step in self._layers:
-            layer_step.calls = 0
+        for index, layer_step in enumerate(self._layers):
+            layer_step.calls, layer_step.probe = 0, step.probes[index % count]
 
     def _check_unchanged(self) -> None:
         """Parameters and modes may change while the engine is attached; what trains must still be covered."""
@@ -176,7 +178,7 @@ class GradDotProdEngine:
             )
         loss = (losses * weights).sum() + step.scale_probe
         layers = [(each.name, each.layer) for each in self._layers]
-        self._bypassed = self._bypassed or find_bypass(loss, step.probe, layers)
+        self._bypassed = self._bypassed or find_bypass(loss, step.probes, layers)
         if losses.requires_grad:
             losses.register_hook(self._begin_backward)
         return loss
@@ -194,7 +196,7 @@ class GradDotProdEngine:
         gradient did not run exactly once in the forward pass (its weight was used without calling it, or it
         was called twice)."""
         step = self._step()
-        if step.scale_probe.grad is None or step.probe.grad is None:
+        if step.scale_probe.grad is None or all(probe.grad is None for probe in step.probes):
             raise RuntimeError(
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
                 "(times any factor) before prepare_gradients()"
@@ -235,15 +237,28 @@ class GradDotProdEngine:
             "backward() on it alone, times any factor",
         )
 
+    @property
+    def layer_names(self) -> list[str]:
+        """The covered layers in the order of the columns of per-layer dot products. A tied weight's cross
+        terms are its embedding's."""
+        return [layer_step.name for layer_step in self._layers]
+
     def dot_products(self) -> Tensor:
-        """(n,): <∇ℓ_i, ∇L_val> for every train row i of the last step, L_val the mean loss of the validation
-        rows; with pairwise (n, m): <∇ℓ_i, ∇ℓ_j>, whose mean over j that is. In float32 (float64 for a float64
-        model), on the model's device, in units of squared gradient: no learning rate, no batch size, no loss
-        scale. Raises RuntimeError before `prepare_gradients`."""
+        """The dot products of the last step's n train rows, in float32 (float64 for a float64 model), on the
+        model's device, in units of squared gradient: no learning rate, no batch size, no loss scale.
+
+            total      (n,)    <∇ℓ_i, ∇L_val>, L_val the mean loss of the m validation rows pairwise   (n, m)
+            <∇ℓ_i, ∇ℓ_j>; the mean over j is the total per_layer  (n, L)  <∇ℓ_i, ∇L_val> over the parameters
+            of each of `layer_names`; the sum is the total
+
+        Raises RuntimeError before `prepare_gradients`."""
         if not self._prepared:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
         step = self._step()
-        n, m, pairwise = step.split.n, step.split.m, step.split.pairwise
-        assert step.probe.grad is not None and step.scale_probe.grad is not None
-        dots = step.probe.grad * (n * m if pairwise else n) / step.scale_probe.grad**2
-        return dots if pairwise else dots.squeeze(1)
+        scale = step.scale_probe.grad
+        assert scale is not None
+        columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in step.probes]
+        dots = torch.cat(columns, dim=1) * step.split.n / scale**2  # (n, k), or (n, L) per layer
+        if self.granularity == "total":
+            return dots.squeeze(1)
+        return dots * step.split.m if self.granularity == "pairwise" else dots

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .contraction import Split, Strategy, choose_strategy
+from .contraction import Split, Strategy, accumulation_dtype, choose_strategy
 
 
 @dataclass(frozen=True)
@@ -31,41 +32,44 @@ class TiedRoute:
     val_tokens: Tensor
 
 
+Granularity = Literal["total", "pairwise", "per_layer"]
+GRANULARITIES: tuple[Granularity, ...] = ("total", "pairwise", "per_layer")
+
+
 @dataclass
 class Step:
     """One pass over a joint batch of n train and m validation rows.
 
-    probe (n, k): zeros; after the backward its gradient is the sum of all layers' dot products, times s²/n
-    (s²/(n·m) if pairwise), s being the common factor on the loss. scale_probe (): zero; its gradient is s.
-    strategy: the one that every weight must use, None for a choice by shape. routes: a tied weight's route
-    from its embedding to its head, by its name."""
+    probes (n, k) each: zeros; after the backward the gradient of a probe is the sum of the dot products of
+    the layers that share it, times s²/n (s²/(n·m) if pairwise), s being the common factor on the loss. There
+    is one for all layers, or with per_layer one for each, in their order: separate tensors, since a tensor
+    indexed by a number would give every compiled block a graph of its own. scale_probe (): zero; its gradient
+    is s. input_shape: of the model's input. strategy: the one that every weight must use, None for a choice
+    by shape. routes: a tied weight's route from its embedding to its head, by its name."""
 
     split: Split
     input_shape: torch.Size
-    probe: Tensor
+    probes: list[Tensor]
     scale_probe: Tensor
     strategy: Strategy | None
     routes: dict[str, TiedRoute] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls,
-        split: Split,
-        input_shape: torch.Size,
-        strategy: Strategy | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        cls, split: Split, input_shape: torch.Size, strategy: Strategy | None, like: Tensor, probes: int
     ) -> "Step":
-        """input_shape: of the model's input, n+m rows. dtype: the accumulation dtype."""
-        probe = torch.zeros(split.n, split.directions, dtype=dtype, device=device, requires_grad=True)
-        scale_probe = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        return cls(split, input_shape, probe, scale_probe, strategy)
+        """like: a parameter, for the device and the dtype of accumulation. probes: how many."""
+        zeros = partial(
+            torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
+        )
+        each = [zeros(split.n, split.directions) for _ in range(probes)]
+        return cls(split, input_shape, each, zeros(()), strategy)
 
     def row_weights(self) -> Tensor:
         """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation
         rows."""
         n, m = self.split.n, self.split.m
-        weights = self.probe.new_full((n + m,), 1 / n)
+        weights = self.scale_probe.detach().new_full((n + m,), 1 / n)
         weights[n:] = 1 / m
         return weights
 
@@ -97,6 +101,7 @@ class LayerStep:
     ) -> None:
         self.layer, self.name, self.rule, self.tied = layer, name, rule, tied
         self.calls = 0
+        self.probe: Tensor  # (n, k), laid out at the beginning of each step
         self._current = current
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:

@@ -25,6 +25,14 @@ class Truth:
         """(n+m, all parameters)"""
         return torch.stack([torch.cat([g.flatten() for g in row.values()]) for row in self.gradients])
 
+    def part(self, layers: list[str]) -> "Truth":
+        """The same for the parameters of some layers."""
+        rows = [
+            {name: g for name, g in row.items() if name.rpartition(".")[0] in layers}
+            for row in self.gradients
+        ]
+        return Truth(rows, self.losses, self.n)
+
     def pairwise(self) -> Tensor:
         """(n, m)"""
         rows = self.vectors()

@@ -157,7 +157,7 @@ def test_two_engines_in_turn(name: str) -> None:
     model = case.model()
     first, second = (
         GradDotProdEngine(model, val_batch_size=2),
-        GradDotProdEngine(model, val_batch_size=3, pairwise=True),
+        GradDotProdEngine(model, val_batch_size=3, granularity="pairwise"),
     )
     x, y = case.data(5)
     for engine, m in ((first, 2), (second, 3), (first, 2)):

@@ -201,7 +201,7 @@ def scale_rule() -> Iterator[None]:
     @register_rule(Scale, parameters=("w",))
     def scale(layer: Scale, layer_step, x: Tensor) -> Tensor:
         step = layer_step.enter(x)
-        return ProbedScale.apply(x, layer.w, step.probe, step.split)
+        return ProbedScale.apply(x, layer.w, layer_step.probe, step.split)
 
     yield
     del RULES[Scale]

@@ -1,5 +1,7 @@
 """Dot products and training gradients against one backward pass per sample in float64."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, copy_in
@@ -68,9 +70,29 @@ def test_every_strategy(name: str, strategy: str) -> None:
 def test_pairwise(name: str, strategy: str) -> None:
     case = BY_NAME[name]
     truth = truth_of(case, 5, 3)
-    dots, model, _ = engine_step(case, 5, 3, strategy=strategy, pairwise=True)
+    dots, model, _ = engine_step(case, 5, 3, strategy=strategy, granularity="pairwise")
     assert truth.pairwise_error(dots) < 1e-10
     assert truth.gradient_error(model) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_per_layer(name: str, strategy: str) -> None:
+    """Each layer's column is the dot product over its own parameters; a tied weight's is the sum of two."""
+    case = BY_NAME[name]
+    truth = truth_of(case, 5, 3)
+    model, (x, y) = case.model(), case.data(8)
+    with GradDotProdEngine(model, 3, granularity="per_layer", strategy=strategy) as engine:
+        engine.joint_loss(case.losses(model, x, y)).backward()
+        engine.prepare_gradients()
+        dots, names = engine.dot_products(), engine.layer_names
+    assert truth.dot_error(dots.sum(1)) < 1e-10
+    sharing = defaultdict(list)
+    for layer in names:
+        sharing[model.get_submodule(layer).weight].append(layer)
+    for layers in sharing.values():
+        got = sum(dots[:, names.index(layer)] for layer in layers)
+        assert truth.part(layers).dot_error(got) < 1e-10
 
 
 @pytest.mark.parametrize("name", MODELS)

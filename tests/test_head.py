@@ -76,7 +76,14 @@ def test_groups(name: str, strategy: str, pairwise: bool, small_groups) -> None:
     """Train rows in groups of 2, 2 and 1, validation rows in 2 and 1."""
     case = BY_NAME[name]
     truth, model = truth_of(case, 5, 3), case.model()
-    dots, losses = joint_step(model, *case.data(8), 3, case.losses, strategy=strategy, pairwise=pairwise)
+    dots, losses = joint_step(
+        model,
+        *case.data(8),
+        3,
+        case.losses,
+        strategy=strategy,
+        granularity="pairwise" if pairwise else "total",
+    )
     assert torch.allclose(losses, truth.losses, rtol=1e-12, atol=0)
     assert (truth.pairwise_error(dots) if pairwise else truth.dot_error(dots)) < 1e-12
     assert truth.gradient_error(model) < 1e-12

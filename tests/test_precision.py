@@ -139,6 +139,20 @@ def test_the_training_gradient_is_as_exact_as_plain_autograd(parameters: torch.d
     assert truth.dot_error(dots) < 4e-3
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.float64, 1e-5)])
+def test_losses_of_another_dtype_than_the_model(dtype: torch.dtype, bound: float) -> None:
+    """A loss function of one's own may well stay in half precision, or go up."""
+    case = BY_NAME["gpt2-tied"]
+    x, y = case.data(8)
+    truth = per_sample(case.model(), case.logits, x, y, 5)
+    model = copy_in(case.model(), torch.float32)
+    dots, losses = joint_step(model, x, y, 3, lambda m, x, y: per_sample_losses(m, x, y).to(dtype))
+    assert losses.dtype == dtype
+    assert dots.dtype == torch.float32
+    assert truth.dot_error(dots) < bound
+    assert truth.gradient_error(model) < bound
+
+
 def test_a_gradient_scaler() -> None:
     """Its scale cancels in the dots; a step that it skips has dots that are not finite, and no exception."""
     x, y = (t[: 8 + M] for t in small_data())

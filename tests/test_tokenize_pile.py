@@ -335,7 +335,7 @@ def test_two_processes_do_not_write_one_split(tmp_path: Path) -> None:
     work = tmp_path / "out" / ".train.work"
     work.mkdir(parents=True)
     with (work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(PileError, match="another process is writing split 'train'"):
             run([path], tmp_path / "out")
     run([path], tmp_path / "out")

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,15 @@ def test_a_million_spaces_before_a_word() -> None:
     assert len(ids) == 1_000_100  # 1,000,099 spaces and " x"
     assert ids[0] == 220
     assert ids[-1] == tiktoken.get_encoding("gpt2").encode_ordinary(" x")[0]
+
+
+@needs_vocabulary
+def test_white_space_that_is_almost_too_long_costs_no_more() -> None:
+    """Without its look-behind, the search for long runs would try every place in them: minutes."""
+    start = time.perf_counter()
+    ids = get_tokenizer("gpt2").encode((" " * 99_999 + "x") * 20)
+    assert len(ids) == 20 * 99_999
+    assert time.perf_counter() - start < 10
 
 
 @needs_vocabulary

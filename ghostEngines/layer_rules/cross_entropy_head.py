@@ -65,7 +65,7 @@ def cross_entropy_head(
     """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
     step = layer_step.enter(hidden)
     strategy = step.strategy_for(hidden.shape[1], *layer.weight.shape)
-    plan = HeadPlan(step.split, strategy, step.probe, layer_step.take_route())
+    plan = HeadPlan(step.split, strategy, layer_step.probe, layer_step.take_route())
     return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
 
 

@@ -31,7 +31,7 @@ def embedding(layer: nn.Embedding, layer_step: LayerStep, input: Tensor) -> Any:
     tokens = input.expand(split.n + split.m, *input.shape[1:]) if one_for_all else input
     step = layer_step.enter(tokens)
     output, gathered, picked = ProbedEmbedding.apply(
-        tokens, layer.weight, step.probe, split, layer.padding_idx, layer_step.tied is not None
+        tokens, layer.weight, layer_step.probe, split, layer.padding_idx, layer_step.tied is not None
     )
     if layer_step.tied is not None:
         rows = tokens.reshape(len(tokens), -1)

@@ -17,7 +17,7 @@ def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, input: Tensor) -> Any
     """input (n+m, ..., *normalized_shape) -> the same shape."""
     step = layer_step.enter(input)
     return ProbedLayerNorm.apply(
-        input, layer.weight, layer.bias, step.probe, layer.normalized_shape, layer.eps, step.split
+        input, layer.weight, layer.bias, layer_step.probe, layer.normalized_shape, layer.eps, step.split
     )
 
 

@@ -35,7 +35,7 @@ def _run(layer: nn.Linear | Conv1D, layer_step: LayerStep, x: Tensor, weight: Te
         (None,) * 4 if route is None else (route.gathered, route.picked, route.train_tokens, route.val_tokens)
     )
     return ProbedLinear.apply(
-        x, weight, layer.bias, step.probe, *routed, step.split, strategy, transposed, compute_dtype(x)
+        x, weight, layer.bias, layer_step.probe, *routed, step.split, strategy, transposed, compute_dtype(x)
     )
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 RuleForward = Callable[..., Any]
 """forward(layer, step, *inputs) -> output. The output is that of the layer's own forward; in the backward
-pass the gradients of the layer's parameters are those of the train rows alone, and `step.probe` receives this
-layer's dot products, (n, k)."""
+pass the gradients of the layer's parameters are those of the train rows alone, and `layer_step.probe`
+receives this layer's dot products, (n, k)."""
 
 RuleCheck = Callable[[Any], None]
 

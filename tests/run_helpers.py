@@ -1,0 +1,144 @@
+"""Tiny shards, and short runs of main.py on them: in this process, with what they print and the model they
+trained."""
+
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import torch
+
+import main
+from data_processing.shards import ShardWriter, domain_file_name
+from data_processing.tokenizers import get_tokenizer
+from model_setup import CausalLM
+
+ROOT = Path(__file__).parent.parent
+DOMAINS = ("Alpha", "Beta (en)")
+DOCUMENTS = {"train": 12, "val": 4, "test": 4}  # of each domain, some 400 tokens each
+WORDS = ["tensor", "gradient", "der", "Straße", "naïve", "2024", "[bold]", ":tada:", "of", "a", "the", "\x1b[31m"]
+
+
+def write_shards(folder: Path) -> Path:
+    """Two domains in each of the three splits."""
+    for split, documents in DOCUMENTS.items():
+        (folder / split).mkdir(parents=True)
+        for domain in DOMAINS:
+            texts = random.Random(f"{split} {domain}")
+            with ShardWriter(folder / split, domain, split=split, tokenizer="gpt2_bytes") as shard:
+                for _ in range(documents):
+                    text = " ".join(texts.choices(WORDS, k=70))
+                    shard.append(get_tokenizer("gpt2_bytes").encode(text))
+    return folder
+
+
+def tokens_of(data: Path, split: str, domain: str, block: int, block_size: int) -> torch.Tensor:
+    """(block_size + 1,) int64, read without the project's code."""
+    tokens = np.fromfile(data / split / f"{domain_file_name(domain)}.bin", "<u2")
+    return torch.from_numpy(tokens[block * block_size : (block + 1) * block_size + 1].astype(np.int64))
+
+
+def command(data: Path, results: Path, **flags: object) -> list[str]:
+    """A command line for a run of a few seconds; a flag that is True is a switch."""
+    flags = {
+        "pile_data_dir": data, "results_dir": results, "architecture": "GPT2-Tiny", "device": "cpu",
+        "block_size": 8, "batch_size": 2, "max_steps": 4, "eval_iter": 1, "warmup_step": 2, "seed": 5,
+    } | flags  # fmt: skip
+    return [part for name, value in flags.items() for part in flag(name, value)]
+
+
+def flag(name: str, value: object) -> list[str]:
+    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
+
+
+@dataclass
+class Run:
+    """status: what main returned; folder: of the results; out, err: what was printed; models: copies of the
+    model as built, and the model itself as it is after the run."""
+
+    status: int
+    folder: Path
+    out: str
+    err: str
+    built: list[tuple[CausalLM, CausalLM]] = field(default_factory=list)
+
+    @property
+    def initial(self) -> CausalLM:
+        return self.built[0][0]
+
+    @property
+    def model(self) -> CausalLM:
+        return self.built[0][1]
+
+    def metrics(self) -> pd.DataFrame:
+        """A row for each step, without the evaluations."""
+        return pd.DataFrame([record for record in self.records() if "train_loss" in record])
+
+    def evaluations(self) -> list[dict]:
+        return [record for record in self.records() if "loss/val" in record]
+
+    def records(self) -> list[dict]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line, parse_constant=reject_constant) for line in lines]
+
+    def scores(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "grad_dotprods").astype({"domain": str})
+
+
+def reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small steps gain nothing from more, and lose much where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(data: Path, results: Path, **flags: object) -> Run:
+    """Runs main.py's main(). An interrupt that it lets through would end the tests: an error instead."""
+    run = Run(-1, results / str(flags.get("run_name")), "", "")
+    build = main.build_model
+
+    def build_model(config):
+        model = build(config)
+        run.built.append((deepcopy(model), model))
+        return model
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), one_thread(), patch.object(main, "build_model", build_model):
+        try:
+            run.status = main.main(command(data, results, **flags))
+        except KeyboardInterrupt as error:
+            raise AssertionError("KeyboardInterrupt came out of main()") from error
+    run.out, run.err = out.getvalue(), err.getvalue()
+    return run
+
+
+def python(*arguments: object) -> list[str]:
+    """A command that runs Python in its own process."""
+    return [sys.executable, *map(str, arguments)]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For a process that has this folder as its home, one thread, and no network."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    return {**os.environ, **nowhere, "HOME": str(folder), "OMP_NUM_THREADS": "1", "NO_PROXY": "", "no_proxy": ""}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a folder, with its size and time of change."""
+    entries = sorted(folder.rglob("*"))
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in entries}
