@@ -35,6 +35,12 @@ class CausalLM(nn.Module):
     def __init__(self, hf: GPT2LMHeadModel) -> None:
         super().__init__()
         check_dropout(hf.config)
+        if hf.config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"the model's attention is {hf.config._attn_implementation}, which is not causal by itself: "
+                "load it "
+                'with attn_implementation="sdpa"'
+            )
         head = CrossEntropyHead(hf.config.n_embd, hf.config.vocab_size)
         head.weight = hf.lm_head.weight  # the embedding's own weight where the two are tied
         hf.lm_head = head
@@ -42,9 +48,17 @@ class CausalLM(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x (N, T) token ids, y (N, T) the ids that follow them, -100 for none -> losses (N,) in nats per
-        token."""
-        hidden = self.hf.transformer(x, use_cache=False).last_hidden_state  # (N, T, d)
-        return self.hf.lm_head(hidden, y)
+        token.
+
+        Hugging Face's own forward would look at the position ids for packed sequences, which waits for the
+        device in every step; without a mask its blocks attend causally.
+        """
+        gpt = self.hf.transformer
+        positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        hidden = gpt.wte(x) + gpt.wpe(positions)  # (N, T, d)
+        for block in gpt.h:
+            hidden = block(hidden)
+        return self.hf.lm_head(gpt.ln_f(hidden), y)
 
 
 def check_dropout(config: GPT2Config) -> None:

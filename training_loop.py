@@ -140,8 +140,13 @@ class Trainer:
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it and the
         factor ()."""
-        self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        dots = self.manager.dot_products()
+        if dots is not None:
+            # A NaN if one of them is not finite: validation rows may overflow where train rows do not, and
+            # the scaler must lower its scale for them, too.
+            gradients[0].add_(dots.sum() * 0)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(gradients)
         if self.config.grad_clip == 0:
             return norm, torch.ones_like(norm)

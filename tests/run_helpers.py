@@ -25,7 +25,20 @@ from model_setup import CausalLM
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("Alpha", "Beta (en)")
 DOCUMENTS = {"train": 12, "val": 4, "test": 4}  # of each domain, some 400 tokens each
-WORDS = ["tensor", "gradient", "der", "Straße", "naïve", "2024", "[bold]", ":tada:", "of", "a", "the", "\x1b[31m"]
+WORDS = [
+    "tensor",
+    "gradient",
+    "der",
+    "Straße",
+    "naïve",
+    "2024",
+    "[bold]",
+    ":tada:",
+    "of",
+    "a",
+    "the",
+    "\x1b[31m",
+]
 
 
 def write_shards(folder: Path) -> Path:
@@ -118,7 +131,12 @@ def start(data: Path, results: Path, **flags: object) -> Run:
         return model
 
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), one_thread(), patch.object(main, "build_model", build_model):
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        one_thread(),
+        patch.object(main, "build_model", build_model),
+    ):
         try:
             run.status = main.main(command(data, results, **flags))
         except KeyboardInterrupt as error:
@@ -135,7 +153,14 @@ def python(*arguments: object) -> list[str]:
 def environment(folder: Path) -> dict[str, str]:
     """For a process that has this folder as its home, one thread, and no network."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    return {**os.environ, **nowhere, "HOME": str(folder), "OMP_NUM_THREADS": "1", "NO_PROXY": "", "no_proxy": ""}
+    return {
+        **os.environ,
+        **nowhere,
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "",
+        "no_proxy": "",
+    }
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

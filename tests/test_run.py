@@ -103,7 +103,9 @@ def test_dot_product_statistics_are_those_of_the_scores(scored: Run) -> None:
     domains = scored.scores().groupby(["step", "domain"]).dot_product.mean().unstack()
     assert set(domains) == set(DOMAINS)
     for domain in DOMAINS:
-        assert np.allclose(metrics[f"dot_product/domain/{domain}"], domains[domain], rtol=1e-12, equal_nan=True)
+        assert np.allclose(
+            metrics[f"dot_product/domain/{domain}"], domains[domain], rtol=1e-12, equal_nan=True
+        )
 
 
 def test_every_step_and_sample_has_a_score(scored: Run) -> None:
@@ -151,7 +153,9 @@ def test_the_table_names_the_most_and_the_least_helpful_samples(scored: Run, dat
     highest, lowest = scored.out.split("highest")[1].split("lowest")
     for (domain, block), line in zip(sums.index[:3], highest.splitlines()[1:], strict=False):
         assert f"{sums[domain, block]:+.3e}  {domain}, block {block}" in line
-        words = first_words(get_tokenizer("gpt2_bytes").decode(tokens_of(data, "train", domain, block, T).tolist()))
+        words = first_words(
+            get_tokenizer("gpt2_bytes").decode(tokens_of(data, "train", domain, block, T).tolist())
+        )
         assert words in line
     for (domain, block), line in zip(sums.index[-3:], lowest.splitlines()[1:], strict=True):
         assert f"{sums[domain, block]:+.3e}  {domain}, block {block}" in line
@@ -159,7 +163,9 @@ def test_the_table_names_the_most_and_the_least_helpful_samples(scored: Run, dat
     for name in ("train", "val", "test"):
         assert re.search(rf"^loss on {name} +{last[f'loss/{name}']:.4f}$", scored.out, re.MULTILINE)
     assert re.search(r"^steps +20 of 20$", scored.out, re.MULTILINE)
-    assert re.search(rf"^train loss, last step +{scored.metrics().train_loss.iloc[-1]:.4f}$", scored.out, re.MULTILINE)
+    assert re.search(
+        rf"^train loss, last step +{scored.metrics().train_loss.iloc[-1]:.4f}$", scored.out, re.MULTILINE
+    )
     assert f"{scored.folder / 'grad_dotprods'}\n" in scored.out, "the path is in one piece"
     assert "\x1b" not in scored.out
 
@@ -175,7 +181,9 @@ def test_the_first_words_of_a_sample_cannot_steer_the_terminal() -> None:
 def test_both_methods_train_the_same_model(scored: Run, plain: Run) -> None:
     for (name, got), want in zip(scored.model.named_parameters(), plain.model.parameters(), strict=True):
         assert ((got - want).norm() / want.norm()).item() < 1e-9, name
-    moved = [(a - b).norm() for a, b in zip(scored.model.parameters(), scored.initial.parameters(), strict=True)]
+    moved = [
+        (a - b).norm() for a, b in zip(scored.model.parameters(), scored.initial.parameters(), strict=True)
+    ]
     assert min(moved) > 1e-3, "20 steps of training leave no parameter where it was"
 
 
@@ -220,7 +228,9 @@ class Spy:
         for name, module in model.named_modules():
             assert "forward" not in vars(module), f"{name} runs under the engine"
             assert not module._forward_hooks and not module._forward_pre_hooks, name
-        loaders = {name: SimpleNamespace(batch=self.noting(loader)) for name, loader in data.evaluation.items()}
+        loaders = {
+            name: SimpleNamespace(batch=self.noting(loader)) for name, loader in data.evaluation.items()
+        }
         self.batches.append([])
         self.written.append(self.steps_on_disk())
         return self.original(model, SimpleNamespace(evaluation=loaders), config, precision)
@@ -328,7 +338,12 @@ def test_parameters_in_bfloat16(data: Path, results: Path) -> None:
 def test_weights_and_biases_offline(data: Path, tmp_path: Path) -> None:
     flags = command(data, tmp_path, run_name="a", wandb_mode="offline", max_steps=2, wandb_project="tests")
     done = subprocess.run(
-        python("main.py", *flags), cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60
+        python("main.py", *flags),
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     (record,) = (tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_processing import pile_records, split_parts, tokenize_pile
+from data_processing import pile_records, progress, split_parts, tokenize_pile
 from data_processing.batch_encoder import Counts
 from data_processing.pile_records import (
     BadRecord,
@@ -137,6 +137,18 @@ def test_blank_lines_are_no_records_and_empty_texts_no_documents(tmp_path: Path)
     counts = run([tmp_path / "in.jsonl"], tmp_path / "out")
     assert (counts.documents, counts.empty_texts, counts.bad_records) == (1, 2, 0)
     assert tokens_in(tmp_path / "out") == expected_tokens([("A", "x")])
+
+
+def test_without_a_terminal_the_log_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    inputs = [write_jsonl(tmp_path / f"{name}.jsonl", RECORDS) for name in "ab"]
+    caplog.set_level("INFO")
+    run(inputs, tmp_path / "out")
+    size = 2 * inputs[0].stat().st_size / 1e6
+    assert f"train: read {size:.1f} of {size:.1f} MB, text " in caplog.text
+    assert "MB/s, 120 documents" in caplog.text
 
 
 # Reading lines

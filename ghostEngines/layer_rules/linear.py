@@ -64,10 +64,12 @@ class ProbedLinear(torch.autograd.Function):
         ctx.split, ctx.strategy, ctx.transposed = split, strategy, transposed
         x = x.to(dtype)
         ctx.save_for_backward(x, weight, train_tokens, val_tokens)
-        with without_autocast(x):
-            matrix = weight.to(dtype) if transposed else weight.to(dtype).mT  # (d, p)
-            flat = x.reshape(-1, x.shape[-1])
-            output = flat @ matrix if bias is None else torch.addmm(bias.to(dtype), flat, matrix)
+        with without_autocast(x):  # the very operations of the layers themselves
+            matrix, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            if transposed:
+                output = torch.addmm(bias, x.reshape(-1, x.shape[-1]), matrix)
+            else:
+                output = nn.functional.linear(x, matrix, bias)
             return as_shape(output, *x.shape[:-1], output.shape[-1])
 
     @staticmethod

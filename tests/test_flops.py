@@ -1,0 +1,89 @@
+"""A guard against slow creep that no clock is needed for: the operations of a step's matrix products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2LMHeadModel
+
+from ghostEngines import GradDotProdEngine, losses
+from ghostEngines.contraction import STRATEGIES, Split, contract
+from ghostEngines.layer_rules import cross_entropy_head
+from model_setup import CausalLM, architecture_config
+
+aten = torch.ops.aten
+
+
+def product(a: torch.Size, b: torch.Size) -> int:
+    """Operations of (..., r, q) @ (..., q, s), or of a matrix or vector with a vector."""
+    return 2 * a.numel() * (b[-1] if len(b) > 1 else 1)
+
+
+# PyTorch's counter knows neither in-place products nor those with a vector.
+PRODUCTS: dict[Any, Callable[..., int]] = {
+    aten.addmm_: lambda total, a, b, *rest, **options: product(a, b),
+    aten.baddbmm_: lambda total, a, b, *rest, **options: product(a, b),
+    aten.addmv_: lambda total, a, b, *rest, **options: product(a, b),
+    aten.addmv: lambda total, a, b, *rest, **options: product(a, b),
+    aten.mv: lambda a, b, *rest, **options: product(a, b),
+    aten.dot: lambda a, b, *rest, **options: product(a, b),
+}
+
+
+def operations(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def one_block() -> CausalLM:
+    """GPT2-Small's widths and vocabulary, with one block of the twelve, which is the harder case: the head
+    counts for more."""
+    config = architecture_config("GPT2-Small")
+    config.n_layer = 1
+    return CausalLM(GPT2LMHeadModel(config))
+
+
+@pytest.fixture(autouse=True)
+def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values have none that could be checked."""
+    for module in (losses, cross_entropy_head):
+        monkeypatch.setattr(module, "require", lambda condition, message: None)
+
+
+def step_operations(n: int, m: int, positions: int, attributed: bool) -> int:
+    with FakeTensorMode() as shapes:  # without values: nothing is computed
+        model = one_block()
+        x = torch.zeros(n + m, positions, dtype=torch.long)
+
+    def regular() -> None:
+        model(x, x).mean().backward()
+
+    def graddotprod() -> None:
+        with GradDotProdEngine(model, m) as engine:
+            engine.joint_loss(model(x, x)).backward()
+
+    with shapes:
+        return operations(graddotprod if attributed else regular)
+
+
+@pytest.mark.parametrize(("positions", "n", "m"), [(256, 8, 1), (1024, 2, 1), (1024, 2, 4), (512, 4, 2)])
+def test_attribution_adds_next_to_no_operations(positions: int, n: int, m: int) -> None:
+    ratio = step_operations(n, m, positions, True) / step_operations(n, m, positions, False)
+    assert 0.9 < ratio <= 1.02
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_counter_sees_every_strategy(strategy: str) -> None:
+    n, m, positions, p, d = 5, 3, 7, 11, 13
+    left, right = torch.zeros(n + m, positions, p), torch.zeros(n + m, positions, d)
+    gradient = 2 * positions * p * d
+    want = {
+        "gram": n * gradient + 2 * n * m * positions**2 * (p + d),
+        "project": (n + m) * gradient + n * gradient + n * 2 * positions * d,
+        "instantiate": (n + m) * gradient + n * 2 * p * d,
+    }[strategy]
+    assert operations(lambda: contract(left, right, Split(n, m), strategy)) == want

@@ -1,0 +1,423 @@
+"""How a run ends when it cannot go on: what was asked is wrong, the loss is not finite, an error, Ctrl-C."""
+
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from run_helpers import ROOT, Run, command, environment, python, start, tree, write_shards
+from transformers import GPT2LMHeadModel
+
+import main
+import model_setup
+import training_loop
+from data_processing.shards import ShardWriter
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A folder of results with one run, named "there"."""
+    results = tmp_path_factory.mktemp("results")
+    assert start(data, results, run_name="there", max_steps=1).status == 0
+    return results
+
+
+# ---- bad input
+
+
+def refusal(arguments: list[str], results: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What main() says to a command line that is wrong; it leaves the results as they are."""
+    before = tree(results.parent)
+    try:
+        status = main.main(arguments)
+    except SystemExit as exit:  # argparse's way
+        status = exit.code
+    assert status == 2
+    assert tree(results.parent) == before
+    out, err = capsys.readouterr()
+    errors = err.split("main.py: error: ")
+    assert out == "" and len(errors) == 2 and "Traceback" not in err
+    assert errors[0] in ("", "usage: main.py [--flag value ...]  (--help lists the flags)\n")
+    return errors[1].rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"batch_sise": 2}, "unrecognized arguments: --batch_sise 2"),
+        ({"method": "Shapley"}, "argument --method: invalid choice: 'Shapley'"),
+        ({"architecture": "Pythia-410M"}, "'GPT2-Tiny', 'GPT2-Small', 'GPT2-Medium', 'GPT2-Large'"),
+        ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
+        ({"block_size": 2048}, "--block_size 2048 is longer than the 1024 positions of GPT2-Tiny"),
+        ({"val_batch_size": 10_000}, "--val_batch_size 10000: there are "),
+        ({"domains": "Gamma"}, "Gamma in {data}/train; it has Alpha, Beta (en)"),
+        ({"domains": "Alpha:0"}, "'Alpha' has the weight '0', not a finite one above 0"),
+        ({"val_set": "val:Gamma"}, "Gamma in {data}/val; it has Alpha, Beta (en)"),
+        ({"test_set": "exam"}, "no shards of split 'exam' in {data} (splits there: test, train, val)"),
+        ({"pile_data_dir": "/nowhere"}, "no shards of split 'train' in /nowhere"),
+        ({"run_name": "there", "eval_only": True}, "--eval_only --run_name there"),
+    ],
+)
+def test_wrong_flags(
+    flags: dict[str, object], said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(command(data, tmp_path / "results", **flags), tmp_path / "results", capsys)
+    if "eval_only" in flags:
+        assert message == f"there is no saved model in {tmp_path}/results/there/model"
+    else:
+        assert said.format(data=data) in message
+    assert "\n" not in message or "Make them with\n  python -m data_processing.tokenize_pile" in message
+
+
+def test_a_block_longer_than_a_shard(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = shutil.copytree(data, tmp_path / "shards")
+    with ShardWriter(shards / "val", "Short", split="val", tokenizer="gpt2_bytes") as shard:
+        shard.append([1, 2, 3])
+    message = refusal(command(shards, tmp_path / "results"), tmp_path / "results", capsys)
+    assert "--block_size 8: a block is 9 tokens" in message and "Short (4 tokens)" in message
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "Alpha.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def change(**fields: object) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        file = folder / "Alpha.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return rewrite
+
+
+def put_foreign_tokens(folder: Path) -> None:
+    file = folder / "Alpha.bin"
+    tokens = np.fromfile(file, "<u2")
+    tokens[:-1] = 60_000
+    tokens.tofile(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "Alpha.bin: has "),
+        (lambda folder: (folder / "Alpha.bin").unlink(), "Alpha.json: its Alpha.bin is missing"),
+        (lambda folder: (folder / "Alpha.json").unlink(), "Alpha.bin: has no Alpha.json beside it"),
+        (lambda folder: (folder / "Alpha.bin").write_bytes(b""), "Alpha.bin: has 0 bytes, its JSON says"),
+        (lambda folder: (folder / "Alpha.json").write_text("{}"), "Alpha.json: is not the JSON of a shard"),
+        (lambda folder: (folder / "Alpha.json").write_text("{"), "Alpha.json: is not the JSON of a shard"),
+        (change(format_version=9), "Alpha.json: has format version 9"),
+        (change(num_tokens=10), "Alpha.bin: has "),
+        (change(max_token_id=60_000), "largest token id 60000 is beyond the vocabulary of 50257 ids"),
+        (change(tokenizer="gpt2"), "{folder}: Alpha.json has tokenizer 'gpt2', Beta (en).json 'gpt2_bytes'"),
+        (put_foreign_tokens, "token id 60000 in block "),
+    ],
+)
+def test_damaged_shards(
+    damage: Callable[[Path], None], said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the validation split, whose rows are read before anything is written."""
+    shards = shutil.copytree(data, tmp_path / "shards")
+    damage(shards / "val")
+    flags = {"val_set": "val:Alpha"} if damage is put_foreign_tokens else {}
+    message = refusal(command(shards, tmp_path / "results", **flags), tmp_path / "results", capsys)
+    assert said.format(folder=shards / "val") in message and "\n" not in message
+
+
+def test_splits_of_different_tokenizers(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = shutil.copytree(data, tmp_path / "shards")
+    for file in (shards / "test").glob("*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer": "gpt2"}))
+    message = refusal(command(shards, tmp_path / "results"), tmp_path / "results", capsys)
+    assert "different tokenizers" in message and "'test': 'gpt2'" in message
+
+
+def test_an_id_beyond_the_models_vocabulary(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_setup, "VOCABULARY", 50256)
+    message = refusal(command(data, tmp_path / "results"), tmp_path / "results", capsys)
+    assert message.startswith("the train shards have token id 50256, the model's vocabulary ends at 50255")
+
+
+def test_no_gpu(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refusal(command(data, tmp_path / "results", device="cuda"), tmp_path / "results", capsys)
+    assert message.startswith("--device cuda: ")
+
+
+def test_results_where_a_file_is(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").write_text("precious")
+    message = refusal(command(data, tmp_path / "results"), tmp_path / "results", capsys)
+    assert message.startswith(f"--results_dir {tmp_path}/results: cannot make ")
+    assert (tmp_path / "results").read_text() == "precious"
+
+
+def test_a_run_that_is_there(data: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(command(data, saved, run_name="there"), saved, capsys)
+    assert "--overwrite" in message and str(saved / "there") in message
+
+
+def test_overwrite_replaces_a_run(data: Path, saved: Path, tmp_path: Path) -> None:
+    results = shutil.copytree(saved, tmp_path / "results")
+    run = start(data, results, run_name="there", overwrite=True, max_steps=2, method="Regular")
+    assert run.status == 0 and len(run.metrics()) == 2 and not (run.folder / "grad_dotprods").exists()
+
+
+def test_a_saved_model_with_dropout(
+    data: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = shutil.copytree(saved, tmp_path / "results")
+    file = results / "there" / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_pdrop": 0.1}))
+    message = refusal(command(data, results, run_name="there", eval_only=True), results, capsys)
+    assert "attn_pdrop=0.1" in message
+
+
+def test_one_of_several_processes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refusal(command(data, tmp_path / "results"), tmp_path / "results", capsys)
+    assert message.startswith("WORLD_SIZE is 2")
+
+
+# ---- a loss or a gradient that is not finite, and errors
+
+
+def meddle(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable) -> list[dict]:
+    """From its forward pass number `at` on, with gradients, the model's losses go through `action`. Returns
+    a list that gets the parameters of then."""
+    forward, seen = model_setup.CausalLM.forward, []
+    calls = iter(range(1_000_000))
+
+    def meddled(self, x, y):
+        losses = forward(self, x, y)
+        if not torch.is_grad_enabled() or next(calls) < at:
+            return losses
+        seen.append({name: parameter.detach().clone() for name, parameter in self.hf.named_parameters()})
+        return action(losses)
+
+    monkeypatch.setattr(model_setup.CausalLM, "forward", meddled)
+    return seen
+
+
+def steps_scored(run: Run) -> list[int]:
+    """The steps on the disk, after a look at each being whole."""
+    scores = run.scores()
+    assert (scores.groupby("step").size() == 2).all()
+    return scores.step.unique().tolist()
+
+
+def saved_is(run: Run, parameters: dict[str, torch.Tensor]) -> bool:
+    model = GPT2LMHeadModel.from_pretrained(run.folder / "model")
+    return all(torch.equal(model.get_parameter(name), want) for name, want in parameters.items())
+
+
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    value: float, row: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Row 2 is the validation row: the training loss is finite."""
+    poison = torch.tensor([value if index == row else 0.0 for index in range(3)])
+    seen = meddle(monkeypatch, 3, lambda losses: losses + poison)
+    run = start(data, tmp_path, run_name="a", max_steps=6)
+    assert run.status == 1
+    assert steps_scored(run) == [0, 1, 2] and run.metrics().step.tolist() == [0, 1, 2]
+    assert saved_is(run, seen[0])
+    monkeypatch.undo()
+    clean = start(data, tmp_path, run_name="b", max_steps=6)
+    ids = clean.scores().query("step == 3").sample_id.tolist()
+    assert f"step 3: the loss is {'nan' if row == 0 and value != math.inf else ''}" in caplog.text
+    assert f"samples {ids}" in caplog.text
+    assert "steps                  3 of 6" in run.out
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def poison(losses: torch.Tensor) -> torch.Tensor:
+        return losses + (1e-30 * losses.sum() - 1e-30 * losses.sum().detach()) * 1e38 * 1e38
+
+    seen = meddle(monkeypatch, 2, poison)
+    run = start(data, tmp_path, run_name="a", method="Regular")
+    assert run.status == 1 and len(run.metrics()) == 2
+    assert "step 2: the norm of the gradient is" in caplog.text
+    assert saved_is(run, seen[0])
+
+
+class Broken(Exception):
+    pass
+
+
+def test_an_error_in_a_step_comes_out_as_itself(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(losses: torch.Tensor) -> None:
+        raise Broken
+
+    meddle(monkeypatch, 3, fail)
+    with pytest.raises(Broken):
+        start(data, tmp_path, run_name="a", dot_prod_save_interval=100)
+    run = Run(1, tmp_path / "a", "", "")
+    assert steps_scored(run) == [0, 1, 2]
+    assert not (run.folder / "model").exists(), (
+        "a model in the middle of an update is not saved as a good one"
+    )
+
+
+# ---- Ctrl-C and other signals
+
+
+def interrupt(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupting(original: Callable, when: int = 0) -> Callable:
+    """The function, which is interrupted in its call number `when`."""
+    calls = iter(range(1_000_000))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == when:
+            interrupt()
+        return original(*args, **kwargs)
+
+    return interrupted
+
+
+def parameters_of(run: Run) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in run.model.hf.named_parameters()}
+
+
+def test_ctrl_c_in_a_forward_pass(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = meddle(monkeypatch, 3, lambda losses: interrupt() or losses)
+    run = start(data, tmp_path, run_name="a", dot_prod_save_interval=100)
+    assert run.status == 130
+    assert steps_scored(run) == [0, 1, 2] and saved_is(run, seen[0])
+    assert "steps                  3 of 4" in run.out
+
+
+@pytest.mark.parametrize("where", [(torch.optim.AdamW, "step"), (training_loop.Trainer, "_record")])
+def test_ctrl_c_in_an_update_waits_for_its_end(
+    where: tuple[type, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*where, interrupting(getattr(*where), 2))
+    run = start(data, tmp_path, run_name="a", dot_prod_save_interval=100)
+    assert run.status == 130
+    assert steps_scored(run) == [0, 1, 2] == run.metrics().step.tolist()
+    assert saved_is(run, parameters_of(run))
+
+
+def test_ctrl_c_in_an_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "evaluate", interrupting(training_loop.evaluate))
+    run = start(data, tmp_path, run_name="a", eval_interval=3, dot_prod_save_interval=100)
+    assert run.status == 130
+    assert steps_scored(run) == [0, 1, 2] and run.evaluations() == []
+    assert saved_is(run, parameters_of(run))
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_ctrl_c_while_saving_does_not_break_what_is_saved(
+    interrupted: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one, after that which ended the run, or a first one after the last step."""
+    if interrupted:
+        meddle(monkeypatch, 3, lambda losses: interrupt() or losses)
+    close = main.GradDotProdManager.close
+    monkeypatch.setattr(main.GradDotProdManager, "close", interrupting(close))
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", interrupting(GPT2LMHeadModel.save_pretrained))
+    run = start(data, tmp_path, run_name="a", dot_prod_save_interval=100)
+    assert run.status == 130
+    assert steps_scored(run) == [0, 1, 2, 3][: 3 if interrupted else 4]
+    assert saved_is(run, parameters_of(run))
+    assert not (run.folder / ".model.tmp").exists()
+
+
+def test_the_model_is_saved_although_the_scores_cannot_be(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(main.ScoreWriter, "close", full)
+    with pytest.raises(OSError, match="no space left"):
+        start(data, tmp_path, run_name="a", max_steps=1)
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "a" / "model")
+
+
+def test_ctrl_c_before_the_first_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a program, since there is nothing to save and main() lets it through."""
+    monkeypatch.setattr(model_setup, "build_model", interrupting(model_setup.build_model))
+    monkeypatch.setattr(sys, "argv", ["main.py", *command(data, tmp_path / "results")])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    assert exit.value.code == 130
+    assert not (tmp_path / "results").exists()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < end, "the run does not get there"
+        time.sleep(0.02)
+
+
+def started(data: Path, tmp_path: Path, **flags: object) -> tuple[subprocess.Popen, Run]:
+    arguments = python("main.py", *command(data, tmp_path, run_name="a", **flags))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe)
+    return process, Run(-1, tmp_path / "a", "", "")
+
+
+def lines(run: Run) -> int:
+    file = run.folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_a_process_that_is_interrupted(data: Path, tmp_path: Path) -> None:
+    process, run = started(data, tmp_path, max_steps=100_000, dot_prod_save_interval=100_000)
+    wait_for(lambda: lines(run) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = (text.decode() for text in process.communicate(timeout=60))
+    assert process.returncode == 130, err
+    steps = run.metrics().step.tolist()
+    assert steps_scored(run) == steps == list(range(len(steps)))
+    assert len(run.scores()) == 2 * len(steps)
+    assert GPT2LMHeadModel.from_pretrained(run.folder / "model").config.n_embd == 128
+    assert "Traceback" not in err and f"interrupted after step {len(steps)}: " in err
+    assert f"steps                  {len(steps)} of 100000" in out
+
+
+def test_a_process_that_is_ended_keeps_what_was_written(data: Path, tmp_path: Path) -> None:
+    process, run = started(data, tmp_path, max_steps=100_000, dot_prod_save_interval=2)
+    wait_for(lambda: lines(run) >= 6, process)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    steps = steps_scored(run)
+    assert steps == list(range(len(steps))) and len(steps) % 2 == 0
+    assert len(steps) >= lines(run) - 2 >= 4
+    assert pd.read_parquet(run.folder / "validation").shape[0] == 1
