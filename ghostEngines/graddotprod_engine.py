@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .contraction import STRATEGIES, Split, Strategy
 from .coverage import (
@@ -72,6 +73,8 @@ class GradDotProdEngine:
         self._bypassed: str | None = None
         self._seen_gradients: list[Tensor] = []
         self._mixing: list[tuple[str, nn.Module]] = []
+        self._ties: dict[str, str] = {}
+        self._watched: RemovableHandle | None = None
         self._restore: list[Callable[[], Any]] = []
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -86,7 +89,7 @@ class GradDotProdEngine:
         self._mixing = mixing_modules(self.model)
         check_rows_are_independent(self._mixing)
         covered = covered_layers(self.model)
-        ties = find_ties(covered)
+        self._ties = find_ties(covered)
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
         hooks = (
@@ -95,7 +98,9 @@ class GradDotProdEngine:
         )
         self._restore = [hook.remove for hook in hooks]
         for name, layer in covered.items():
-            layer_step = LayerStep(layer, name, RULES[type(layer)].forward, ties.get(name), self._current)
+            layer_step = LayerStep(
+                layer, name, RULES[type(layer)].forward, self._ties.get(name), self._current
+            )
             layer.forward = layer_step.forward
             self._layers.append(layer_step)
             self._restore.append(partial(vars(layer).pop, "forward"))
@@ -139,7 +144,7 @@ class GradDotProdEngine:
         count = len(self._layers) if self.granularity == "per_layer" else 1
         step = self._current.step = Step.begin(split, shape, self.strategy, weight, count)
         self._current.phase = "forward"
-        self._prepared, self._bypassed, self._seen_gradients = False, None, []
+        self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
         for index, layer_step in enumerate(self._layers):
             layer_step.calls, layer_step.probe = 0, step.probes[index % count]
 
@@ -152,9 +157,16 @@ class GradDotProdEngine:
                 raise RuntimeError(
                     f"'{name}' was unfrozen while the engine was attached: detach and attach again"
                 )
+        ties = find_ties({each.name: each.layer for each in self._layers})
+        if ties != self._ties:
+            raise RuntimeError(
+                f"weights were tied, untied or frozen while the engine was attached "
+                f"({', '.join(ties or self._ties)}): detach and attach again"
+            )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._current.phase = "idle"
+        if torch.is_grad_enabled():  # a model may call itself without gradients within its forward
+            self._current.phase = "idle"
 
     def _step(self) -> Step:
         if self._current.step is None:
@@ -180,7 +192,9 @@ class GradDotProdEngine:
         layers = [(each.name, each.layer) for each in self._layers]
         self._bypassed = self._bypassed or find_bypass(loss, step.probes, layers)
         if losses.requires_grad:
-            losses.register_hook(self._begin_backward)
+            if self._watched is not None:  # joint_loss may be asked for again, for a log
+                self._watched.remove()
+            self._watched = losses.register_hook(self._begin_backward)
         return loss
 
     def _begin_backward(self, grad_losses: Tensor) -> None:
@@ -230,9 +244,11 @@ class GradDotProdEngine:
                 "the dot products are exact for one backward() of engine.joint_loss(losses)"
             )
         assert step.scale_probe.grad is not None
-        want = step.scale_probe.grad * step.row_weights()
+        (got,) = self._seen_gradients
+        want = (step.scale_probe.grad * step.row_weights()).to(got.dtype)
+        rtol = max(1e-4, 4 * torch.finfo(got.dtype).eps)  # losses of half precision have such a gradient
         require(
-            torch.isclose(self._seen_gradients[0], want, rtol=1e-4, atol=0, equal_nan=True).all(),
+            torch.isclose(got, want, rtol=rtol, atol=0, equal_nan=True).all(),
             "the losses were differentiated in another combination than engine.joint_loss(losses): call "
             "backward() on it alone, times any factor",
         )

@@ -206,7 +206,7 @@ class _AttributingSink(_Sink):
         self.dots = total.new_empty(split.n, split.directions)
         if plan.strategy != "gram" or plan.route is not None:
             self.direction = total.new_zeros(split.directions, *total.shape)
-        self.val_factors: list[tuple[Tensor, Tensor]] = []  # of gram
+        self.val_factors: list[tuple[Tensor, ...]] = []  # of gram
         if plan.route is not None:
             self.picked = total.new_empty(plan.route.picked.shape)
 
@@ -230,9 +230,10 @@ class _AttributingSink(_Sink):
     def _add_train(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
         route, strategy = self.plan.route, self.plan.strategy
         if strategy == "gram":
-            val_residuals, val_rows = (torch.cat(factors) for factors in zip(*self.val_factors, strict=True))
+            if len(self.val_factors) > 1:
+                self.val_factors = [tuple(torch.cat(part) for part in zip(*self.val_factors, strict=True))]
             pairwise = self.plan.split.pairwise
-            self.dots[group] = gram(residuals, rows, val_residuals, val_rows, self.total, pairwise)
+            self.dots[group] = gram(residuals, rows, *self.val_factors[0], self.total, pairwise)
         else:
             contraction = instantiate if strategy == "instantiate" else project
             self.dots[group] = contraction(residuals, rows, self.direction, self.total)
