@@ -25,10 +25,12 @@ from torch import Tensor
 Strategy = Literal["gram", "project", "instantiate"]
 STRATEGIES: tuple[Strategy, ...] = ("gram", "project", "instantiate")
 
-# `instantiate` walks the weight in tiles of about this many numbers: the tile's gradient, direction and
-# running sum together then stay in a core's second-level cache, so that the dot product and the sum cost no
-# memory traffic.
-TILE_NUMEL = 1 << 20
+# `instantiate` walks the weight in tiles of about this many numbers. Smaller ones would stay in a faster
+# cache, but make the matrix products slower by more than that saves (benchmarks/RESULTS.md).
+TILE_NUMEL = 1 << 22
+# What it costs `instantiate` to pass over an entry of one sample's gradient, in multiply-adds of a matrix
+# product.
+PASSES = 18
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,11 @@ def choose_strategy(split: Split, positions: int, p: int, d: int) -> Strategy:
     """The cheapest strategy by operation count, for n train rows of `positions` positions and a (p, d)
     weight.
 
-    `instantiate` needs no extra matrix product but passes over the (p, d) gradient a few times for every
-    sample, which costs about as much as PASSES multiply-adds per entry. Chosen by shape alone, never by a
-    clock: strategies round differently, so a timed choice would break resuming and agreement between
-    processes."""
-    PASSES = 32  # how many multiply-adds of a matrix product one pass over memory is worth
-    gram = split.m * positions * positions * (p + d)
+    `instantiate` needs no extra matrix product, but passes over every sample's gradient. `gram` needs two
+    products for every pair of a train and a validation row, and spares the validation rows' gradient. Chosen
+    by shape alone, never by a clock: strategies round differently, so a timed choice would break resuming and
+    agreement between processes."""
+    gram = split.m * positions * (positions * (p + d) - p * d / split.n)
     instantiate = PASSES * p * d * split.directions
     return "gram" if gram < instantiate else "instantiate"
 
@@ -136,21 +137,17 @@ def add_gradient(left: Tensor, right: Tensor, total: Tensor) -> None:
         total += left.mT @ right
 
 
-def contract(
-    left: Tensor, right: Tensor, split: Split, strategy: Strategy
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def contract(left: Tensor, right: Tensor, split: Split, strategy: Strategy) -> tuple[Tensor, Tensor]:
     """A whole layer: left (n+m, T, p), right (n+m, T, d), train rows first.
 
-    Returns the gradient of the train rows (p, d), dots (n, k) and, unless the strategy went without it, the
-    direction (k, p, d); all in the accumulation dtype."""
+    Returns the gradient of the train rows (p, d) and dots (n, k), in the accumulation dtype."""
     n = split.n
     train, val = (left[:n], right[:n]), (left[n:], right[n:])
     total = left.new_zeros(left.shape[2], right.shape[2], dtype=accumulation_dtype(left.dtype))
     if strategy == "gram":
-        return total, gram(*train, *val, total, split.pairwise), None
-    direction = direction_of(*val, split)
+        return total, gram(*train, *val, total, split.pairwise)
     contraction = {"project": project, "instantiate": instantiate}[strategy]
-    return total, contraction(*train, direction, total), direction
+    return total, contraction(*train, direction_of(*val, split), total)
 
 
 def contract_gradients(gradients: Tensor, split: Split) -> tuple[Tensor, Tensor]:

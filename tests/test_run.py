@@ -27,8 +27,8 @@ from summary import first_words
 STEPS, N, M, T = 20, 3, 2, 8
 FLAGS = {
     "model_dtype": "float64", "max_steps": STEPS, "batch_size": N, "val_batch_size": M, "block_size": T,
-    "learning_rate": 1e-3, "warmup_step": 4, "lr_decay_steps": 20, "eval_interval": 8, "eval_bs": 4, "eval_iter": 2,
-    "dot_prod_save_interval": 7,
+    "learning_rate": 1e-3, "warmup_step": 4, "lr_decay_steps": 20, "eval_interval": 8, "eval_bs": 4,
+    "eval_iter": 2, "dot_prod_save_interval": 7,
 }  # fmt: skip
 
 
@@ -301,8 +301,8 @@ def test_eval_only_without_a_name_evaluates_the_untrained_model(
 
 def test_chosen_domains_sgd_and_a_log_of_every_second_step(data: Path, results: Path) -> None:
     run = start(
-        data, results, run_name="chosen", domains="Beta (en)", optimizer="SGD", log_interval=2, train_dtype="bfloat16",
-        contraction="gram", learning_rate=0.1, overwrite=True,
+        data, results, run_name="chosen", domains="Beta (en)", optimizer="SGD", log_interval=2,
+        train_dtype="bfloat16", contraction="gram", learning_rate=0.1, overwrite=True,
     )  # fmt: skip
     assert run.status == 0
     assert set(run.scores().domain) == {"Beta (en)"}

@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.undo()
     clean = start(data, tmp_path, run_name="b", max_steps=6)
     ids = clean.scores().query("step == 3").sample_id.tolist()
-    assert f"step 3: the loss is {'nan' if row == 0 and value != math.inf else ''}" in caplog.text
+    assert "step 3: the loss is " in caplog.text and str(value) in caplog.text
     assert f"samples {ids}" in caplog.text
     assert "steps                  3 of 6" in run.out
 
@@ -259,7 +259,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def poison(losses: torch.Tensor) -> torch.Tensor:
-        return losses + (1e-30 * losses.sum() - 1e-30 * losses.sum().detach()) * 1e38 * 1e38
+        losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses
 
     seen = meddle(monkeypatch, 2, poison)
     run = start(data, tmp_path, run_name="a", method="Regular")

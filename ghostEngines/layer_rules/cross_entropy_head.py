@@ -27,6 +27,7 @@ from ..contraction import (
 from ..losses import IGNORE_INDEX, count_targets, require
 from ..step import LayerStep, TiedRoute
 from .functions import compute_dtype, without_autocast
+from .linear import gather
 from .registry import register_rule
 
 # Rows are taken together up to this many positions: enough for full speed of the matrix products.
@@ -202,56 +203,79 @@ class _AttributingSink(_Sink):
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         super().__init__(total)
-        self.plan, split = plan, plan.split
-        self.dots = total.new_empty(split.n, split.directions)
-        if plan.strategy != "gram" or plan.route is not None:
-            self.direction = total.new_zeros(split.directions, *total.shape)
-        self.val_factors: list[tuple[Tensor, ...]] = []  # of gram
+        self.split, self.route = plan.split, plan.route
+        self.dots = total.new_empty(plan.split.n, plan.split.directions)
+        self.validation: _ValidationGradient | _ValidationRows
+        self.validation = (
+            _ValidationRows(plan.split) if plan.strategy == "gram" else _ValidationGradient(total, plan)
+        )
         if plan.route is not None:
             self.picked = total.new_empty(plan.route.picked.shape)
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        n = self.plan.split.n
+        n = self.split.n
         if group.start >= n:
-            self._add_validation(residuals, rows, slice(group.start - n, group.stop - n))
-        else:
-            self._add_train(residuals, rows, group)
-
-    def _add_validation(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        if self.plan.strategy == "gram":
-            self.val_factors.append((residuals.clone(), rows))
-            if self.plan.route is None:
-                return
-        if self.plan.split.pairwise:
-            self.direction[group] = direction_of(residuals, rows, self.plan.split)
-        else:
-            add_gradient(residuals, rows, self.direction[0])
-
-    def _add_train(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        route, strategy = self.plan.route, self.plan.strategy
-        if strategy == "gram":
-            if len(self.val_factors) > 1:
-                self.val_factors = [tuple(torch.cat(part) for part in zip(*self.val_factors, strict=True))]
-            pairwise = self.plan.split.pairwise
-            self.dots[group] = gram(residuals, rows, *self.val_factors[0], self.total, pairwise)
-        else:
-            contraction = instantiate if strategy == "instantiate" else project
-            self.dots[group] = contraction(residuals, rows, self.direction, self.total)
-        if route is not None:
-            self.picked[group] = residuals[:, :, route.val_tokens].mT @ rows
+            self.validation.add(residuals, rows, slice(group.start - n, group.stop - n))
+            return
+        self.dots[group] = self.validation.contract(residuals, rows, self.total)
+        if self.route is not None:
+            self.picked[group] = residuals[:, :, self.route.val_tokens].mT @ rows
 
     def seal(self) -> None:
-        if self.plan.route is not None:
-            self.gathered = self.direction[:, self.plan.route.train_tokens]
-        self.val_factors.clear()
-        vars(self).pop("direction", None)
+        if self.route is not None:
+            self.gathered = self.validation.gather(self.route.train_tokens)
+        del self.validation
 
     def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight, *_ = super().finish(train_scale, val_scale)
         dots = self.dots.mul_(train_scale * val_scale)
-        if self.plan.route is None:
+        if self.route is None:
             return grad_weight, dots, None, None
         return grad_weight, dots, self.gathered.mul_(val_scale), self.picked.mul_(train_scale)
+
+
+class _ValidationGradient:
+    """What train rows are contracted with, for strategies that need it: the direction (k, V, d)."""
+
+    def __init__(self, total: Tensor, plan: HeadPlan) -> None:
+        self.split = plan.split
+        self.direction = total.new_zeros(plan.split.directions, *total.shape)
+        self.contraction = instantiate if plan.strategy == "instantiate" else project
+
+    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        if self.split.pairwise:
+            self.direction[group] = direction_of(residuals, rows, self.split)
+        else:
+            add_gradient(residuals, rows, self.direction[0])
+
+    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor) -> Tensor:
+        return self.contraction(residuals, rows, self.direction, total)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        return self.direction[:, tokens]
+
+
+class _ValidationRows:
+    """The same for gram, which needs the validation rows themselves: residuals (m, T, V), rows (m, T, d)."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.groups: list[tuple[Tensor, Tensor]] = []
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if len(self.groups) > 1:
+            residuals, rows = zip(*self.groups, strict=True)
+            self.groups = [(torch.cat(residuals), torch.cat(rows))]
+        return self.groups[0]
+
+    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        self.groups.append((residuals.clone(), rows))
+
+    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor) -> Tensor:
+        return gram(residuals, rows, *self.factors(), total, self.split.pairwise)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        return gather(*self.factors(), tokens, self.split)
 
 
 def _groups(rows: int, positions: int, split: Split | None) -> Iterator[slice]:

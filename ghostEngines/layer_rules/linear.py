@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ..contraction import Split, Strategy, contract, contract_gradients, direction_of
+from ..contraction import Split, Strategy, accumulation_dtype, contract, contract_gradients, direction_of
 from ..step import LayerStep
 from .functions import as_shape, compute_dtype, without_autocast
 from .registry import register_rule
@@ -50,7 +50,7 @@ class ProbedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Any,  # Tensor, or None for an nn.Linear without one
         probe: Tensor,
         gathered: Tensor | None,
         picked: Tensor | None,
@@ -65,11 +65,11 @@ class ProbedLinear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, weight, train_tokens, val_tokens)
         with without_autocast(x):  # the very operations of the layers themselves
-            matrix, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            matrix = weight.to(dtype)
             if transposed:
-                output = torch.addmm(bias, x.reshape(-1, x.shape[-1]), matrix)
+                output = torch.addmm(bias.to(dtype), x.reshape(-1, x.shape[-1]), matrix)
             else:
-                output = nn.functional.linear(x, matrix, bias)
+                output = nn.functional.linear(x, matrix, None if bias is None else bias.to(dtype))
             return as_shape(output, *x.shape[:-1], output.shape[-1])
 
     @staticmethod
@@ -90,12 +90,10 @@ class ProbedLinear(torch.autograd.Function):
             )
             if needs_weight:
                 left, right = (activations, backprops) if ctx.transposed else (backprops, activations)
-                grad_weight, weight_dots, direction = contract(left, right, split, ctx.strategy)
+                grad_weight, weight_dots = contract(left, right, split, ctx.strategy)
                 dots.append(weight_dots)
                 if train_tokens is not None:
-                    if direction is None:
-                        direction = direction_of(left[split.n :], right[split.n :], split)
-                    gathered, picked = routed_gradients(left, right, direction, train_tokens, val_tokens)
+                    gathered, picked = routed_gradients(left, right, train_tokens, val_tokens, split)
             if needs_bias:
                 sums = backprops.sum(1, dtype=torch.promote_types(backprops.dtype, torch.float32))  # (n+m, p)
                 grad_bias, bias_dots = contract_gradients(sums, split)
@@ -104,12 +102,21 @@ class ProbedLinear(torch.autograd.Function):
 
 
 def routed_gradients(
-    left: Tensor, right: Tensor, direction: Tensor, train_tokens: Tensor, val_tokens: Tensor
+    left: Tensor, right: Tensor, train_tokens: Tensor, val_tokens: Tensor, split: Split
 ) -> tuple[Tensor, Tensor]:
     """What a head whose weight is tied to an embedding returns through the `TiedRoute`.
 
-    left (n+, T, V), right (n+, T, d): at least the train rows, in the scale of the joint loss. direction (k,
-    V, d). Returns gathered (k, n, L, d) and picked (n, U, d)."""
-    n = len(train_tokens)
+    left (n+m, T, V), right (n+m, T, d). Returns gathered (k, n, L, d) and picked (n, U, d).
+    """
+    n = split.n
     picked = left[:n, :, val_tokens].mT @ right[:n]
-    return direction[:, train_tokens], picked.to(direction.dtype)
+    return gather(left[n:], right[n:], train_tokens, split), picked.to(accumulation_dtype(left.dtype))
+
+
+def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
+    """Rows of the validation gradient at tokens (n, L), without making the whole of it.
+
+    left (m, T, V), right (m, T, d): the validation rows. Returns (k, n, L, d).
+    """
+    rows = direction_of(left[:, :, tokens.flatten()], right, split)  # (k, n·L, d)
+    return rows.view(split.directions, *tokens.shape, -1)

@@ -1,0 +1,205 @@
+"""Architectures, initial weights, precision, weight decay and the learning-rate schedule."""
+
+import math
+from dataclasses import replace
+from functools import partialmethod
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import row_loss
+from run_helpers import start, write_shards
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from config_file import TrainingConfig, resolve
+from model_setup import (
+    ARCHITECTURES,
+    CausalLM,
+    Precision,
+    architecture_config,
+    build_model,
+    build_optimizer,
+    load_model,
+)
+from training_loop import learning_rate
+
+PUBLISHED = {  # parameters of gpt2, gpt2-medium and gpt2-large, whose vocabulary has 50257 entries
+    "GPT2-Small": 124_439_808,
+    "GPT2-Medium": 354_823_168,
+    "GPT2-Large": 774_030_080,
+}
+
+
+def tiny_config(**given: object) -> TrainingConfig:
+    return resolve(TrainingConfig(architecture="GPT2-Tiny", device="cpu", **given), {})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CausalLM:
+    return build_model(tiny_config(model_dtype="float64"))
+
+
+def small_hf(**given: object) -> GPT2LMHeadModel:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 12}
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes | none | given)).double()
+
+
+# ---- architectures
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_as_published(name: str) -> None:
+    with torch.device("meta"):
+        model = CausalLM(GPT2LMHeadModel(architecture_config(name)))
+    padding = (50304 - 50257) * model.hf.config.n_embd
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name] + padding
+    assert model.hf.config.n_embd // model.hf.config.n_head == 64
+    assert model.hf.config.n_positions == 1024
+
+
+def test_all_architectures_of_the_command_line_are_there() -> None:
+    assert ARCHITECTURES.keys() == PUBLISHED.keys() | {"GPT2-Tiny"}
+
+
+def test_input_and_output_layer_share_their_weight(tiny: CausalLM) -> None:
+    assert tiny.hf.lm_head.weight is tiny.hf.transformer.wte.weight
+    assert tiny.hf.lm_head.weight.shape == (50304, 128)
+    assert "lm_head.weight" not in dict(tiny.hf.named_parameters())
+
+
+def test_initial_weights_are_gpt2s(tiny: CausalLM) -> None:
+    block = tiny.hf.transformer.h[0]
+    assert tiny.hf.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    shrunk = 0.02 / math.sqrt(2 * 2)  # output layers of 2 blocks, each with 2 of them
+    for layer in (block.attn.c_proj, block.mlp.c_proj):
+        assert layer.weight.std().item() == pytest.approx(shrunk, rel=0.02)
+
+
+def test_the_seed_alone_decides_the_initial_weights() -> None:
+    config = tiny_config(seed=3)
+    models = [build_model(config), build_model(replace(config, method="Regular", batch_size=7))]
+    same = zip(*(model.parameters() for model in models), strict=True)
+    assert all(torch.equal(first, second) for first, second in same)
+    other = build_model(replace(config, seed=4))
+    assert not torch.equal(next(other.parameters()), next(models[0].parameters()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_forward_is_hugging_faces_model_and_the_mean_over_targets(tied: bool, activation: str) -> None:
+    torch.manual_seed(1)
+    hf = small_hf(tie_word_embeddings=tied, activation_function=activation)
+    x, y = torch.randint(50, (3, 12)), torch.randint(50, (3, 12))
+    y[1, 5:] = -100
+    want = torch.stack([row_loss(logits, row) for logits, row in zip(hf(x).logits, y, strict=True)])
+    assert torch.allclose(CausalLM(hf)(x, y), want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("field", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+def test_dropout_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}=0\.1: set it to 0\.0"):
+        CausalLM(small_hf(**{field: 0.1}))
+
+
+def test_blocks_beyond_the_positions_are_refused(tiny: CausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--block_size 1025 is longer than the 1024 positions of GPT2-Tiny"):
+        build_model(tiny_config(block_size=1025))
+
+
+@pytest.mark.xfail(strict=True, reason="load_model does not compare block_size with the model's positions")
+def test_blocks_beyond_the_positions_of_a_saved_model_are_refused(tmp_path: Path) -> None:
+    small_hf().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--block_size 13 is longer than the 12 positions"):
+        load_model(tmp_path, tiny_config(block_size=13))
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    ("model_dtype", "train_dtype"),
+    [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "bfloat16"),
+     ("float64", "float64")],
+)  # fmt: skip
+def test_precision(model_dtype: str, train_dtype: str) -> None:
+    config = tiny_config(model_dtype=model_dtype, train_dtype=train_dtype)
+    precision = Precision.of(config)
+    layer = nn.Linear(2, 2, dtype=precision.model_dtype)
+    with precision.autocast():
+        output = layer(torch.ones(2, 2, dtype=precision.model_dtype))
+    assert output.dtype == getattr(torch, train_dtype)
+    assert precision.grad_scaler().is_enabled() == (train_dtype == "float16")
+    assert {p.dtype for p in build_model(config).parameters()} == {getattr(torch, model_dtype)}
+
+
+def test_compiled_blocks_make_the_same_scores_and_two_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for all blocks under the engine, one for all of them in evaluation, however often the two
+    take turns. Without a C++ compiler: the graphs are run as PyTorch traced them."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    data = write_shards(tmp_path / "shards")
+    torch._dynamo.reset()
+    counters.clear()
+    runs = [
+        start(data, tmp_path, run_name=name, max_steps=3, eval_interval=1, **flags)
+        for name, flags in (("eager", {}), ("compiled", {"compile": True}))
+    ]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    eager, compiled = (run.scores() for run in runs)
+    assert torch.allclose(*(torch.tensor(each.dot_product) for each in (eager, compiled)), rtol=1e-4)
+    assert torch.allclose(*(torch.tensor(each.train_loss) for each in (eager, compiled)), rtol=1e-5)
+    for got, want in zip(*(run.evaluations() for run in runs), strict=True):
+        assert got["loss/val"] == pytest.approx(want["loss/val"], rel=1e-5)
+
+
+# ---- optimizer and schedule
+
+
+def test_weight_decay_is_on_matrices_only(tiny: CausalLM) -> None:
+    """A step without a gradient moves a parameter by its weight decay."""
+    model = build_model(tiny_config(model_dtype="float64"))
+    config = tiny_config(learning_rate=0.5, weight_decay=0.2, betas=(0.8, 0.9))
+    optimizer = build_optimizer(model, config)
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        want = 1 - 0.5 * 0.2 if name.endswith("weight") and ".ln_" not in name else 1.0
+        assert torch.allclose(parameter, torch.full_like(parameter, want)), name
+
+
+def test_frozen_parameters_are_not_the_optimizers() -> None:
+    model = CausalLM(small_hf())
+    model.hf.transformer.wpe.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, tiny_config(optimizer="SGD", weight_decay=0.3))
+    assert isinstance(optimizer, torch.optim.SGD)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    want = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(held) == sorted(want)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    config = tiny_config(learning_rate=1.0, min_lr=0.2, warmup_step=4, lr_decay_steps=24, max_steps=30)
+    rates = [learning_rate(config, step) for step in range(30)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4 + 10] == pytest.approx(0.6)  # half way: the mean of both ends
+    assert rates[4 + 5] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert all(first > second for first, second in pairwise(rates[4:25]))
+    assert rates[24:] == [0.2] * 6
+
+
+def test_a_schedule_without_warm_up_and_one_that_is_all_warm_up() -> None:
+    config = tiny_config(learning_rate=1.0, warmup_step=0, max_steps=10)
+    assert learning_rate(config, 0) == 1.0 and learning_rate(config, 10) == pytest.approx(0.1)
+    config = tiny_config(learning_rate=1.0, warmup_step=100, max_steps=20)
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates == pytest.approx([(step + 1) / 101 for step in range(20)])
