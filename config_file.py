@@ -42,6 +42,12 @@ class TrainingConfig:
         "on all layers; the results differ by rounding only",
     )
 
+    score_granularity: Literal["total", "pairwise", "per_layer"] = flag(
+        "total",
+        "what is saved of a sample's dot product besides the total: pairwise, its part for each validation "
+        "row; per_layer, its part for each layer",
+    )
+
     # Data
     pile_data_dir: str | None = flag(
         None, "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]"
@@ -98,7 +104,13 @@ class TrainingConfig:
         "by autocast (float16 with loss scaling); auto: bfloat16 over float32 parameters on cuda, else the "
         "model_dtype",
     )
-    compile: bool = flag(False, "compile the model with torch.compile")
+    compile: bool = flag(False, "compile the model's blocks with torch.compile")
+    activation_checkpointing: bool = flag(
+        False, "keep the blocks' inputs only, and compute the rest again in the backward pass: less memory"
+    )
+    tf32: bool = flag(
+        False, "float32 matrix products in TF32 on GPUs that have it: faster, ten bits of mantissa"
+    )
 
     # Results
     results_dir: str | None = flag(

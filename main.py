@@ -12,7 +12,10 @@ from transformers.utils import logging as transformers_logging
 
 from config_file import TrainingConfig, describe, resolve
 from distributed import distributed_world
+from ghostEngines.contraction import TILE_NUMEL, Split, Strategy
+from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
+from ghostEngines.layer_rules.cross_entropy_head import GROUP_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
 from run_folder import prepare_result_dir, provenance, save
@@ -44,7 +47,7 @@ def main(argv: list[str]) -> int:
         logger.info("%s\n", describe(config))
         if config.eval_only:
             return evaluate_only(config, model, data)
-        save(config, config.result_dir / "config.json", provenance())
+        save(config, config.result_dir / "config.json", provenance() | computation(config, model))
         optimizer = build_optimizer(model, config)
         manager = build_manager(config, model, optimizer, data, world.rank)
         log = resources.enter_context(RunLog(config))
@@ -76,8 +79,14 @@ def build_manager(
         "block_size": str(config.block_size),
         "split": config.train_set,
         "shard_sha256": json.dumps(data.blocks["train"].checksums),
+        "layers": json.dumps(list(covered_layers(model))),  # the order of per-layer scores
     }
-    scores = ScoreWriter(config.result_dir / "grad_dotprods", rank=rank, metadata=metadata)
+    scores = ScoreWriter(
+        config.result_dir / "grad_dotprods",
+        rank=rank,
+        metadata=metadata,
+        granularity=config.score_granularity,
+    )
     return GradDotProdManager(
         model,
         optimizer,
@@ -85,8 +94,28 @@ def build_manager(
         val_y=val_y,
         scores=scores,
         save_interval=config.dot_prod_save_interval,
-        strategy=None if config.contraction == "auto" else config.contraction,
+        granularity=config.score_granularity,
+        strategy=forced_strategy(config),
     )
+
+
+def forced_strategy(config: TrainingConfig) -> Strategy | None:
+    """--contraction, None for auto."""
+    return None if config.contraction == "auto" else config.contraction
+
+
+def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
+    """How dot products are computed, for config.json: the strategy of each layer, and the head's chunks."""
+    if config.method == "Regular":
+        return {}
+    split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
+    plan = contraction_plan(covered_layers(model), split, config.block_size, forced_strategy(config))
+    return {
+        "contraction_by_layer": plan,
+        "tile_numel": TILE_NUMEL,
+        "head_group_positions": GROUP_POSITIONS,
+        "head_softmax_positions": SOFTMAX_POSITIONS,
+    }
 
 
 def train(trainer: Trainer) -> int:

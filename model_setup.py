@@ -133,6 +133,9 @@ def load_model(folder: Path, config: TrainingConfig) -> CausalLM:
 def place(model: CausalLM, config: TrainingConfig) -> CausalLM:
     """The model on its device, in its precision, with its blocks compiled if so configured."""
     model.to(config.device, getattr(torch, config.model_dtype)).train()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    if config.activation_checkpointing:
+        model.hf.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         for block in model.hf.transformer.h:  # one graph serves all blocks; the head chooses its own chunks
             block.compile()

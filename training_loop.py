@@ -96,7 +96,7 @@ class Trainer:
         for step in range(config.max_steps):
             self._step(step)
             if (step + 1) % config.eval_interval == 0 or step + 1 == config.max_steps:
-                with self.manager.detached():
+                with interrupt_deferred() as interruptible, self.manager.detached(), interruptible():
                     self.progress.evaluation = evaluate(self.model, self.data, config, self.precision)
                 self.log.evaluation(step + 1, self.progress.evaluation)
 

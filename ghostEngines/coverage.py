@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from transformers.pytorch_utils import Conv1D
 
+from .contraction import Split, Strategy, choose_strategy
 from .layer_rules import RULES, CrossEntropyHead
 
 
@@ -45,6 +47,19 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
     if not any(p.requires_grad for layer in layers.values() for p in layer.parameters(recurse=False)):
         raise ValueError("the model has no trainable parameter")
     return layers
+
+
+def contraction_plan(
+    layers: dict[str, nn.Module], split: Split, positions: int, strategy: Strategy | None
+) -> dict[str, Strategy]:
+    """Which strategy each weight of `covered_layers` uses for rows of this many positions; `strategy`: the
+    one that is forced on all, or None."""
+    shapes = {
+        name: (layer.weight.shape[0], layer.weight.shape[1])
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear | Conv1D | CrossEntropyHead)
+    }
+    return {name: strategy or choose_strategy(split, positions, p, d) for name, (p, d) in shapes.items()}
 
 
 def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .contraction import Strategy
 from .graddotprod_engine import GradDotProdEngine
 from .metrics_log import ScoreWriter
+from .step import Granularity
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class GradDotProdManager(GhostEngineManager):
     """Method GradDotProd: every train row's gradient dot product with the validation gradient, written to
     `scores`.
 
-    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. strategy: see
-    GradDotProdEngine. save_interval: steps between two writes to the disk. Raises what
+    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. granularity and
+    strategy: see GradDotProdEngine. save_interval: steps between two writes to the disk. Raises what
     `GradDotProdEngine.attach` raises."""
 
     def __init__(
@@ -115,12 +116,13 @@ class GradDotProdManager(GhostEngineManager):
         val_y: Tensor,
         scores: ScoreWriter,
         save_interval: int,
+        granularity: Granularity = "total",
         strategy: Strategy | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._val_x, self._val_y = val_x, val_y
         self._scores, self._save_interval = scores, save_interval
-        self._engine = GradDotProdEngine(model, len(val_x), strategy=strategy)
+        self._engine = GradDotProdEngine(model, len(val_x), granularity=granularity, strategy=strategy)
         self._engine.attach(optimizer)
 
     def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
@@ -133,7 +135,10 @@ class GradDotProdManager(GhostEngineManager):
         self._engine.prepare_gradients()
 
     def dot_products(self) -> Tensor:
-        return self._engine.dot_products()
+        dots = self._engine.dot_products()
+        if self._engine.granularity == "total":
+            return dots
+        return dots.mean(1) if self._engine.granularity == "pairwise" else dots.sum(1)
 
     def aggregate_and_log(
         self,
@@ -150,7 +155,7 @@ class GradDotProdManager(GhostEngineManager):
             sample_ids=self.rows.sample_ids,
             domains=self.rows.domains,
             blocks=self.rows.blocks,
-            dot_products=self.dot_products(),
+            dot_products=self._engine.dot_products(),
             train_losses=self.train_losses(losses),
             lr=lr,
             clip_factor=clip_factor,

@@ -31,6 +31,7 @@ from .score_files import (
     put_in_order,
     read_origin,
     score_file,
+    score_schema,
     superseded,
     sync,
 )
@@ -73,6 +74,7 @@ class ScoreWriter:
         *,
         rank: int,
         metadata: Mapping[str, str],
+        granularity: str = "total",
         rows_per_file: int = 100_000,
     ) -> None:
         assert 0 <= rank < 100_000, rank
@@ -80,13 +82,16 @@ class ScoreWriter:
         self.folder = Path(folder).resolve()
         self.rank = rank
         self.rows_per_file = rows_per_file
-        self._metadata = {**metadata, **FORMAT}
+        self.granularity = granularity
+        self._schema = score_schema(granularity).with_metadata(
+            {**metadata, "granularity": granularity, **FORMAT}
+        )
         self._buffer: list[_Step] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         sync(self.folder.parent)
         for file in list_files(self.folder):
             try:
-                check_origin(file.path, self._metadata)
+                check_origin(file.path, {**metadata, "granularity": granularity, **FORMAT})
             except FileNotFoundError:  # another rank's writer put its files in order since they were listed
                 assert file.rank != rank
         self._take_stock()
@@ -110,7 +115,7 @@ class ScoreWriter:
         Args:
             step: not before the last one appended, and after the last one written.
             sample_ids, domains, blocks: (n,) which samples.
-            dot_products: (n,) <∇ℓ_i, ∇L_val>.
+            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
             clip_factor: what clipping multiplied the gradient by, at most 1.
             global_batch_size: samples in this step's update, over all processes and micro-batches.
@@ -121,7 +126,8 @@ class ScoreWriter:
         """
         ids, places = np.asarray(sample_ids), np.asarray(blocks)
         assert ids.dtype.kind == places.dtype.kind == "i", f"integers, not {ids.dtype} and {places.dtype}"
-        shapes = [ids.shape, (len(domains),), places.shape, dot_products.shape, train_losses.shape]
+        per_row = dot_products.shape if self.granularity == "total" else dot_products.shape[:1]
+        shapes = [ids.shape, (len(domains),), places.shape, per_row, train_losses.shape]
         if any(tuple(shape) != (len(domains),) for shape in shapes):
             raise ValueError(
                 "sample_ids, domains, blocks, dot_products and train_losses need one entry per sample each, "
@@ -224,7 +230,12 @@ class ScoreWriter:
         """The buffered rows, on the CPU, with their values (Wang et al., arXiv 2406.11011, Theorem 3)."""
         steps = self._buffer
         counts = [len(step.domains) for step in steps]
-        dots = _numbers([step.dot_products for step in steps])
+        scores = _numbers([step.dot_products for step in steps])  # (rows,), or (rows, m or L)
+        dots = {
+            "total": lambda: scores,
+            "pairwise": lambda: scores.mean(1),
+            "per_layer": lambda: scores.sum(1),
+        }[self.granularity]()
         lr = np.repeat([step.lr for step in steps], counts)
         clip = np.repeat([float(step.clip_factor) for step in steps], counts)
         global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
@@ -243,7 +254,9 @@ class ScoreWriter:
             # Positive is helpful: the update -lr * clip * mean gradient changes the loss by minus this much.
             "value": pa.array(lr * clip * dots / global_batch_size, mask=null),
         }
-        return pa.table(columns, schema=SCORE_SCHEMA.with_metadata(self._metadata))
+        if self.granularity != "total":
+            columns[self.granularity] = _lists(scores, null)
+        return pa.table(columns, schema=self._schema)
 
 
 def _copy(value: Any) -> Any:
@@ -254,6 +267,13 @@ def _copy(value: Any) -> Any:
 def _numbers(tensors: list[Tensor]) -> npt.NDArray[np.float64]:
     numbers: npt.NDArray[np.float64] = torch.cat(tensors).to("cpu", torch.float64).numpy()
     return numbers
+
+
+def _lists(scores: npt.NDArray[np.float64], null: npt.NDArray[np.bool_]) -> pa.Array:
+    """(rows, c) -> one list of c numbers for each row, null where the row has no scores."""
+    lengths = np.where(null, 0, scores.shape[1])
+    offsets = pa.array(np.append(0, lengths.cumsum()), pa.int32(), mask=np.append(null, False))
+    return pa.ListArray.from_arrays(offsets, scores[~null].ravel())
 
 
 def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
@@ -273,9 +293,13 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
     origin = read_origin(files[0].path)
     for path in (file.path for file in files):
         check_origin(path, {**origin, **FORMAT})
+    if "granularity" not in origin:
+        raise ScoreError(f"{files[0].path} has no granularity in its metadata: this program did not write it")
     doubled = superseded(files)
     paths = [str(file.path) for file in files if file not in doubled]
-    return ds.dataset(paths, schema=SCORE_SCHEMA.with_metadata(origin), format="parquet")
+    return ds.dataset(
+        paths, schema=score_schema(origin["granularity"]).with_metadata(origin), format="parquet"
+    )
 
 
 def summed_values(folder: str | os.PathLike[str]) -> pa.Table:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,13 +35,20 @@ from ghostEngines.score_files import recover; recover({!r})
 # Columns whose values repeat. The others are written 40 % faster, and 20 % smaller, without a dictionary.
 DICTIONARY_COLUMNS = ["step", "domain", "rank", "lr", "clip_factor", "global_batch_size"]
 
+GRANULARITIES = ("total", "pairwise", "per_layer")
 FORMAT = {"format": "ghostEngines scores", "format_version": "1"}  # in the schema metadata of every file
 
 
-def score_schema(granularity: Literal["total"] = "total") -> pa.Schema:
-    """The columns. "total": a row has one dot product, over all parameters and all validation rows."""
-    if granularity != "total":
-        raise ValueError(f"granularity {granularity!r}: there is only 'total'")
+class ScoreError(ValueError):
+    """A folder of scores is not what it should be; the message names the file and what to do."""
+
+
+def score_schema(granularity: str = "total") -> pa.Schema:
+    """The columns. Every row has one dot product over all parameters and all validation rows; "pairwise" adds
+    a list of m, one for each validation row, whose mean it is, and "per_layer" a list of L, one for each
+    layer, whose sum it is."""
+    if granularity not in GRANULARITIES:
+        raise ScoreError(f"granularity {granularity!r}: there are {', '.join(GRANULARITIES)}")
     columns = {
         "step": pa.int64(),
         "sample_id": pa.int64(),
@@ -55,15 +62,14 @@ def score_schema(granularity: Literal["total"] = "total") -> pa.Schema:
         "global_batch_size": pa.int32(),
         "value": pa.float64(),  # predicted fall of the validation loss; null with dot_product
     }
-    nullable = ("dot_product", "value")
+    nullable = ["dot_product", "value"]
+    if granularity != "total":
+        columns[granularity] = pa.list_(pa.float64())
+        nullable.append(granularity)
     return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in columns.items()])
 
 
 SCORE_SCHEMA = score_schema()
-
-
-class ScoreError(ValueError):
-    """A folder of scores is not what it should be; the message names the file and what to do."""
 
 
 class ScoreFile(NamedTuple):

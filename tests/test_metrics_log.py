@@ -127,15 +127,41 @@ def test_the_schema_is_in_every_file_with_the_runs_metadata(folder: Path) -> Non
     for name in names(folder):
         schema = pq.read_schema(folder / name)
         assert schema.equals(SCORE_SCHEMA)
-        want = RUN | {"format": "ghostEngines scores", "format_version": "1"}
+        want = RUN | {"granularity": "total", "format": "ghostEngines scores", "format_version": "1"}
         assert schema.metadata == {key.encode(): value.encode() for key, value in want.items()}
     assert not SCORE_SCHEMA.field("step").nullable and SCORE_SCHEMA.field("value").nullable
 
 
-def test_there_is_one_granularity() -> None:
+def test_unknown_granularity() -> None:
     assert score_schema("total") == SCORE_SCHEMA
-    with pytest.raises(ValueError, match="granularity 'layer'"):
-        score_schema("layer")  # type: ignore[arg-type]
+    with pytest.raises(ScoreError, match="granularity 'layer'"):
+        score_schema("layer")
+
+
+@pytest.mark.parametrize(("granularity", "total"), [("pairwise", [2.0, 5.0]), ("per_layer", [6.0, 15.0])])
+def test_lists_of_scores(folder: Path, granularity: str, total: list[float]) -> None:
+    """A list for each row beside its total; null, as the total, where the optimizer did not step."""
+    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    with ScoreWriter(folder, rank=0, metadata={}, granularity=granularity) as writer:
+        for step, null in enumerate((False, True, False)):
+            writer.append(
+                step=step, sample_ids=[1, 2], domains=["a", "b"], blocks=[0, 1], dot_products=scores,
+                train_losses=torch.ones(2), lr=0.5, clip_factor=1.0, global_batch_size=2, null=null,
+            )  # fmt: skip
+    table = pd.read_parquet(folder)
+    assert table.dot_product.dropna().tolist() == total * 2
+    assert table.value.dropna().tolist() == [each / 4 for each in total * 2]
+    lists = table[granularity]
+    assert [None if each is None else list(each) for each in lists] == [
+        *scores.tolist(),
+        None,
+        None,
+        *scores.tolist(),
+    ]
+    assert open_scores(folder).schema.equals(score_schema(granularity))
+    assert summed_values(folder)["value"].to_pylist() == [total[1] / 2, total[0] / 2]
+    with pytest.raises(ScoreError, match="granularity"):
+        ScoreWriter(folder, rank=0, metadata={})
 
 
 def test_domains_are_right_although_files_number_them_differently(folder: Path) -> None:

@@ -299,6 +299,23 @@ def test_eval_only_without_a_name_evaluates_the_untrained_model(
 # ---- other ways to train
 
 
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5])
+def test_the_values_of_an_sgd_step_are_the_fall_of_the_validation_loss(
+    grad_clip: float, data: Path, results: Path
+) -> None:
+    """For plain gradient descent the prediction is exact to first order in the learning rate."""
+    run = start(
+        data, results, run_name=f"sgd {grad_clip}", optimizer="SGD", weight_decay=0, grad_clip=grad_clip,
+        learning_rate=1e-6, max_steps=1, model_dtype="float64", batch_size=N, val_batch_size=M,
+    )  # fmt: skip
+    rows = pd.read_parquet(run.folder / "validation" / "rows.parquet")
+    tokens = torch.stack([tokens_of(data, "val", row.domain, row.block, 8) for row in rows.itertuples()])
+    with torch.no_grad():
+        before, after = (model(tokens[:, :-1], tokens[:, 1:]).mean() for model in (run.initial, run.model))
+    assert run.scores().value.sum() == pytest.approx((before - after).item(), rel=1e-3)
+    assert run.metrics().clip_factor[0] < 0.5 if grad_clip else run.metrics().clip_factor[0] == 1
+
+
 def test_chosen_domains_sgd_and_a_log_of_every_second_step(data: Path, results: Path) -> None:
     run = start(
         data, results, run_name="chosen", domains="Beta (en)", optimizer="SGD", log_interval=2,

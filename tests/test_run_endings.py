@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -23,6 +24,8 @@ import main
 import model_setup
 import training_loop
 from data_processing.shards import ShardWriter
+from ghostEngines import GradDotProdEngine
+from interrupts import interrupt_deferred
 
 
 @pytest.fixture(scope="module")
@@ -296,14 +299,18 @@ def interrupt(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupting(original: Callable, when: int = 0) -> Callable:
-    """The function, which is interrupted in its call number `when`."""
+def interrupting(original: Callable, when: int = 0, after: bool = False) -> Callable:
+    """The function, with an interrupt before (or after) its call number `when`."""
     calls = iter(range(1_000_000))
 
     def interrupted(*args, **kwargs):
-        if next(calls) == when:
+        now = next(calls) == when
+        if now and not after:
             interrupt()
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if now and after:
+            interrupt()
+        return result
 
     return interrupted
 
@@ -339,6 +346,31 @@ def test_ctrl_c_in_an_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest
     assert saved_is(run, parameters_of(run))
 
 
+@pytest.mark.parametrize(("where", "when"), [("attach", 1), ("detach", 0)])
+def test_ctrl_c_while_the_engine_is_put_back_or_taken_off(
+    where: str, when: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For an evaluation. What is not attached could not be detached at the end."""
+    original = getattr(GradDotProdEngine, where)
+    monkeypatch.setattr(GradDotProdEngine, where, interrupting(original, when, after=where == "detach"))
+    run = start(data, tmp_path, run_name="a", eval_interval=3, dot_prod_save_interval=100)
+    assert run.status == 130
+    assert steps_scored(run) == [0, 1, 2] and saved_is(run, parameters_of(run))
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+    """As one that a script starts in the background."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt_deferred() as interruptible:
+            interrupt()
+            with interruptible():
+                interrupt()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_ctrl_c_while_saving_does_not_break_what_is_saved(
     interrupted: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -372,9 +404,9 @@ def test_ctrl_c_before_the_first_step(data: Path, tmp_path: Path, monkeypatch: p
     """As a program, since there is nothing to save and main() lets it through."""
     monkeypatch.setattr(model_setup, "build_model", interrupting(model_setup.build_model))
     monkeypatch.setattr(sys, "argv", ["main.py", *command(data, tmp_path / "results")])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
         runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
-    assert exit.value.code == 130
+    assert isinstance(exit.value, SystemExit) and exit.value.code == 130
     assert not (tmp_path / "results").exists()
 
 
@@ -399,16 +431,24 @@ def lines(run: Run) -> int:
 
 
 def test_a_process_that_is_interrupted(data: Path, tmp_path: Path) -> None:
-    process, run = started(data, tmp_path, max_steps=100_000, dot_prod_save_interval=100_000)
+    flags = {"dot_prod_save_interval": 100_000, "eval_interval": 2}
+    process, run = started(data, tmp_path, max_steps=100_000, **flags)
     wait_for(lambda: lines(run) >= 3, process)
     process.send_signal(signal.SIGINT)
-    out, err = (text.decode() for text in process.communicate(timeout=60))
+    out, err = (text.decode().replace("\r", "\n") for text in process.communicate(timeout=60))
     assert process.returncode == 130, err
     steps = run.metrics().step.tolist()
     assert steps_scored(run) == steps == list(range(len(steps)))
     assert len(run.scores()) == 2 * len(steps)
     assert GPT2LMHeadModel.from_pretrained(run.folder / "model").config.n_embd == 128
-    assert "Traceback" not in err and f"interrupted after step {len(steps)}: " in err
+    assert "Traceback" not in err and "Warning" not in err
+    assert f"interrupted after step {len(steps)}: " in err
+    logged = re.findall(
+        r"^step (\d+): loss train \d+\.\d{4}, val \d+\.\d{4}, test \d+\.\d{4}$", err, re.MULTILINE
+    )
+    assert [int(step) for step in logged] == [record["step"] for record in run.evaluations()] != []
+    done_and_left = rf"{len(steps)}/100000 \[\d\d:\d\d<[\d:]+, +[\d.]+(step/s|s/step)"
+    assert re.search(done_and_left + r", loss \d+\.\d{4}, \d+ tokens/s\]", err)
     assert f"steps                  {len(steps)} of 100000" in out
 
 
