@@ -2,11 +2,10 @@
 
     python -m benchmarks.calibrate --rounds 7
 
-For the weights of GPT2-Small and some shapes of a batch, times `gram` and `instantiate` with several tile sizes
-against the plain product that gives the gradient of all n+m rows. Printed are the fastest of the rounds as
-ratios to that product, and what `instantiate` costs on top in multiply-adds per entry of one sample's gradient,
-which is PASSES. Run it on an otherwise idle machine.
-"""
+For the weights of GPT2-Small and some shapes of a batch, times `gram` and `instantiate` with several tile
+sizes against the plain product that gives the gradient of all n+m rows. Printed are the fastest of the rounds
+as ratios to that product, and what `instantiate` costs on top in multiply-adds per entry of one sample's
+gradient, which is PASSES. Run it on an otherwise idle machine."""
 
 import argparse
 import sys

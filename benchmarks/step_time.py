@@ -42,6 +42,8 @@ ENGINE_OPTIONS = {
     "gram": {"strategy": "gram"},
     "project": {"strategy": "project"},
     "instantiate": {"strategy": "instantiate"},
+    "pairwise": {"granularity": "pairwise"},
+    "per_layer": {"granularity": "per_layer"},
 }
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, "loop", "vmap")
 RATIOS = (
@@ -49,6 +51,8 @@ RATIOS = (
     ("graddotprod", "hf_nm"),
     ("graddotprod", "hf_n"),
     ("loop", "graddotprod"),
+    ("pairwise", "graddotprod"),
+    ("per_layer", "graddotprod"),
 )
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relative to their norms
 
@@ -231,6 +235,8 @@ def check(setup: Setup, methods: dict[str, Method], dtype: str) -> None:
         clear(method)
         dots = method.step()
         if dots is not None:
+            if dots.dim() == 2:
+                dots = dots.mean(1) if name == "pairwise" else dots.sum(1)
             error = ((dots - want_dots).abs().max() / scale).item()
             if not error < 10 * bound:
                 raise SystemExit(
