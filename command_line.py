@@ -12,9 +12,18 @@ class ConfigError(ValueError):
     """The program cannot be run as asked; the message names the flag, the value seen and what to do."""
 
 
-def flag(default: Any, doc: str, *, at_least: float = -math.inf, above: float = -math.inf) -> Any:
+def flag(
+    default: Any,
+    doc: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+) -> Any:
     """A field that is a flag. `doc` is its documentation, in the source and in --help."""
-    return field(default=default, metadata={"doc": doc, "at_least": at_least, "above": above})
+    return field(
+        default=default, metadata={"doc": doc, "at_least": at_least, "above": above, "at_most": at_most}
+    )
 
 
 def flags_of(config: Any) -> list[Field[Any]]:
@@ -41,6 +50,8 @@ def _check_number(spec: Field[Any], number: float) -> None:
         raise ConfigError(f"--{spec.name} {number}: must be a finite number")
     if number < spec.metadata["at_least"]:
         raise ConfigError(f"--{spec.name} {number}: must be at least {spec.metadata['at_least']}")
+    if number > spec.metadata["at_most"]:
+        raise ConfigError(f"--{spec.name} {number}: must be at most {spec.metadata['at_most']}")
     if number <= spec.metadata["above"]:
         raise ConfigError(f"--{spec.name} {number}: must be above {spec.metadata['above']}")
 

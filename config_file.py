@@ -77,7 +77,10 @@ class TrainingConfig:
     betas: tuple[float, float] = flag((0.9, 0.95), "decay rates of AdamW's two moments", at_least=0)
     grad_clip: float = flag(1.0, "norm that the gradient is clipped to; 0 turns clipping off", at_least=0)
     seed: int = flag(
-        1337, "of the initial weights, the order of the data and the validation rows", at_least=0
+        1337,
+        "of the initial weights, the order of the data and the validation rows",
+        at_least=0,
+        at_most=2**32 - 1,
     )
 
     # Evaluation and logging
@@ -175,6 +178,15 @@ class TrainingConfig:
             )
         if self.run_name is not None and (self.run_name in (".", "..") or "/" in self.run_name):
             raise ConfigError(f"--run_name {self.run_name!r}: must be the plain name of a folder")
+        if self.method == "Regular" and (self.contraction, self.score_granularity) != ("auto", "total"):
+            raise ConfigError(
+                "--method Regular computes no dot products: leave out --contraction and --score_granularity"
+            )
+        if self.lr_decay_steps is not None and self.lr_decay_steps <= self.warmup_step < self.max_steps:
+            raise ConfigError(
+                f"--lr_decay_steps {self.lr_decay_steps} is not after --warmup_step {self.warmup_step}: "
+                "there would be no decay, but a jump; raise it, or leave it out"
+            )
         if self.eval_only and self.overwrite:
             raise ConfigError(
                 "--overwrite with --eval_only: an evaluation writes nothing; leave one of them out"

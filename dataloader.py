@@ -46,6 +46,7 @@ class BlockDataset:
             raise ValueError(f"--block_size {block_size}: at least 1")
         folder = shards[0].path.parent
         self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
+        self.all_domains = list(self._numbers)
         self.domains = tuple(sorted(self._numbers if domains is None else domains))
         missing = [domain for domain in self.domains if domain not in self._numbers]
         if missing or not self.domains:
@@ -93,7 +94,8 @@ class BlockDataset:
         return self._shards[domain].tokens[start : start + self.block_size + 1]
 
     def sample_id(self, domain: str, block: int) -> int:
-        """A block's permanent id: it depends on the split and the block size, not on the domains in use."""
+        """A block's id, the same for every choice of domains. Its high bits are the domain's place among all
+        domains of the split, `all_domains`: another folder may have other domains, and then other ids."""
         return self._numbers[domain] << BLOCK_BITS | block
 
     def batch(self, places: Sequence[tuple[str, int]]) -> Batch:

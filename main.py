@@ -18,11 +18,11 @@ from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import GROUP_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
-from run_folder import prepare_result_dir, provenance, save
+from run_folder import check_result_dir, prepare_result_dir, provenance, save
 from run_log import RunLog
 from summary import print_summary
-from training_data import TrainingData
-from training_loop import NonFiniteLoss, Trainer, evaluate, to_device
+from training_data import TrainingData, check_tokens
+from training_loop import NonFiniteLoss, Trainer, check_evaluation, evaluate, to_device
 from validation_rows import save_validation_rows
 
 logger = logging.getLogger("main")
@@ -38,8 +38,10 @@ def main(argv: list[str]) -> int:
         try:
             config = resolve(config)
             world = resources.enter_context(distributed_world())
+            check_result_dir(config)
+            data = TrainingData.open(config, world)
             model = prepare_model(config)
-            data = TrainingData.open(config, world, model.hf.config.vocab_size)
+            check_tokens(data.blocks, model.hf.config.vocab_size)
             prepare_result_dir(config)
         except ValueError as error:  # of the user's making: said in a line, without a traceback
             print(f"main.py: error: {error}", file=sys.stderr)
@@ -79,6 +81,7 @@ def build_manager(
         "block_size": str(config.block_size),
         "split": config.train_set,
         "shard_sha256": json.dumps(data.blocks["train"].checksums),
+        "domains": json.dumps(data.blocks["train"].all_domains),  # whose places are the sample ids' high bits
         "layers": json.dumps(list(covered_layers(model))),  # the order of per-layer scores
     }
     scores = ScoreWriter(
@@ -133,8 +136,14 @@ def train(trainer: Trainer) -> int:
 
 def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData) -> int:
     """--eval_only: the losses on the three splits, and nothing is written."""
-    for name, loss in evaluate(model, data, config, Precision.of(config)).items():
+    losses = evaluate(model, data, config, Precision.of(config))
+    for name, loss in losses.items():
         logger.info("loss on %s: %.4f", name, loss)
+    try:
+        check_evaluation(losses)
+    except NonFiniteLoss as error:
+        logger.error("main.py: error: %s", error)
+        return 1
     return 0
 
 

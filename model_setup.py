@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from config_file import TrainingConfig
@@ -35,6 +37,7 @@ class CausalLM(nn.Module):
     def __init__(self, hf: GPT2LMHeadModel) -> None:
         super().__init__()
         check_dropout(hf.config)
+        self.checkpointing = False
         if hf.config._attn_implementation != "sdpa":
             raise ValueError(
                 f"the model's attention is {hf.config._attn_implementation}, which is not causal by itself: "
@@ -57,7 +60,10 @@ class CausalLM(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         hidden = gpt.wte(x) + gpt.wpe(positions)  # (N, T, d)
         for block in gpt.h:
-            hidden = block(hidden)
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=False)
+            else:
+                hidden = block(hidden)
         return self.hf.lm_head(gpt.ln_f(hidden), y)
 
 
@@ -114,28 +120,40 @@ def build_model(config: TrainingConfig) -> CausalLM:
     Raises ValueError for a block_size beyond the model's positions.
     """
     hf_config = architecture_config(config.architecture)
-    if config.block_size > hf_config.n_positions:
-        raise ValueError(
-            f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of "
-            f"{config.architecture}"
-        )
+    check_positions(hf_config, config)
     torch.manual_seed(config.seed)
     return place(CausalLM(GPT2LMHeadModel(hf_config)), config)
 
 
 def load_model(folder: Path, config: TrainingConfig) -> CausalLM:
-    """The model that a run saved. Raises ValueError if the folder is not there or its model has dropout."""
+    """The model that a run saved. Raises ValueError if it is not there or not whole, has dropout or too few
+    positions."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no saved model in {folder}")
-    return place(CausalLM(GPT2LMHeadModel.from_pretrained(folder)), config)
+    try:
+        hf, loaded = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the saved model in {folder} cannot be read: {error}") from error
+    if loaded["missing_keys"]:
+        raise ValueError(f"the saved model in {folder} lacks {', '.join(sorted(loaded['missing_keys']))}")
+    check_positions(hf.config, config)
+    return place(CausalLM(hf), config)
+
+
+def check_positions(hf_config: GPT2Config, config: TrainingConfig) -> None:
+    """ValueError if a block has more positions than the model."""
+    if config.block_size > hf_config.n_positions:
+        raise ValueError(
+            f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of "
+            f"{config.architecture}"
+        )
 
 
 def place(model: CausalLM, config: TrainingConfig) -> CausalLM:
     """The model on its device, in its precision, with its blocks compiled if so configured."""
     model.to(config.device, getattr(torch, config.model_dtype)).train()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    if config.activation_checkpointing:
-        model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+    model.checkpointing = config.activation_checkpointing
     if config.compile:
         for block in model.hf.transformer.h:  # one graph serves all blocks; the head chooses its own chunks
             block.compile()

@@ -23,24 +23,35 @@ PACKAGES = ("torch", "numpy", "transformers", "tiktoken", "pyarrow", "wandb")  #
 logger = logging.getLogger(__name__)
 
 
-def prepare_result_dir(config: TrainingConfig) -> None:
-    """Make the run's folder, empty. With --eval_only make nothing: check that the run to evaluate is there.
+def check_result_dir(config: TrainingConfig) -> None:
+    """What can be said before anything is loaded or made.
 
     Raises:
-        ConfigError: the name is taken; --overwrite of what is not a run; a folder that cannot be made;
-            --eval_only of a run that is not there, or that has another architecture.
+        ConfigError: the name is taken; --eval_only of a run that is not there, or that has another
+        architecture.
     """
     if config.eval_only:
         if config.saved_model is not None:
             _check_saved_run(config)
+    elif os.path.lexists(config.result_dir) and not config.overwrite:
+        raise ConfigError(
+            f"--run_name {config.run_name}: {config.result_dir} is there already; choose another name, or "
+            "replace that run with --overwrite"
+        )
+
+
+def prepare_result_dir(config: TrainingConfig) -> None:
+    """Make the run's folder, empty; with --eval_only make nothing.
+
+    Raises:
+        ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; a folder that cannot be
+        made.
+    """
+    check_result_dir(config)
+    if config.eval_only:
         return
     folder = config.result_dir
     if os.path.lexists(folder):
-        if not config.overwrite:
-            raise ConfigError(
-                f"--run_name {config.run_name}: {folder} is there already; choose another name, or replace "
-                "that run with --overwrite"
-            )
         _remove_run(folder)
     try:
         folder.mkdir(parents=True)

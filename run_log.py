@@ -53,7 +53,7 @@ class RunLog:
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         """A line on the screen, and a record."""
         text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        logger.info("step %d: loss %s", step, text)
+        logger.info("after step %d: loss %s", step, text)
         self.record(step, {f"loss/{name}": loss for name, loss in losses.items()})
 
     def __enter__(self) -> Self:

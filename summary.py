@@ -22,7 +22,7 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
         "steps": f"{progress.steps} of {config.max_steps}",
         "tokens/s": f"{progress.tokens / progress.seconds:,.0f}",
         "train loss, last step": f"{progress.train_loss:.4f}",
-        **{f"loss on {name}": f"{loss:.4f}" for name, loss in (progress.evaluation or {}).items()},
+        **evaluation_lines(progress, data),
         "results": config.result_dir,
     }
     if config.method == "GradDotProd":
@@ -32,6 +32,13 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
         console.print(f"{name:22s} {value}", soft_wrap=True)  # a path stays in one piece
     if config.method == "GradDotProd":
         print_extremes(console, config, data)
+
+
+def evaluation_lines(progress: Progress, data: TrainingData) -> dict[str, str]:
+    """The losses of the last evaluation, if there was one."""
+    if progress.evaluation is None:
+        return dict.fromkeys([f"loss on {name}" for name in data.evaluation], "not evaluated yet")
+    return {f"loss on {name}": f"{loss:.4f}" for name, loss in progress.evaluation.items()}
 
 
 def print_extremes(console: Console, config: TrainingConfig, data: TrainingData) -> None:

@@ -23,19 +23,18 @@ class TrainingData:
     blocks: dict[str, BlockDataset]
 
     @classmethod
-    def open(cls, config: TrainingConfig, world: World, vocabulary: int) -> "TrainingData":
+    def open(cls, config: TrainingConfig, world: World) -> "TrainingData":
         """Opens the shards that the configuration names.
 
         Raises ShardError for shards that are missing or damaged, ValueError for a domain that is not there,
-        blocks longer than a shard, too few validation blocks, shards of different tokenizers, or token ids
-        beyond the model's vocabulary."""
+        blocks longer than a shard, too few validation blocks, or shards of different tokenizers."""
         names, weights = (None, None) if config.domains is None else parse_domains(config.domains)
         blocks = {
             "train": open_blocks(config, config.train_set, names),
             "val": open_blocks(config, config.val_set, None),
             "test": open_blocks(config, config.test_set, None),
         }
-        check_tokens(blocks, vocabulary)
+        check_tokenizers(blocks)
         train = BatchLoader(
             blocks["train"],
             batch_size=config.batch_size,
@@ -62,11 +61,15 @@ def open_blocks(config: TrainingConfig, name: str, domains: tuple[str, ...] | No
     )
 
 
-def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
-    """ConfigError for splits of different tokenizers, and for token ids that the model has no row for."""
+def check_tokenizers(blocks: dict[str, BlockDataset]) -> None:
+    """ConfigError for splits of different tokenizers."""
     tokenizers = {name: part.tokenizer for name, part in blocks.items()}
     if len(set(tokenizers.values())) > 1:
         raise ConfigError(f"the splits were made by different tokenizers, {tokenizers}: make them with one")
+
+
+def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
+    """ConfigError for token ids that the model has no row for."""
     for name, part in blocks.items():
         if part.max_token_id >= vocabulary:
             raise ConfigError(

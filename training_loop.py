@@ -98,7 +98,8 @@ class Trainer:
             if (step + 1) % config.eval_interval == 0 or step + 1 == config.max_steps:
                 with interrupt_deferred() as interruptible, self.manager.detached(), interruptible():
                     self.progress.evaluation = evaluate(self.model, self.data, config, self.precision)
-                self.log.evaluation(step + 1, self.progress.evaluation)
+                self.log.evaluation(step, self.progress.evaluation)
+                check_evaluation(self.progress.evaluation)
 
     def _step(self, step: int) -> None:
         start, manager = time.perf_counter(), self.manager
@@ -180,6 +181,15 @@ class Trainer:
         if values is not None:
             self.log.record(step, values | {"tokens_per_second": tokens / seconds})
         self.log.advance(f"loss {train_loss:.4f}, {progress.tokens / progress.seconds:.0f} tokens/s")
+
+
+def check_evaluation(losses: dict[str, float]) -> None:
+    """NonFiniteLoss unless all losses are finite."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss on {name} is {loss}: the parameters are of no use; see metrics.jsonl"
+            )
 
 
 def non_finite(step: int, batch: Batch, seen: str) -> NonFiniteLoss:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .contraction import Split, Strategy, choose_strategy
 from .layer_rules import RULES, CrossEntropyHead
+from .layer_rules.cross_entropy_head import head_strategy
 
 
 def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,12 +55,13 @@ def contraction_plan(
 ) -> dict[str, Strategy]:
     """Which strategy each weight of `covered_layers` uses for rows of this many positions; `strategy`: the
     one that is forced on all, or None."""
-    shapes = {
-        name: (layer.weight.shape[0], layer.weight.shape[1])
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Linear | Conv1D | CrossEntropyHead)
-    }
-    return {name: strategy or choose_strategy(split, positions, p, d) for name, (p, d) in shapes.items()}
+    plan = {}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Linear | Conv1D | CrossEntropyHead):
+            choose = head_strategy if isinstance(layer, CrossEntropyHead) else choose_strategy
+            p, d = layer.weight.shape
+            plan[name] = strategy or choose(split, positions, p, d)
+    return plan
 
 
 def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:

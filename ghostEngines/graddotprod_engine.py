@@ -263,9 +263,10 @@ class GradDotProdEngine:
         """The dot products of the last step's n train rows, in float32 (float64 for a float64 model), on the
         model's device, in units of squared gradient: no learning rate, no batch size, no loss scale.
 
-            total      (n,)    <∇ℓ_i, ∇L_val>, L_val the mean loss of the m validation rows pairwise   (n, m)
-            <∇ℓ_i, ∇ℓ_j>; the mean over j is the total per_layer  (n, L)  <∇ℓ_i, ∇L_val> over the parameters
-            of each of `layer_names`; the sum is the total
+        - total: (n,), <∇ℓ_i, ∇L_val>, with L_val the mean loss of the m validation rows
+        - pairwise: (n, m), <∇ℓ_i, ∇ℓ_j>; their mean over j is the total
+        - per_layer: (n, L), <∇ℓ_i, ∇L_val> over each layer's parameters, in the order of `layer_names`; their
+          sum is the total
 
         Raises RuntimeError before `prepare_gradients`."""
         if not self._prepared:

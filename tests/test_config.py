@@ -168,7 +168,7 @@ def test_nothing_is_left_open(no_gpu: None) -> None:
 
 def test_what_was_given_stays_and_is_not_called_resolved(no_gpu: None, tmp_path: Path) -> None:
     given = TrainingConfig(
-        device="cpu", train_dtype="bfloat16", min_lr=0.0, lr_decay_steps=7, eval_bs=5, run_name="auto",
+        device="cpu", train_dtype="bfloat16", min_lr=0.0, lr_decay_steps=700, eval_bs=5, run_name="auto",
         pile_data_dir=str(tmp_path), results_dir=str(tmp_path),
     )  # fmt: skip
     resolved = resolve(given, {"PILE_DATA_DIR": "/elsewhere", "RESULTS_DIR": ""})

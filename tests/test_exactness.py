@@ -111,11 +111,18 @@ def test_every_rule_has_a_case() -> None:
     assert {rule for case in CASES for rule in case.rules} == set(RULES)
 
 
-def test_the_oracle_sees_what_the_mistakes_of_others_would_change() -> None:
-    """Summing validation rows before the product, and dropping a tied weight's cross terms, are errors far
-    above the bounds."""
-    truth = truth_of(BY_NAME["gpt2-tied"], 5, 3)
-    untied = truth_of(BY_NAME["gpt2-untied"], 5, 3)
-    rows = truth.vectors()
-    assert truth.dot_error(rows[:5] @ rows[5]) > 1e-2
-    assert rows.shape != untied.vectors().shape
+def test_the_oracle_sees_the_mistakes_of_others() -> None:
+    """What published implementations compute is far outside the bounds above: a tied weight without its cross
+    terms, and (Σ_j left_j)ᵀ(Σ_j right_j) for the validation gradient of several rows."""
+    case = BY_NAME["gpt2-tied"]
+    truth = truth_of(case, 5, 3)
+    untied = case.model()
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    without_cross_terms = per_sample(untied, case.logits, *case.data(8), 5).dots()
+    assert truth.dot_error(without_cross_terms) > 1e-3
+
+    left, right = (torch.randn(8, 6, size, dtype=torch.float64) for size in (7, 9))
+    gradients = left.mT @ right
+    mixed = left[5:].sum(0).T @ right[5:].sum(0) / 9
+    layer = Truth([{"weight": each} for each in gradients], torch.zeros(8), 5)
+    assert layer.dot_error((gradients[:5] * mixed).sum((1, 2))) > 1e-2

@@ -111,7 +111,6 @@ def test_blocks_beyond_the_positions_are_refused(tiny: CausalLM, tmp_path: Path)
         build_model(tiny_config(block_size=1025))
 
 
-@pytest.mark.xfail(strict=True, reason="load_model does not compare block_size with the model's positions")
 def test_blocks_beyond_the_positions_of_a_saved_model_are_refused(tmp_path: Path) -> None:
     small_hf().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--block_size 13 is longer than the 12 positions"):

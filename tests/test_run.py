@@ -89,7 +89,7 @@ def test_metrics_have_one_line_per_step_and_per_evaluation(scored: Run) -> None:
     assert metrics.step.tolist() == list(range(STEPS))
     assert metrics.time.is_monotonic_increasing
     assert (metrics.tokens_per_second > 0).all()
-    assert [record["step"] for record in scored.evaluations()] == [8, 16, 20]
+    assert [record["step"] for record in scored.evaluations()] == [7, 15, 19]
     for record in scored.evaluations():
         assert record.keys() == {"step", "time", "loss/train", "loss/val", "loss/test"}
     assert len(scored.records()) == STEPS + 3
@@ -319,13 +319,49 @@ def test_the_values_of_an_sgd_step_are_the_fall_of_the_validation_loss(
 def test_chosen_domains_sgd_and_a_log_of_every_second_step(data: Path, results: Path) -> None:
     run = start(
         data, results, run_name="chosen", domains="Beta (en)", optimizer="SGD", log_interval=2,
-        train_dtype="bfloat16", contraction="gram", learning_rate=0.1, overwrite=True,
+        train_dtype="bfloat16", contraction="gram", learning_rate=0.1,
     )  # fmt: skip
     assert run.status == 0
     assert set(run.scores().domain) == {"Beta (en)"}
     assert [record["step"] for record in run.records() if "train_loss" in record] == [1, 3]
     lr = run.scores().query("step == 3").lr.iloc[0]
     assert 0 < lr < 0.1
+
+
+def test_weighted_domains_and_texts_that_look_like_markup(
+    data: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    domains = "Alpha:1e-9,Beta (en):1"
+    run = start(data, results, run_name="weighted", domains=domains, block_size=64, batch_size=4, max_steps=2)
+    assert set(run.scores().domain) == {"Beta (en)"}
+    for row in run.scores().sort_values("value").iloc[[0, -1]].itertuples():
+        text = get_tokenizer("gpt2_bytes").decode(
+            tokens_of(data, "train", row.domain, row.block, 64).tolist()
+        )
+        assert first_words(text) in run.out
+    assert "[bold]" in run.out and ":tada:" in run.out
+
+
+@pytest.mark.parametrize(("granularity", "length"), [("pairwise", M), ("per_layer", 2 * 6 + 4)])
+def test_parts_of_the_scores(granularity: str, length: int, scored: Run, data: Path, results: Path) -> None:
+    """For each validation row, or for each layer: in their mean, or sum, the scores of the other run."""
+    flags = FLAGS | {"max_steps": 2, "score_granularity": granularity}
+    run = start(data, results, run_name=granularity, **flags)
+    scores, want = run.scores(), scored.scores().query("step < 2")
+    parts = np.stack(scores[granularity].tolist())
+    assert parts.shape == (2 * N, length)
+    joined = parts.mean(1) if granularity == "pairwise" else parts.sum(1)
+    assert np.allclose(joined, want.dot_product, rtol=1e-10, atol=0)
+    assert np.allclose(scores.value, want.value, rtol=1e-10, atol=0)
+    assert np.allclose(run.metrics()["dot_product/max"], scored.metrics()["dot_product/max"][:2], rtol=1e-10)
+
+
+def test_activation_checkpointing_changes_nothing(scored: Run, data: Path, results: Path) -> None:
+    flags = FLAGS | {"max_steps": 2, "activation_checkpointing": True}
+    run = start(data, results, run_name="checkpointing", **flags)
+    want = scored.scores().query("step < 2").dot_product
+    assert np.allclose(run.scores().dot_product, want, rtol=1e-12, atol=0)
 
 
 def test_what_float16_cannot_hold_is_skipped_and_has_no_score(

@@ -67,24 +67,21 @@ def refusal(arguments: list[str], results: Path, capsys: pytest.CaptureFixture[s
         ({"method": "Shapley"}, "argument --method: invalid choice: 'Shapley'"),
         ({"architecture": "Pythia-410M"}, "'GPT2-Tiny', 'GPT2-Small', 'GPT2-Medium', 'GPT2-Large'"),
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-        ({"block_size": 2048}, "--block_size 2048 is longer than the 1024 positions of GPT2-Tiny"),
+        ({"block_size": 1100}, "--block_size 1100 is longer than the 1024 positions of GPT2-Tiny"),
         ({"val_batch_size": 10_000}, "--val_batch_size 10000: there are "),
         ({"domains": "Gamma"}, "Gamma in {data}/train; it has Alpha, Beta (en)"),
         ({"domains": "Alpha:0"}, "'Alpha' has the weight '0', not a finite one above 0"),
         ({"val_set": "val:Gamma"}, "Gamma in {data}/val; it has Alpha, Beta (en)"),
         ({"test_set": "exam"}, "no shards of split 'exam' in {data} (splits there: test, train, val)"),
         ({"pile_data_dir": "/nowhere"}, "no shards of split 'train' in /nowhere"),
-        ({"run_name": "there", "eval_only": True}, "--eval_only --run_name there"),
+        ({"run_name": "there", "eval_only": True}, "results/there is not the folder of a run"),
     ],
 )
 def test_wrong_flags(
     flags: dict[str, object], said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refusal(command(data, tmp_path / "results", **flags), tmp_path / "results", capsys)
-    if "eval_only" in flags:
-        assert message == f"there is no saved model in {tmp_path}/results/there/model"
-    else:
-        assert said.format(data=data) in message
+    assert said.format(data=data) in message
     assert "\n" not in message or "Make them with\n  python -m data_processing.tokenize_pile" in message
 
 
@@ -187,6 +184,25 @@ def test_overwrite_replaces_a_run(data: Path, saved: Path, tmp_path: Path) -> No
     assert run.status == 0 and len(run.metrics()) == 2 and not (run.folder / "grad_dotprods").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda model: (model / "model.safetensors").write_bytes(b"short"), "cannot be read"),
+        (lambda model: (model / "model.safetensors").unlink(), "cannot be read"),
+        (lambda model: (model / "config.json").write_text("{"), "cannot be read"),
+        (lambda model: shutil.rmtree(model), "there is no saved model in "),
+    ],
+)
+def test_a_damaged_saved_model(
+    damage: Callable[[Path], None], said: str, data: Path, saved: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    results = shutil.copytree(saved, tmp_path / "results")
+    damage(results / "there" / "model")
+    message = refusal(command(data, results, run_name="there", eval_only=True), results, capsys)
+    assert said in message and str(results / "there" / "model") in message
+
+
 def test_a_saved_model_with_dropout(
     data: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +288,26 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     assert saved_is(run, seen[0])
 
 
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_an_evaluation_that_is_not_finite(
+    eval_only: bool, data: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    forward = model_setup.CausalLM.forward
+    monkeypatch.setattr(
+        model_setup.CausalLM,
+        "forward",
+        lambda *args: forward(*args) * (1 if torch.is_grad_enabled() else math.nan),
+    )
+    if eval_only:
+        assert start(data, saved, run_name="there", eval_only=True).status == 1
+    else:
+        run = start(data, tmp_path, run_name="a", eval_interval=3, max_steps=6)
+        assert run.status == 1 and steps_scored(run) == [0, 1, 2]
+        assert saved_is(run, parameters_of(run))
+    assert "the loss on train is nan" in caplog.text
+
+
 class Broken(Exception):
     pass
 
@@ -351,11 +387,13 @@ def test_ctrl_c_while_the_engine_is_put_back_or_taken_off(
     where: str, when: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For an evaluation. What is not attached could not be detached at the end."""
-    original = getattr(GradDotProdEngine, where)
+    original, evaluate, evaluated = getattr(GradDotProdEngine, where), training_loop.evaluate, []
     monkeypatch.setattr(GradDotProdEngine, where, interrupting(original, when, after=where == "detach"))
+    monkeypatch.setattr(training_loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
     run = start(data, tmp_path, run_name="a", eval_interval=3, dot_prod_save_interval=100)
     assert run.status == 130
     assert steps_scored(run) == [0, 1, 2] and saved_is(run, parameters_of(run))
+    assert bool(evaluated) == (where == "attach"), "after detach, no time goes into an evaluation"
 
 
 def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
@@ -444,7 +482,7 @@ def test_a_process_that_is_interrupted(data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err and "Warning" not in err
     assert f"interrupted after step {len(steps)}: " in err
     logged = re.findall(
-        r"^step (\d+): loss train \d+\.\d{4}, val \d+\.\d{4}, test \d+\.\d{4}$", err, re.MULTILINE
+        r"^after step (\d+): loss train \d+\.\d{4}, val \d+\.\d{4}, test \d+\.\d{4}$", err, re.MULTILINE
     )
     assert [int(step) for step in logged] == [record["step"] for record in run.evaluations()] != []
     done_and_left = rf"{len(steps)}/100000 \[\d\d:\d\d<[\d:]+, +[\d.]+(step/s|s/step)"

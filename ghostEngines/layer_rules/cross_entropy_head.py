@@ -19,6 +19,7 @@ from ..contraction import (
     Strategy,
     accumulation_dtype,
     add_gradient,
+    choose_strategy,
     direction_of,
     gram,
     instantiate,
@@ -65,9 +66,16 @@ def cross_entropy_head(
 ) -> Any:
     """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
     step = layer_step.enter(hidden)
-    strategy = step.strategy_for(hidden.shape[1], *layer.weight.shape)
+    strategy = step.strategy or head_strategy(step.split, hidden.shape[1], *layer.weight.shape)
     plan = HeadPlan(step.split, strategy, layer_step.probe, layer_step.take_route())
     return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
+
+
+def head_strategy(split: Split, positions: int, vocabulary: int, d: int) -> Strategy:
+    """The cheapest strategy, but for gram where it would hold more validation logits than a group has."""
+    if split.m * positions > GROUP_POSITIONS:
+        return "instantiate"
+    return choose_strategy(split, positions, vocabulary, d)
 
 
 @dataclass(frozen=True)
