@@ -19,7 +19,7 @@ from ghostEngines.layer_rules.cross_entropy_head import GROUP_POSITIONS, SOFTMAX
 from ghostEngines.metrics_log import ScoreWriter
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
 from run_folder import check_result_dir, prepare_result_dir, provenance, save
-from run_log import RunLog
+from run_log import RunLog, check_wandb
 from summary import print_summary
 from training_data import TrainingData, check_tokens
 from training_loop import NonFiniteLoss, Trainer, check_evaluation, evaluate, to_device
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
             data = TrainingData.open(config, world)
             model = prepare_model(config)
             check_tokens(data.blocks, model.hf.config.vocab_size)
+            check_wandb(config)
             prepare_result_dir(config)
         except ValueError as error:  # of the user's making: said in a line, without a traceback
             print(f"main.py: error: {error}", file=sys.stderr)

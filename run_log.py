@@ -15,7 +15,7 @@ from typing import Any, Self
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from config_file import TrainingConfig
+from config_file import ConfigError, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,21 @@ def progress_bar(steps: int) -> tqdm:
     seconds."""
     in_terminal = sys.stderr.isatty()
     return tqdm(total=steps, unit="step", dynamic_ncols=in_terminal, mininterval=0.1 if in_terminal else 10)
+
+
+def check_wandb(config: TrainingConfig) -> None:
+    """Logs in to Weights & Biases if the run will need it, asking for the key at a terminal. ConfigError without
+    one: better now than after the run's folder is made."""
+    if config.wandb_mode != "online":
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.errors.UsageError as error:
+        raise ConfigError(
+            f"--wandb_mode online: {error}; set WANDB_API_KEY, or use --wandb_mode offline"
+        ) from error
 
 
 def start_wandb(config: TrainingConfig) -> Any:
