@@ -73,8 +73,8 @@ def progress_bar(steps: int) -> tqdm:
 
 
 def check_wandb(config: TrainingConfig) -> None:
-    """Logs in to Weights & Biases if the run will need it, asking for the key at a terminal. ConfigError without
-    one: better now than after the run's folder is made."""
+    """Logs in to Weights & Biases if the run will need it, asking for the key at a terminal. ConfigError
+    without one: better now than after the run's folder is made."""
     if config.wandb_mode != "online":
         return
     import wandb
