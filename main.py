@@ -18,7 +18,7 @@ from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import GROUP_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
-from run_folder import check_result_dir, prepare_result_dir, provenance, save
+from run_folder import check_result_dir, differences, prepare_result_dir, provenance, save
 from run_log import RunLog, check_wandb
 from summary import print_summary
 from training_data import TrainingData, check_tokens
@@ -137,6 +137,8 @@ def train(trainer: Trainer) -> int:
 
 def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData) -> int:
     """--eval_only: the losses on the three splits, and nothing is written."""
+    for difference in differences(config):
+        logger.info("other than in the run itself: %s", difference)
     losses = evaluate(model, data, config, Precision.of(config))
     for name, loss in losses.items():
         logger.info("loss on %s: %.4f", name, loss)

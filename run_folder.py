@@ -40,6 +40,30 @@ def check_result_dir(config: TrainingConfig) -> None:
         )
 
 
+def differences(config: TrainingConfig) -> list[str]:
+    """In what the evaluation of a saved run differs from that run, of what its losses depend on."""
+    if config.saved_model is None:
+        return []
+    values = _read_run(config.result_dir)
+    assert values is not None
+    names = (
+        "block_size",
+        "pile_data_dir",
+        "train_set",
+        "val_set",
+        "test_set",
+        "domains",
+        "eval_iter",
+        "eval_bs",
+        "seed",
+    )
+    return [
+        f"{name} is {getattr(config, name)}, was {values[name]}"
+        for name in (*names, "model_dtype", "train_dtype")
+        if getattr(config, name) != values[name]
+    ]
+
+
 def prepare_result_dir(config: TrainingConfig) -> None:
     """Make the run's folder, empty; with --eval_only make nothing.
 
