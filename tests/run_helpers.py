@@ -23,7 +23,7 @@ from data_processing.tokenizers import get_tokenizer
 from model_setup import CausalLM
 
 ROOT = Path(__file__).parent.parent
-DOMAINS = ("Alpha", "Beta (en)")
+DOMAINS = ("Alpha", "Beta [b]")
 DOCUMENTS = {"train": 12, "val": 4, "test": 4}  # of each domain, some 400 tokens each
 WORDS = [
     "tensor",

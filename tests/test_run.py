@@ -318,11 +318,11 @@ def test_the_values_of_an_sgd_step_are_the_fall_of_the_validation_loss(
 
 def test_chosen_domains_sgd_and_a_log_of_every_second_step(data: Path, results: Path) -> None:
     run = start(
-        data, results, run_name="chosen", domains="Beta (en)", optimizer="SGD", log_interval=2,
+        data, results, run_name="chosen", domains="Beta [b]", optimizer="SGD", log_interval=2,
         train_dtype="bfloat16", contraction="gram", learning_rate=0.1,
     )  # fmt: skip
     assert run.status == 0
-    assert set(run.scores().domain) == {"Beta (en)"}
+    assert set(run.scores().domain) == {"Beta [b]"}
     assert [record["step"] for record in run.records() if "train_loss" in record] == [1, 3]
     lr = run.scores().query("step == 3").lr.iloc[0]
     assert 0 < lr < 0.1
@@ -332,9 +332,9 @@ def test_weighted_domains_and_texts_that_look_like_markup(
     data: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    domains = "Alpha:1e-9,Beta (en):1"
+    domains = "Alpha:1e-9,Beta [b]:1"
     run = start(data, results, run_name="weighted", domains=domains, block_size=64, batch_size=4, max_steps=2)
-    assert set(run.scores().domain) == {"Beta (en)"}
+    assert set(run.scores().domain) == {"Beta [b]"}
     for row in run.scores().sort_values("value").iloc[[0, -1]].itertuples():
         text = get_tokenizer("gpt2_bytes").decode(
             tokens_of(data, "train", row.domain, row.block, 64).tolist()

@@ -69,9 +69,9 @@ def refusal(arguments: list[str], results: Path, capsys: pytest.CaptureFixture[s
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"block_size": 1100}, "--block_size 1100 is longer than the 1024 positions of GPT2-Tiny"),
         ({"val_batch_size": 10_000}, "--val_batch_size 10000: there are "),
-        ({"domains": "Gamma"}, "Gamma in {data}/train; it has Alpha, Beta (en)"),
+        ({"domains": "Gamma"}, "Gamma in {data}/train; it has Alpha, Beta [b]"),
         ({"domains": "Alpha:0"}, "'Alpha' has the weight '0', not a finite one above 0"),
-        ({"val_set": "val:Gamma"}, "Gamma in {data}/val; it has Alpha, Beta (en)"),
+        ({"val_set": "val:Gamma"}, "Gamma in {data}/val; it has Alpha, Beta [b]"),
         ({"test_set": "exam"}, "no shards of split 'exam' in {data} (splits there: test, train, val)"),
         ({"pile_data_dir": "/nowhere"}, "no shards of split 'train' in /nowhere"),
         ({"run_name": "there", "eval_only": True}, "results/there is not the folder of a run"),
@@ -125,7 +125,10 @@ def put_foreign_tokens(folder: Path) -> None:
         (change(format_version=9), "Alpha.json: has format version 9"),
         (change(num_tokens=10), "Alpha.bin: has "),
         (change(max_token_id=60_000), "largest token id 60000 is beyond the vocabulary of 50257 ids"),
-        (change(tokenizer="gpt2"), "{folder}: Alpha.json has tokenizer 'gpt2', Beta (en).json 'gpt2_bytes'"),
+        (
+            change(tokenizer="gpt2"),
+            "{folder}: Alpha.json has tokenizer 'gpt2', Beta %5Bb%5D.json 'gpt2_bytes'",
+        ),
         (put_foreign_tokens, "token id 60000 in block "),
     ],
 )
@@ -361,6 +364,7 @@ def test_ctrl_c_in_a_forward_pass(data: Path, tmp_path: Path, monkeypatch: pytes
     assert run.status == 130
     assert steps_scored(run) == [0, 1, 2] and saved_is(run, seen[0])
     assert "steps                  3 of 4" in run.out
+    assert "loss on val            not evaluated yet" in run.out
 
 
 @pytest.mark.parametrize("where", [(torch.optim.AdamW, "step"), (training_loop.Trainer, "_record")])
