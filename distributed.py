@@ -22,9 +22,9 @@ def distributed_world() -> Iterator[World]:
 
     Raises ConfigError if it was launched as one of several.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size != 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
         raise ConfigError(
-            f"WORLD_SIZE is {size}: runs of several processes are not supported; start one without torchrun"
+            f"WORLD_SIZE is {size!r}: runs of several processes are not supported; start one without torchrun"
         )
     yield World(rank=0, size=1)

@@ -177,5 +177,7 @@ class GradDotProdManager(GhostEngineManager):
         self._scores.flush()
 
     def close(self) -> None:
-        self._engine.detach()
-        self._scores.close()
+        try:
+            self._engine.detach()
+        finally:
+            self._scores.close()
