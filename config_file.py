@@ -267,5 +267,7 @@ def describe(config: TrainingConfig) -> str:
     lines = []
     for spec in flags_of(config):
         source = f"  ({config.resolved_from[spec.name]})" if spec.name in config.resolved_from else ""
-        lines.append(f"{spec.name:23s} {getattr(config, spec.name)}{source}")
+        value = getattr(config, spec.name)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        lines.append(f"{spec.name:23s} {shown}{source}")
     return "\n".join(lines)
