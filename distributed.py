@@ -25,6 +25,6 @@ def distributed_world() -> Iterator[World]:
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         raise ConfigError(
-            f"WORLD_SIZE is {size!r}: runs of several processes are not supported; start one without torchrun"
+            f"WORLD_SIZE is {size}: runs of several processes are not supported; start one without torchrun"
         )
     yield World(rank=0, size=1)
