@@ -26,6 +26,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .step import GRANULARITIES
+
 FILE_NAME = re.compile(r"step-(\d{12})-(\d{12})\.rank-(\d{5})\.parquet")
 MARKER_NAME = re.compile(r"merging\.rank-(\d{5})\.parquet")
 MARKER_TEXT = """Scores are being merged in this folder, and some rows are in two files.
@@ -35,7 +37,6 @@ from ghostEngines.score_files import recover; recover({!r})
 # Columns whose values repeat. The others are written 40 % faster, and 20 % smaller, without a dictionary.
 DICTIONARY_COLUMNS = ["step", "domain", "rank", "lr", "clip_factor", "global_batch_size"]
 
-GRANULARITIES = ("total", "pairwise", "per_layer")
 FORMAT = {"format": "ghostEngines scores", "format_version": "1"}  # in the schema metadata of every file
 
 
