@@ -324,16 +324,16 @@ def results_of(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[s
     results = [
         {
             "name": name,
-            "median_s": statistics.median(values),
-            "min_s": min(values),
-            "max_s": max(values),
+            "median_s": statistics.median(values) if values else None,  # None: only memory was measured
+            "min_s": min(values, default=None),
+            "max_s": max(values, default=None),
             "peak_bytes": peaks.get(name),
         }
         for name, values in seconds.items()
     ]
     ratios = []
     for above, below in RATIOS:
-        if above in seconds and below in seconds:
+        if seconds.get(above) and seconds.get(below):
             paired = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
             low, high = interval(paired)
             ratios.append(
@@ -351,8 +351,9 @@ def print_results(report: dict[str, list[dict[str, object]]], title: str) -> Non
         console.print(table)
     table = Table("method", "median s", "min s", "max s", "peak GB")
     for row in report["results"]:
+        times = ["" if row[key] is None else f"{row[key]:.4f}" for key in ("median_s", "min_s", "max_s")]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
-        table.add_row(row["name"], *(f"{row[key]:.4f}" for key in ("median_s", "min_s", "max_s")), peak)
+        table.add_row(row["name"], *times, peak)
     console.print(table)
 
 
