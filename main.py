@@ -15,7 +15,7 @@ from distributed import distributed_world
 from ghostEngines.contraction import TILE_NUMEL, Split, Strategy
 from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
-from ghostEngines.layer_rules.cross_entropy_head import GROUP_POSITIONS, SOFTMAX_POSITIONS
+from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
 from run_folder import check_result_dir, differences, prepare_result_dir, provenance, save
@@ -117,7 +117,7 @@ def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
     return {
         "contraction_by_layer": plan,
         "tile_numel": TILE_NUMEL,
-        "head_group_positions": GROUP_POSITIONS,
+        "head_part_positions": PART_POSITIONS,
         "head_softmax_positions": SOFTMAX_POSITIONS,
     }
 

@@ -6,16 +6,18 @@ step needs Σ_i G_i over the train rows anyway; attribution wants <G_i, D> as we
 by default the validation gradient.
 
 Index letters: n train rows, m validation rows, T positions, k directions (1, or m for pairwise scores), p and
-d the two sides of the weight. All functions here are pure but for `total`, which they add to.
+d the two sides of the weight. All functions here are pure but for `total`, which they add to or, if it is
+`fresh`, write over, and for the scratch memory.
 
     strategy     extra operations       extra memory      good when
     gram         2·n·m·T²·(d+p)         2·n·m·T²          T is small against d·p/(d+p)
     project      2·k·n·T·d·p            n·T·d             rarely; a simple cross-check
-    instantiate  none                   two tiles         T is large
+    instantiate  none                   1+k tiles         T is large
 
 `gram` works on the validation rows themselves, the others on the direction made from them.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +27,15 @@ from torch import Tensor
 Strategy = Literal["gram", "project", "instantiate"]
 STRATEGIES: tuple[Strategy, ...] = ("gram", "project", "instantiate")
 
-# `instantiate` walks the weight in tiles of about this many numbers. Smaller ones would stay in a faster
-# cache, but make the matrix products slower by more than that saves (benchmarks/RESULTS.md).
-TILE_NUMEL = 1 << 22
+# `instantiate` walks the weight in tiles of about this many numbers, so that a tile of the gradient, of the
+# direction and of the sum stay in a CPU's third-level cache together. Smaller ones would stay in a faster
+# cache, but make the matrix products slower by more than that saves, as would a shorter side than SIDE
+# (benchmarks/RESULTS.md).
+TILE_NUMEL = 1 << 20
+SIDE = 128
+# On a GPU, where each call costs, the tile is the whole weight, for as many samples at once as fit in this
+# many numbers.
+GPU_NUMEL = 1 << 26
 # What it costs `instantiate` to pass over an entry of one sample's gradient, in multiply-adds of a matrix
 # product.
 PASSES = 18
@@ -69,85 +77,166 @@ def choose_strategy(split: Split, positions: int, p: int, d: int) -> Strategy:
     return "gram" if gram < instantiate else "instantiate"
 
 
+class Scratch:
+    """Memory that one contraction after another uses, over all layers and steps: on a CPU the first touch of
+    fresh pages costs more than what is then written to them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """(numel,) with any content, of the dtype and device of `like`; the next call may give the same
+        memory."""
+        if torch.compiler.is_compiling():  # the compiler plans the memory of its graph itself
+            return like.new_empty(numel)
+        key = (like.dtype, like.device)
+        if key not in self._buffers or len(self._buffers[key]) < numel:
+            self._buffers[key] = like.new_empty(numel)
+        return self._buffers[key][:numel]
+
+
+Tile = tuple[slice, slice]
+Directions = Callable[[Tile, Tensor], Tensor]
+"""(tile, memory (k, r, c)) -> the directions' part in the tile, (k, r, c), there or elsewhere."""
+
+
 def direction_of(left: Tensor, right: Tensor, split: Split) -> Tensor:
     """The validation gradient(s) of one weight.
 
     left (m, T, p), right (m, T, d): the validation rows. Returns (k, p, d) in the accumulation dtype: Σ_j
     left_jᵀ right_j, never (Σ_j left_j)ᵀ(Σ_j right_j), or with pairwise each left_jᵀ right_j."""
-    if not split.pairwise:
-        left, right = left.flatten(0, 1)[None], right.flatten(0, 1)[None]
-    return (left.mT @ right).to(accumulation_dtype(left.dtype))
+    left, right = validation_factors(left, right, split)
+    shape = (len(left), left.shape[2], right.shape[2])
+    return products(left, right, left.new_empty(shape, dtype=accumulation_dtype(left.dtype)))
 
 
-def instantiate(left: Tensor, right: Tensor, direction: Tensor, total: Tensor) -> Tensor:
-    """Build each G_i tile by tile, dot it with the direction, add it to the sum.
+def validation_factors(left: Tensor, right: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+    """(m, T, ...) -> (k, ...), whose products left_kᵀ right_k are the directions."""
+    if split.pairwise:
+        return left, right
+    return left.flatten(0, 1)[None], right.flatten(0, 1)[None]
 
-    left (n, T, p), right (n, T, d), direction (k, p, d), total (p, d): the latter two in the accumulation
-    dtype. Returns dots (n, k); total grows by Σ_i G_i."""
-    n, _, p = left.shape
-    k, _, d = direction.shape
-    rows = max(1, TILE_NUMEL // d)
+
+def products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out (b, r, c) = each left (b, T, r)ᵀ right (b, T, c), which is rounded to their dtype before it is
+    widened."""
+    if left.dtype == out.dtype:
+        return torch.bmm(left.mT, right, out=out)
+    return out.copy_(left.mT @ right)
+
+
+def tiles(p: int, d: int, numel: int) -> Iterator[Tile]:
+    """Rows and columns of the tiles of a (p, d) weight, about `numel` numbers each: cut along its longer
+    side, so that the matrix products have two long ones."""
+    longer, shorter = max(p, d), min(p, d)
+    count = -(-longer // max(SIDE, numel // shorter))
+    side, everything = -(-longer // count), slice(None)
+    for start in range(0, longer, side):
+        part = slice(start, min(start + side, longer))
+        yield (part, everything) if p >= d else (everything, part)
+
+
+def instantiate(
+    left: Tensor, right: Tensor, directions: Directions, k: int, total: Tensor, fresh: bool, scratch: Scratch
+) -> Tensor:
+    """Build each G_i tile by tile, dot it with the k directions, add it to the sum.
+
+    left (n, T, p), right (n, T, d), total (p, d) in the accumulation dtype. Returns dots (n, k); total grows
+    by Σ_i G_i, or becomes it if fresh."""
+    (n, _, p), d = left.shape, right.shape[2]
+    on_cpu = total.device.type == "cpu"
+    at_once = 1 if on_cpu else min(n, max(1, GPU_NUMEL // (p * d)))  # samples
     dots = total.new_zeros(n, k)
-    for start in range(0, p, rows):
-        tile = slice(start, start + rows)
-        tile_direction = direction[:, tile].flatten(1)  # (k, rows·d)
-        for i in range(n):
-            # Not a running sum whose differences are the dots: an outlier would cost its neighbours their
-            # digits.
-            gradient = (left[i, :, tile].mT @ right[i]).to(total.dtype)  # (rows, d)
-            dots[i].addmv_(tile_direction, gradient.view(-1))
-            total[tile] += gradient
+    for rows, columns in tiles(p, d, TILE_NUMEL if on_cpu else p * d):
+        sum_tile = total[rows, columns]
+        buffer = scratch.take((k + at_once) * sum_tile.numel(), total).view(k + at_once, *sum_tile.shape)
+        direction = directions((rows, columns), buffer[:k]).flatten(1)  # (k, r·c)
+        for start in range(0, n, at_once):
+            some = slice(start, min(start + at_once, n))
+            first = fresh and start == 0
+            # The first sample's gradient is the sum so far. (But no running sum whose differences are the
+            # dots: an outlier would cost its neighbours their digits.)
+            in_place = first and some.stop == 1 and sum_tile.is_contiguous()
+            memory = sum_tile[None] if in_place else buffer[k : k + some.stop - start]
+            gradients = products(left[some, :, rows], right[some, :, columns], memory)  # (b, r, c)
+            dots[some] += inner_products(gradients.flatten(1), direction)
+            if not in_place:
+                add_up(gradients, sum_tile, first)
     return dots
 
 
-def project(left: Tensor, right: Tensor, direction: Tensor, total: Tensor) -> Tensor:
-    """<left_iᵀ right_i, D> = Σ_t right_it · (left_it D): push the left side through the direction.
+def inner_products(gradients: Tensor, directions: Tensor) -> Tensor:
+    """(b, q), (k, q) -> (b, k)"""
+    if gradients.device.type == "cpu":  # whose matrix products use one thread if the results are so few
+        return torch.stack([torch.stack([torch.dot(g, v) for v in directions]) for g in gradients])
+    return gradients @ directions.mT
 
-    Shapes as for `instantiate`.
+
+def add_up(gradients: Tensor, total: Tensor, fresh: bool) -> None:
+    """total (r, c) grows by the sum of the gradients (b, r, c), or becomes it."""
+    if fresh:
+        torch.sum(gradients, 0, out=total)
+    else:
+        total += gradients[0] if len(gradients) == 1 else gradients.sum(0)
+
+
+def project(left: Tensor, right: Tensor, direction: Tensor, total: Tensor, fresh: bool) -> Tensor:
+    """<left_iᵀ right_i, D> = Σ_t right_it · (left_it D): push the left side through the direction (k, p, d).
+
+    Otherwise as `instantiate`.
     """
-    add_gradient(left, right, total)
+    add_gradient(left, right, total, fresh)
     projected = torch.einsum("ntp,kpd->kntd", left.to(total.dtype), direction)
     return torch.einsum("kntd,ntd->nk", projected, right.to(total.dtype))
 
 
-def gram(
-    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, total: Tensor, pairwise: bool
-) -> Tensor:
+def gram(left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, pairwise: bool) -> Tensor:
     """<G_i, G_j> = Σ_ts (left_i left_jᵀ)_ts (right_i right_jᵀ)_ts: no gradient is built at all.
 
     left (n, T, p), right (n, T, d), val_left (m, T', p), val_right (m, T', d). Returns dots (n, 1), or (n, m)
-    if pairwise; total grows by Σ_i G_i."""
-    add_gradient(left, right, total)
+    if pairwise, in the accumulation dtype."""
     n, m = len(left), len(val_left)
     # In the wide dtype: in float16 these products overflow and flush, and no scale of the loss serves both.
+    dtype = accumulation_dtype(left.dtype)
     grams = [
-        train.flatten(0, 1).to(total.dtype) @ val.flatten(0, 1).to(total.dtype).mT  # (n·T, m·T')
+        train.flatten(0, 1).to(dtype) @ val.flatten(0, 1).to(dtype).mT  # (n·T, m·T')
         for train, val in ((left, val_left), (right, val_right))
     ]
     dots = grams[0].mul_(grams[1]).view(n, -1, m, val_left.shape[1]).sum((1, 3))  # (n, m)
     return dots if pairwise else dots.sum(1, keepdim=True)
 
 
-def add_gradient(left: Tensor, right: Tensor, total: Tensor) -> None:
-    """total (p, d) += Σ_i left_iᵀ right_i as one product over all rows and positions."""
+def add_gradient(left: Tensor, right: Tensor, total: Tensor, fresh: bool) -> None:
+    """total (p, d) grows by Σ_i left_iᵀ right_i, or becomes it: one product over all rows and positions."""
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     if left.dtype == total.dtype:
-        total.addmm_(left.mT, right)
+        total.addmm_(left.mT, right, beta=0 if fresh else 1)  # beta=0: whatever was in there is not read
+    elif fresh:
+        total.copy_(left.mT @ right)
     else:
         total += left.mT @ right
 
 
-def contract(left: Tensor, right: Tensor, split: Split, strategy: Strategy) -> tuple[Tensor, Tensor]:
+def contract(
+    left: Tensor, right: Tensor, split: Split, strategy: Strategy, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """A whole layer: left (n+m, T, p), right (n+m, T, d), train rows first.
 
     Returns the gradient of the train rows (p, d) and dots (n, k), in the accumulation dtype."""
     n = split.n
     train, val = (left[:n], right[:n]), (left[n:], right[n:])
-    total = left.new_zeros(left.shape[2], right.shape[2], dtype=accumulation_dtype(left.dtype))
+    total = left.new_empty(left.shape[2], right.shape[2], dtype=accumulation_dtype(left.dtype))
     if strategy == "gram":
-        return total, gram(*train, *val, total, split.pairwise)
-    contraction = {"project": project, "instantiate": instantiate}[strategy]
-    return total, contraction(*train, direction_of(*val, split), total)
+        add_gradient(*train, total, fresh=True)
+        return total, gram(*train, *val, split.pairwise)
+    if strategy == "project":
+        return total, project(*train, direction_of(*val, split), total, fresh=True)
+    val_left, val_right = validation_factors(*val, split)
+
+    def directions(tile: Tile, memory: Tensor) -> Tensor:
+        return products(val_left[..., tile[0]], val_right[..., tile[1]], memory)
+
+    return total, instantiate(*train, directions, split.directions, total, fresh=True, scratch=scratch)
 
 
 def contract_gradients(gradients: Tensor, split: Split) -> tuple[Tensor, Tensor]:

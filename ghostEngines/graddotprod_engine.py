@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .contraction import STRATEGIES, Split, Strategy
+from .contraction import STRATEGIES, Scratch, Split, Strategy
 from .coverage import (
     check_optimizer,
     check_rows_are_independent,
@@ -69,6 +69,7 @@ class GradDotProdEngine:
         self.strategy = strategy
         self._layers: list[LayerStep] = []
         self._current = CurrentStep()
+        self._scratch = Scratch()
         self._prepared = False
         self._bypassed: str | None = None
         self._seen_gradients: list[Tensor] = []
@@ -112,7 +113,7 @@ class GradDotProdEngine:
             raise RuntimeError("the engine is not attached")
         for restore in self._restore:
             restore()
-        self._restore, self._layers = [], []
+        self._restore, self._layers, self._scratch = [], [], Scratch()
         self._current.step, self._current.phase, self._prepared = None, "idle", False
 
     def __enter__(self) -> "GradDotProdEngine":
@@ -142,7 +143,7 @@ class GradDotProdEngine:
         weight = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         split = Split(rows - m, m, self.granularity == "pairwise")
         count = len(self._layers) if self.granularity == "per_layer" else 1
-        step = self._current.step = Step.begin(split, shape, self.strategy, weight, count)
+        step = self._current.step = Step.begin(split, shape, self.strategy, weight, count, self._scratch)
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
         for index, layer_step in enumerate(self._layers):

@@ -7,8 +7,9 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .contraction import Split, Strategy, accumulation_dtype, choose_strategy
+from .contraction import Scratch, Split, Strategy, accumulation_dtype, choose_strategy
 
 
 @dataclass(frozen=True)
@@ -17,19 +18,43 @@ class TiedRoute:
     back to it.
 
     With the weight's gradient E from the embedding and H from the head, <E_i + H_i, E_v + H_v> has two cross
-    terms. Both tensors are zeros of the accumulation dtype that touch no output; the head returns as their
-    gradients
+    terms. All three tensors are zeros of the accumulation dtype that touch no output; the head returns as
+    their gradients
 
         gathered (k, n, L, d)   H_v at the train rows' tokens, for <E_i, H_v> = Σ_t g_it · H_v[x_it]
         picked (n, U, d)        H_i at the validation rows' tokens, for <H_i, E_v> = Σ_u H_i[u] · E_v[u]
+        whole (V, d)            Σ_i H_i, to which the embedding adds its few rows in place, so that the weight
+                                gets one gradient, and autograd need not add up two of the weight's size
 
     train_tokens (n, L) and val_tokens (U,) say which rows of the weight those are.
     """
 
     gathered: Tensor
     picked: Tensor
+    whole: Tensor
     train_tokens: Tensor
     val_tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How a layer norm made its output, so that a linear layer which takes that output need not keep it for
+    the backward pass: the norm keeps its own input x already, of the same size.
+
+    dtype and version: of the output as the norm gave it."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    shape: tuple[int, ...]
+    eps: float
+    dtype: torch.dtype
+    version: int
+
+
+def routed_tensors(route: TiedRoute | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of a route that are in the graph; None thrice for no route."""
+    return (None, None, None) if route is None else (route.gathered, route.picked, route.whole)
 
 
 Granularity = Literal["total", "pairwise", "per_layer"]
@@ -45,25 +70,34 @@ class Step:
     is one for all layers, or with per_layer one for each, in their order: separate tensors, since a tensor
     indexed by a number would give every compiled block a graph of its own. scale_probe (): zero; its gradient
     is s. input_shape: of the model's input. strategy: the one that every weight must use, None for a choice
-    by shape. routes: a tied weight's route from its embedding to its head, by its name."""
+    by shape. scratch: memory for the contractions. routes: a tied weight's route from its embedding to its
+    head, by its name. normalised: outputs of layer norms, and how to make them again."""
 
     split: Split
     input_shape: torch.Size
     probes: list[Tensor]
     scale_probe: Tensor
     strategy: Strategy | None
+    scratch: Scratch
     routes: dict[str, TiedRoute] = field(default_factory=dict)
+    normalised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @classmethod
     def begin(
-        cls, split: Split, input_shape: torch.Size, strategy: Strategy | None, like: Tensor, probes: int
+        cls,
+        split: Split,
+        input_shape: torch.Size,
+        strategy: Strategy | None,
+        like: Tensor,
+        probes: int,
+        scratch: Scratch,
     ) -> "Step":
         """like: a parameter, for the device and the dtype of accumulation. probes: how many."""
         zeros = partial(
             torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
         )
         each = [zeros(split.n, split.directions) for _ in range(probes)]
-        return cls(split, input_shape, each, zeros(()), strategy)
+        return cls(split, input_shape, each, zeros(()), strategy, scratch)
 
     def row_weights(self) -> Tensor:
         """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation
@@ -72,6 +106,18 @@ class Step:
         weights = self.scale_probe.detach().new_full((n + m,), 1 / n)
         weights[n:] = 1 / m
         return weights
+
+    def remember_normalisation(self, output: Tensor, made: Normalisation) -> None:
+        """For as long as the output lives. A compiler decides by itself what is made again."""
+        if not torch.compiler.is_compiling():
+            self.normalised[output] = made
+
+    def normalisation_of(self, x: Tensor) -> Normalisation | None:
+        """How x was made, if it is the output of a layer norm and has not been changed in place since."""
+        if torch.compiler.is_compiling():
+            return None
+        made: Normalisation | None = self.normalised.get(x)
+        return made if made is not None and made.version == x._version else None
 
     def strategy_for(self, positions: int, p: int, d: int) -> Strategy:
         """The strategy for a (p, d) weight whose input has this many positions."""

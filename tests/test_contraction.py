@@ -8,14 +8,16 @@ from torch import Tensor
 from ghostEngines import contraction
 from ghostEngines.contraction import (
     STRATEGIES,
+    Scratch,
     Split,
+    add_gradient,
     choose_strategy,
-    contract,
     contract_gradients,
     direction_of,
     gram,
     instantiate,
     project,
+    tiles,
 )
 
 P, D = 7, 5
@@ -37,56 +39,111 @@ def truth(left: Tensor, right: Tensor, split: Split) -> tuple[Tensor, Tensor, Te
     return train.sum(0), torch.einsum("npd,kpd->nk", train, direction), direction
 
 
+def contract(left: Tensor, right: Tensor, split: Split, strategy: str) -> tuple[Tensor, Tensor]:
+    """A layer, in scratch memory that a larger one has used and left its numbers in."""
+    scratch = Scratch()
+    for dtype in (torch.float32, torch.float64):
+        scratch.take(10_000, torch.empty(0, dtype=dtype)).fill_(torch.nan)
+    return contraction.contract(left, right, split, strategy, scratch)
+
+
+@pytest.fixture(params=[True, False], ids=["tall", "wide"])
+def tall(request) -> bool:
+    """Whether the weight has more rows than columns: it is cut along its longer side."""
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch) -> None:
+    """Tiles of 3, 3 and 1 rows or columns."""
+    monkeypatch.setattr(contraction, "SIDE", 1)
+    monkeypatch.setattr(contraction, "TILE_NUMEL", 3 * D)
+
+
 def error(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape
     return ((got.double() - want).norm() / want.norm()).item()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fresh", [False, True], ids=["added to what was there", "fresh"])
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("positions", [1, 7])
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("n", [1, 5])
-def test_strategies(n: int, m: int, positions: int, pairwise: bool, strategy: str, monkeypatch) -> None:
-    monkeypatch.setattr(contraction, "TILE_NUMEL", 3 * D)  # tiles of 3, 3 and 1 rows
+def test_strategies(
+    n: int, m: int, positions: int, pairwise: bool, strategy: str, fresh: bool, tall: bool, small_tiles
+) -> None:
     split = Split(n, m, pairwise)
     for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
         left, right = factors(n, m, positions, dtype)
+        left, right = (left, right) if tall else (right, left)
         want_total, want_dots, want_direction = truth(left, right, split)
-        start = torch.linspace(-1, 1, P * D, dtype=dtype).view(P, D)
-        total = start.clone()
+        start = torch.linspace(-1, 1, P * D, dtype=dtype).view(want_total.shape)
+        total = torch.full_like(start, torch.nan) if fresh else start.clone()
         train, val = (left[:n], right[:n]), (left[n:], right[n:])
         direction = direction_of(*val, split)
         assert error(direction, want_direction) < bound
         if strategy == "gram":
-            dots = gram(*train, *val, total, pairwise)
+            add_gradient(*train, total, fresh)
+            dots = gram(*train, *val, pairwise)
+        elif strategy == "project":
+            dots = project(*train, direction, total, fresh)
         else:
-            dots = {"project": project, "instantiate": instantiate}[strategy](*train, direction, total)
+            dots = instantiate(
+                *train,
+                lambda tile, _, every=direction: every[:, tile[0], tile[1]],
+                split.directions,
+                total,
+                fresh,
+                Scratch(),
+            )
         assert dots.dtype == total.dtype == dtype
         assert error(dots, want_dots) < bound
-        assert error(total, start.double() + want_total) < bound  # added to what was there
+        was_there = 0 if fresh else start.double()
+        assert error(total, was_there + want_total) < bound
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("tile", [1, 2 * D, 3 * D + 1, 1 << 17])
-def test_a_whole_layer_whatever_the_tile(strategy: str, tile: int, monkeypatch) -> None:
+def test_a_whole_layer_whatever_the_tile(strategy: str, tile: int, tall: bool, monkeypatch) -> None:
+    monkeypatch.setattr(contraction, "SIDE", 1)
     monkeypatch.setattr(contraction, "TILE_NUMEL", tile)
     split = Split(4, 2)
     left, right = factors(4, 2, 6)
+    left, right = (left, right) if tall else (right, left)
     want_total, want_dots, _ = truth(left, right, split)
     total, dots = contract(left, right, split, strategy)
     assert error(total, want_total) < 1e-13
     assert error(dots, want_dots) < 1e-13
 
 
-def test_instantiate_makes_nothing_larger_than_a_tile(monkeypatch) -> None:
-    """The gradient of one sample, (p, d), is never there as a whole."""
-    monkeypatch.setattr(contraction, "TILE_NUMEL", 2 * D)
+def test_instantiate_makes_two_tiles_and_the_gradient(tall: bool, small_tiles) -> None:
+    """Neither the gradient of one sample nor the direction, (p, d) each, is ever there as a whole; and in
+    scratch memory that is there already nothing is made but the gradient of the step."""
     left, right = factors(2, 1, 9)
-    direction, total = direction_of(left[2:], right[2:], Split(2, 1)), torch.zeros(P, D, dtype=torch.float64)
+    left, right = (left, right) if tall else (right, left)
+    scratch = Scratch()
     with Allocations() as made:
-        instantiate(left[:2], right[:2], direction, total)
-    assert made.largest == 2 * D * 8
+        contraction.contract(left, right, Split(2, 1), "instantiate", scratch)
+    with Allocations(lambda tensor: tensor.numel() > 2) as again:
+        contraction.contract(left, right, Split(2, 1), "instantiate", scratch)
+    assert made.largest == P * D * 8
+    assert made.peak < (P * D + 2 * 3 * D) * 8 + 100
+    assert again.peak == P * D * 8
+
+
+@pytest.mark.parametrize(("p", "d"), [(7, 5), (5, 7), (300, 2), (2, 300), (768, 3072), (50304, 768), (1, 1)])
+@pytest.mark.parametrize("numel", [1, 700, 1 << 20])
+def test_tiles_cover_a_weight_once(p: int, d: int, numel: int) -> None:
+    covered = torch.zeros(p, d, dtype=torch.int)
+    sizes = []
+    for tile in tiles(p, d, numel):
+        covered[tile] += 1
+        sizes.append(covered[tile].numel())
+    assert (covered == 1).all()
+    assert max(sizes) <= max(numel, contraction.SIDE * min(p, d))
+    assert max(sizes) - min(sizes) <= min(p, d) * len(sizes)  # no small rest
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
 from ghostEngines import GradDotProdEngine, losses
-from ghostEngines.contraction import STRATEGIES, Split, contract
+from ghostEngines.contraction import STRATEGIES, Scratch, Split, contract
 from ghostEngines.layer_rules import cross_entropy_head
 from model_setup import CausalLM, architecture_config
 
@@ -86,4 +86,4 @@ def test_the_counter_sees_every_strategy(strategy: str) -> None:
         "project": (n + m) * gradient + n * gradient + n * 2 * positions * d,
         "instantiate": (n + m) * gradient + n * 2 * p * d,
     }[strategy]
-    assert operations(lambda: contract(left, right, Split(n, m), strategy)) == want
+    assert operations(lambda: contract(left, right, Split(n, m), strategy, Scratch())) == want

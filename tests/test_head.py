@@ -7,7 +7,7 @@ from cases import BY_NAME, Case, D, T, V, call_with_targets, joint_step
 from oracle import Truth, per_sample
 from torch import Tensor, nn
 
-from ghostEngines import CrossEntropyHead, GradDotProdEngine
+from ghostEngines import CrossEntropyHead, GradDotProdEngine, contraction
 from ghostEngines.contraction import STRATEGIES
 from ghostEngines.layer_rules import cross_entropy_head
 
@@ -25,11 +25,14 @@ class Wrapped(nn.Module):
         return self.head(hidden, targets)
 
 
-@pytest.fixture
-def small_groups(monkeypatch) -> None:
-    """Two rows at a time, of which the last may be alone, and five positions of them in the softmax."""
-    monkeypatch.setattr(cross_entropy_head, "GROUP_POSITIONS", 2 * T + 1)
+@pytest.fixture(params=[2 * T + 1, T - 1], ids=["two rows", "pieces"])
+def small_parts(request, monkeypatch) -> None:
+    """Two rows at a time, of which the last may be alone, or a row in two pieces; five positions of them in
+    the softmax, and tiles of a few rows in the contraction."""
+    monkeypatch.setattr(cross_entropy_head, "PART_POSITIONS", request.param)
     monkeypatch.setattr(cross_entropy_head, "SOFTMAX_POSITIONS", 5)
+    monkeypatch.setattr(contraction, "SIDE", 1)
+    monkeypatch.setattr(contraction, "TILE_NUMEL", 5 * D)
 
 
 def truth_of(case: Case, n: int, m: int) -> Truth:
@@ -58,7 +61,7 @@ def plain_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses.sum(1) / (targets != -100).sum(1)
 
 
-def test_without_an_engine(small_groups) -> None:
+def test_without_an_engine(small_parts) -> None:
     head, hidden, targets = head_and_data()
     wanted = plain_losses(hidden, head.weight, targets)
     want = torch.autograd.grad(3 * wanted.mean(), [hidden, head.weight])
@@ -72,8 +75,8 @@ def test_without_an_engine(small_groups) -> None:
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", FUSED)
-def test_groups(name: str, strategy: str, pairwise: bool, small_groups) -> None:
-    """Train rows in groups of 2, 2 and 1, validation rows in 2 and 1."""
+def test_parts(name: str, strategy: str, pairwise: bool, small_parts) -> None:
+    """Train rows in parts of 2, 2 and 1, validation rows in 2 and 1; or each row in two."""
     case = BY_NAME[name]
     truth, model = truth_of(case, 5, 3), case.model()
     dots, losses = joint_step(
@@ -90,7 +93,7 @@ def test_groups(name: str, strategy: str, pairwise: bool, small_groups) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_evaluation_gives_the_losses_of_training(name: str, small_groups) -> None:
+def test_evaluation_gives_the_losses_of_training(name: str, small_parts) -> None:
     case = BY_NAME[name]
     model, (x, y) = case.model(), case.data(8)
     with torch.no_grad():
@@ -100,7 +103,7 @@ def test_evaluation_gives_the_losses_of_training(name: str, small_groups) -> Non
 
 
 @pytest.mark.parametrize("strategy", [None, "project", "instantiate"])
-def test_one_group_of_logits_at_a_time(strategy: str | None, small_groups) -> None:
+def test_one_group_of_logits_at_a_time(strategy: str | None, small_parts) -> None:
     """Forward and backward: all that is as wide as the vocabulary stays below two rows' logits and one
     chunk of the softmax together, and nothing else is larger."""
     head, hidden, targets = head_and_data(rows=8, vocabulary=512)

@@ -1,10 +1,11 @@
-"""The output layer fused with its cross entropy: one loss per row, and never more than a group of rows'
-logits at a time.
+"""The output layer fused with its cross entropy: one loss per row, and never more than some positions' logits
+at a time.
 
 The logits, (n+m) · T · V numbers, are the largest tensor of a language model's training step. The head makes
-them group by group, and from them at once its own gradients, so that none has to be kept for the backward
-pass. The row weights of the loss must therefore be known beforehand: uniform without an engine, 1/n and 1/m
-with one; the backward pass accepts only a common factor on them."""
+them part by part, and from them at once its own gradients, so that none has to be kept for the backward
+pass. A part is several rows, or a piece of one: losses and dot products are sums over positions. The row
+weights of the loss must therefore be known beforehand: uniform without an engine, 1/n and 1/m with one; the
+backward pass accepts only a common factor on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,24 +16,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..contraction import (
+    Scratch,
     Split,
     Strategy,
+    Tile,
     accumulation_dtype,
     add_gradient,
     choose_strategy,
-    direction_of,
     gram,
     instantiate,
     project,
 )
 from ..losses import IGNORE_INDEX, count_targets, require
-from ..step import LayerStep, TiedRoute
+from ..step import LayerStep, TiedRoute, routed_tensors
 from .functions import compute_dtype, without_autocast
 from .linear import gather
 from .registry import register_rule
 
-# Rows are taken together up to this many positions: enough for full speed of the matrix products.
-GROUP_POSITIONS = 1024
+# How many positions' logits are there at a time: enough for full speed of the matrix products.
+PART_POSITIONS = 512
 # Softmax runs over this many positions at a time, so that its temporaries stay in the cache.
 SOFTMAX_POSITIONS = 64
 
@@ -67,13 +69,13 @@ def cross_entropy_head(
     """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
     step = layer_step.enter(hidden)
     strategy = step.strategy or head_strategy(step.split, hidden.shape[1], *layer.weight.shape)
-    plan = HeadPlan(step.split, strategy, layer_step.probe, layer_step.take_route())
+    plan = HeadPlan(step.split, strategy, layer_step.probe, layer_step.take_route(), step.scratch)
     return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
 
 
 def head_strategy(split: Split, positions: int, vocabulary: int, d: int) -> Strategy:
-    """The cheapest strategy, but for gram where it would hold more validation logits than a group has."""
-    if split.m * positions > GROUP_POSITIONS:
+    """The cheapest strategy, but for gram where it would hold more validation logits than a part has."""
+    if split.m * positions > PART_POSITIONS:
         return "instantiate"
     return choose_strategy(split, positions, vocabulary, d)
 
@@ -86,6 +88,10 @@ class HeadPlan:
     strategy: Strategy
     probe: Tensor
     route: TiedRoute | None
+    scratch: Scratch
+
+
+Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
 
 
 def run_head(
@@ -103,17 +109,14 @@ def run_head(
     dtype = compute_dtype(hidden)
     if not torch.is_grad_enabled():
         return _losses_only(hidden, weight, targets, counts, dtype)
-    probes = (None, None, None)
-    if plan is not None:
-        routed = (None, None) if plan.route is None else (plan.route.gathered, plan.route.picked)
-        probes = (plan.probe, *routed)
+    probes = (None,) * 4 if plan is None else (plan.probe, *routed_tensors(plan.route))
     return FusedHead.apply(hidden, weight, *probes, targets, counts, row_weights, plan, dtype)
 
 
 class FusedHead(torch.autograd.Function):
     """Losses (N,) from hidden (N, T, d); the gradients are made here and only scaled in the backward pass.
 
-    A group's residuals are softmax minus one-hot, (g, T, V), zero where there is no target. They are not
+    A part's residuals are softmax minus one-hot, (g, t, V), zero where there is no target. They are not
     scaled by the row weights, since in float16 nearly all of them would flush to zero: the row's number of
     targets, relative to the smallest one of the batch, goes into the other factor of the product, and
     everything else into the float32 result."""
@@ -126,6 +129,7 @@ class FusedHead(torch.autograd.Function):
         probe: Tensor | None,
         gathered: Tensor | None,
         picked: Tensor | None,
+        whole: Tensor | None,
         targets: Tensor,
         counts: Tensor,
         row_weights: Tensor,
@@ -139,14 +143,14 @@ class FusedHead(torch.autograd.Function):
             fewest = counts.min().to(wide)
             share = (fewest / counts).to(dtype)[:, None, None]  # (N, 1, 1), at most 1
             position_weights = (row_weights / counts)[:, None, None]
-            losses = row_weights.new_empty(len(rows))
+            losses = row_weights.new_zeros(len(rows))
             grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
             sink = _Sink.make(weight, wide, plan) if needs_weight else None
-            for group, residuals in _residual_groups(rows, matrix, targets, counts, losses, plan):
+            for part, residuals in _residual_parts(rows, matrix, targets, counts, losses, plan):
                 if grad_hidden is not None:
-                    torch.mul(residuals @ matrix, position_weights[group], out=grad_hidden[group])
+                    torch.mul(residuals @ matrix, position_weights[part[0]], out=grad_hidden[part])
                 if sink is not None:
-                    sink.add(residuals, rows[group] * share[group], group)
+                    sink.add(residuals, rows[part] * share[part[0]], part)
             if sink is not None:
                 sink.seal()
             ctx.grad_hidden, ctx.sink = grad_hidden, sink
@@ -175,35 +179,37 @@ class FusedHead(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(common).to(ctx.hidden_dtype)
         weight_gradients = (
-            (None,) * 4 if sink is None else sink.finish(common * scales[0], common * scales[-1])
+            (None,) * 5 if sink is None else sink.finish(common * scales[0], common * scales[-1])
         )
         return grad_hidden, *weight_gradients, *(None,) * 5
 
 
 class _Sink:
-    """Gathers the gradient of the head's weight, group by group, validation rows first.
+    """Gathers the gradient of the head's weight, part by part, validation rows first.
 
     Everything in here lacks the factor row_weight / fewest targets, which `finish` applies.
     """
 
     def __init__(self, total: Tensor) -> None:
-        self.total = total  # (V, d)
+        self.total = total  # (V, d), of which nothing counts before the first train rows are in
+        self.fresh = True
 
     @staticmethod
     def make(weight: Tensor, dtype: torch.dtype, plan: HeadPlan | None) -> "_Sink":
-        total = torch.zeros_like(weight, dtype=dtype)
+        total = torch.empty_like(weight, dtype=dtype)
         return _Sink(total) if plan is None else _AttributingSink(total, plan)
 
-    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        """residuals (g, T, V), rows (g, T, d)"""
-        add_gradient(residuals, rows, self.total)
+    def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
+        """residuals (g, t, V), rows (g, t, d)"""
+        add_gradient(residuals, rows, self.total, self.fresh)
+        self.fresh = False
 
     def seal(self) -> None:
-        """All groups are in: let go of what the backward pass does not need."""
+        """All parts are in: let go of what the backward pass does not need."""
 
     def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of weight, probe, gathered and picked."""
-        return self.total.mul_(train_scale), None, None, None
+        """Gradients of weight, probe, gathered, picked and whole."""
+        return self.total.mul_(train_scale), None, None, None, None
 
 
 class _AttributingSink(_Sink):
@@ -212,22 +218,23 @@ class _AttributingSink(_Sink):
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         super().__init__(total)
         self.split, self.route = plan.split, plan.route
-        self.dots = total.new_empty(plan.split.n, plan.split.directions)
+        self.dots = total.new_zeros(plan.split.n, plan.split.directions)
         self.validation: _ValidationGradient | _ValidationRows
         self.validation = (
             _ValidationRows(plan.split) if plan.strategy == "gram" else _ValidationGradient(total, plan)
         )
         if plan.route is not None:
-            self.picked = total.new_empty(plan.route.picked.shape)
+            self.picked = total.new_zeros(plan.route.picked.shape)
 
-    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        n = self.split.n
+    def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
+        n, (group, _) = self.split.n, part
         if group.start >= n:
             self.validation.add(residuals, rows, slice(group.start - n, group.stop - n))
             return
-        self.dots[group] = self.validation.contract(residuals, rows, self.total)
+        self.dots[group] += self.validation.contract(residuals, rows, self.total, self.fresh)
+        self.fresh = False
         if self.route is not None:
-            self.picked[group] = residuals[:, :, self.route.val_tokens].mT @ rows
+            self.picked[group] += residuals[:, :, self.route.val_tokens].mT @ rows
 
     def seal(self) -> None:
         if self.route is not None:
@@ -238,79 +245,95 @@ class _AttributingSink(_Sink):
         grad_weight, *_ = super().finish(train_scale, val_scale)
         dots = self.dots.mul_(train_scale * val_scale)
         if self.route is None:
-            return grad_weight, dots, None, None
-        return grad_weight, dots, self.gathered.mul_(val_scale), self.picked.mul_(train_scale)
+            return grad_weight, dots, None, None, None
+        return None, dots, self.gathered.mul_(val_scale), self.picked.mul_(train_scale), grad_weight
 
 
 class _ValidationGradient:
     """What train rows are contracted with, for strategies that need it: the direction (k, V, d)."""
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
-        self.split = plan.split
-        self.direction = total.new_zeros(plan.split.directions, *total.shape)
-        self.contraction = instantiate if plan.strategy == "instantiate" else project
+        self.split, self.strategy, self.scratch = plan.split, plan.strategy, plan.scratch
+        self.direction = total.new_empty(plan.split.directions, *total.shape)
+        self.fresh = [True] * plan.split.directions
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        if self.split.pairwise:
-            self.direction[group] = direction_of(residuals, rows, self.split)
-        else:
-            add_gradient(residuals, rows, self.direction[0])
+        if not self.split.pairwise:
+            self._add(residuals, rows, 0)
+            return
+        for i, j in enumerate(range(group.start, group.stop)):
+            self._add(residuals[i : i + 1], rows[i : i + 1], j)
 
-    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor) -> Tensor:
-        return self.contraction(residuals, rows, self.direction, total)
+    def _add(self, residuals: Tensor, rows: Tensor, j: int) -> None:
+        add_gradient(residuals, rows, self.direction[j], self.fresh[j])
+        self.fresh[j] = False
+
+    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
+        if self.strategy == "project":
+            return project(residuals, rows, self.direction, total, fresh)
+        k = self.split.directions
+        return instantiate(residuals, rows, self._directions, k, total, fresh, self.scratch)
+
+    def _directions(self, tile: Tile, memory: Tensor) -> Tensor:
+        return self.direction[:, tile[0], tile[1]]
 
     def gather(self, tokens: Tensor) -> Tensor:
         return self.direction[:, tokens]
 
 
 class _ValidationRows:
-    """The same for gram, which needs the validation rows themselves: residuals (m, T, V), rows (m, T, d)."""
+    """The same for gram, which needs the validation rows themselves: of each part its rows' numbers,
+    residuals (g, t, V) and rows (g, t, d)."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
-        self.groups: list[tuple[Tensor, Tensor]] = []
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        if len(self.groups) > 1:
-            residuals, rows = zip(*self.groups, strict=True)
-            self.groups = [(torch.cat(residuals), torch.cat(rows))]
-        return self.groups[0]
+        self.parts: list[tuple[slice, Tensor, Tensor]] = []
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        self.groups.append((residuals.clone(), rows))
+        self.parts.append((group if self.split.pairwise else slice(None), residuals.clone(), rows))
 
-    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor) -> Tensor:
-        return gram(residuals, rows, *self.factors(), total, self.split.pairwise)
+    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
+        add_gradient(residuals, rows, total, fresh)
+        dots = total.new_zeros(len(rows), self.split.directions)
+        for group, val_residuals, val_rows in self.parts:
+            dots[:, group] += gram(residuals, rows, val_residuals, val_rows, self.split.pairwise)
+        return dots
 
     def gather(self, tokens: Tensor) -> Tensor:
-        return gather(*self.factors(), tokens, self.split)
+        shape = (self.split.directions, *tokens.shape, self.parts[0][2].shape[2])
+        gathered = self.parts[0][2].new_zeros(shape, dtype=accumulation_dtype(self.parts[0][2].dtype))
+        for group, residuals, rows in self.parts:
+            gathered[group] += gather(residuals, rows, tokens, self.split)
+        return gathered
 
 
-def _groups(rows: int, positions: int, split: Split | None) -> Iterator[slice]:
-    """Slices of rows that are taken together, validation rows before train rows."""
-    size = max(1, GROUP_POSITIONS // positions)
+def _parts(rows: int, positions: int, split: Split | None) -> Iterator[Part]:
+    """What is taken together, validation rows before train rows: rows, or pieces of a row that is longer than
+    PART_POSITIONS."""
+    pieces = -(-positions // PART_POSITIONS)
+    group, length = max(1, PART_POSITIONS // positions), -(-positions // pieces)
     bounds = [(0, rows)] if split is None else [(split.n, rows), (0, split.n)]
     for first, last in bounds:
-        for start in range(first, last, size):
-            yield slice(start, min(start + size, last))
+        for row in range(first, last, group):
+            for start in range(0, positions, length):
+                yield slice(row, min(row + group, last)), slice(start, min(start + length, positions))
 
 
-def _residual_groups(
+def _residual_parts(
     rows: Tensor, matrix: Tensor, targets: Tensor, counts: Tensor, losses: Tensor, plan: HeadPlan | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """For each group of rows its residuals (g, T, V), in a buffer that the next group overwrites; fills
-    losses (N,)."""
+) -> Iterator[tuple[Part, Tensor]]:
+    """For each part its residuals (g, t, V), in a buffer that the next part overwrites; adds to losses (N,),
+    which are zero at first."""
     (n_rows, positions, _), vocabulary = rows.shape, len(matrix)
-    groups = list(_groups(n_rows, positions, None if plan is None else plan.split))
-    largest = max(group.stop - group.start for group in groups)
-    buffer = rows.new_empty(largest * positions, vocabulary)
-    for group in groups:
-        group_targets = targets[group].flatten()
-        residuals = buffer[: len(group_targets)]
-        torch.mm(rows[group].flatten(0, 1), matrix.mT, out=residuals)
-        position_losses = residuals_from_logits(residuals, group_targets, losses.dtype)
-        losses[group] = position_losses.view(-1, positions).sum(1) / counts[group]
-        yield group, residuals.view(-1, positions, vocabulary)
+    parts = list(_parts(n_rows, positions, None if plan is None else plan.split))
+    buffer = rows.new_empty(max(targets[part].numel() for part in parts), vocabulary)
+    for part in parts:
+        part_targets = targets[part]  # (g, t)
+        residuals = buffer[: part_targets.numel()]
+        torch.mm(rows[part].flatten(0, 1), matrix.mT, out=residuals)
+        position_losses = residuals_from_logits(residuals, part_targets.flatten(), losses.dtype)
+        losses[part[0]] += position_losses.view(part_targets.shape).sum(1) / counts[part[0]]
+        yield part, residuals.view(*part_targets.shape, vocabulary)
 
 
 def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
@@ -340,7 +363,7 @@ def _losses_only(
 ) -> Tensor:
     """Evaluation: the losses (N,) without any gradient."""
     with without_autocast(hidden):
-        losses = hidden.new_empty(len(hidden), dtype=accumulation_dtype(dtype))
-        for _ in _residual_groups(hidden.to(dtype), weight.to(dtype), targets, counts, losses, None):
+        losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(dtype))
+        for _ in _residual_parts(hidden.to(dtype), weight.to(dtype), targets, counts, losses, None):
             pass
     return losses

@@ -30,17 +30,19 @@ def embedding(layer: nn.Embedding, layer_step: LayerStep, input: Tensor) -> Any:
     one_for_all = input.dim() > 1 and input.shape[0] == 1
     tokens = input.expand(split.n + split.m, *input.shape[1:]) if one_for_all else input
     step = layer_step.enter(tokens)
-    output, gathered, picked = ProbedEmbedding.apply(
+    output, gathered, picked, whole = ProbedEmbedding.apply(
         tokens, layer.weight, layer_step.probe, split, layer.padding_idx, layer_step.tied is not None
     )
     if layer_step.tied is not None:
         rows = tokens.reshape(len(tokens), -1)
-        step.routes[layer_step.tied] = TiedRoute(gathered, picked, rows[: split.n], rows[split.n :].flatten())
+        step.routes[layer_step.tied] = TiedRoute(
+            gathered, picked, whole, rows[: split.n], rows[split.n :].flatten()
+        )
     return output
 
 
 class ProbedEmbedding(torch.autograd.Function):
-    """y = W[tokens], and the two zero outputs of a `TiedRoute` (None for a weight that is not tied).
+    """y = W[tokens], and the three zero outputs of a `TiedRoute` (None for a weight that is not tied).
 
     The validation gradient E_v is kept for the validation rows' own tokens only: `slots` maps a token to its
     place among them, one of the positions at which it stands."""
@@ -54,21 +56,22 @@ class ProbedEmbedding(torch.autograd.Function):
         split: Split,
         padding_idx: int | None,
         tied: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         ctx.split, ctx.padding_idx, ctx.vocabulary = split, padding_idx, len(weight)
         ctx.save_for_backward(tokens)
         length, d = tokens[0].numel(), weight.shape[1]
         output = as_shape(weight.index_select(0, tokens.reshape(-1)), *tokens.shape, d)
         if not tied:
-            return output, None, None
+            return output, None, None, None
         gathered = probe.new_zeros(()).expand(split.directions, split.n, length, d)
         picked = probe.new_zeros(()).expand(split.n, split.m * length, d)
-        return output, gathered, picked
+        whole = probe.new_zeros(()).expand(weight.shape)
+        return output, gathered, picked, whole
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, backprops: Tensor, gathered: Tensor | None, picked: Tensor | None
+        ctx: Any, backprops: Tensor, gathered: Tensor | None, picked: Tensor | None, whole: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         split, n, d = ctx.split, ctx.split.n, backprops.shape[-1]
@@ -77,7 +80,7 @@ class ProbedEmbedding(torch.autograd.Function):
             backprops = backprops.reshape(*tokens.shape, d).to(accumulation_dtype(backprops.dtype))
             if ctx.padding_idx is not None:
                 backprops = backprops.masked_fill((tokens == ctx.padding_idx)[..., None], 0)
-            grad_weight = backprops.new_zeros(ctx.vocabulary, d)
+            grad_weight = backprops.new_zeros(ctx.vocabulary, d) if whole is None else whole
             grad_weight.index_add_(0, tokens[:n].flatten(), backprops[:n].flatten(0, 1))
             direction, slots = validation_gradient(tokens[n:], backprops[n:], split, ctx.vocabulary)
             seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..contraction import Split, accumulation_dtype, contract_gradients
-from ..step import LayerStep
+from ..step import LayerStep, Normalisation
 from .functions import without_autocast
 from .registry import register_rule
 
@@ -15,10 +15,11 @@ from .registry import register_rule
 @register_rule(nn.LayerNorm)
 def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, input: Tensor) -> Any:
     """input (n+m, ..., *normalized_shape) -> the same shape."""
-    step = layer_step.enter(input)
-    return ProbedLayerNorm.apply(
-        input, layer.weight, layer.bias, layer_step.probe, layer.normalized_shape, layer.eps, step.split
-    )
+    step, shape, eps = layer_step.enter(input), layer.normalized_shape, layer.eps
+    output = ProbedLayerNorm.apply(input, layer.weight, layer.bias, layer_step.probe, shape, eps, step.split)
+    made = Normalisation(input.detach(), layer.weight, layer.bias, shape, eps, output.dtype, output._version)
+    step.remember_normalisation(output, made)
+    return output
 
 
 class ProbedLayerNorm(torch.autograd.Function):
@@ -58,7 +59,7 @@ class ProbedLayerNorm(torch.autograd.Function):
                 )
                 grad_x = grad_x.to(x.dtype)
             if needs_weight:
-                per_sample = sum_positions(g * ((wide_x - mean) * rstd), shape)
+                per_sample = sum_positions(torch.sub(wide_x, mean).mul_(rstd).mul_(g), shape)
                 grad_weight, weight_dots = contract_gradients(per_sample, ctx.split)
                 dots.append(weight_dots)
             if needs_bias:

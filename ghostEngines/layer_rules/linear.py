@@ -7,8 +7,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ..contraction import Split, Strategy, accumulation_dtype, contract, contract_gradients, direction_of
-from ..step import LayerStep
+from ..contraction import (
+    Scratch,
+    Split,
+    Strategy,
+    accumulation_dtype,
+    contract,
+    contract_gradients,
+    direction_of,
+)
+from ..step import LayerStep, Normalisation, routed_tensors
 from .functions import as_shape, compute_dtype, without_autocast
 from .registry import register_rule
 
@@ -31,18 +39,28 @@ def _run(layer: nn.Linear | Conv1D, layer_step: LayerStep, x: Tensor, weight: Te
     positions = x.shape[1:-1].numel()
     strategy = step.strategy_for(positions, *weight.shape)
     route = layer_step.take_route()
-    routed = (
-        (None,) * 4 if route is None else (route.gathered, route.picked, route.train_tokens, route.val_tokens)
-    )
+    tokens = (None, None) if route is None else (route.train_tokens, route.val_tokens)
     return ProbedLinear.apply(
-        x, weight, layer.bias, layer_step.probe, *routed, step.split, strategy, transposed, compute_dtype(x)
+        x,
+        weight,
+        layer.bias,
+        layer_step.probe,
+        *routed_tensors(route),
+        *tokens,
+        step.normalisation_of(x),
+        step.split,
+        strategy,
+        transposed,
+        compute_dtype(x),
+        step.scratch,
     )
 
 
 class ProbedLinear(torch.autograd.Function):
     """y = x Wᵀ + b, whose backward makes the train rows' gradient of W and b and the dot products.
 
-    probe (n, k) touches no output; the last four tensor arguments are those of a `TiedRoute`, or None.
+    probe (n, k) touches no output; the last five tensor arguments are those of a `TiedRoute`, or None. made:
+    how x came out of a layer norm; then x is made again in the backward pass, not kept.
     """
 
     @staticmethod
@@ -54,16 +72,23 @@ class ProbedLinear(torch.autograd.Function):
         probe: Tensor,
         gathered: Tensor | None,
         picked: Tensor | None,
+        whole: Tensor | None,
         train_tokens: Tensor | None,
         val_tokens: Tensor | None,
+        made: Normalisation | None,
         split: Split,
         strategy: Strategy,
         transposed: bool,
         dtype: torch.dtype,
+        scratch: Scratch,
     ) -> Tensor:
-        ctx.split, ctx.strategy, ctx.transposed = split, strategy, transposed
+        ctx.split, ctx.strategy, ctx.transposed, ctx.scratch = split, strategy, transposed, scratch
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight, train_tokens, val_tokens)
+        kept: tuple[Tensor | None, ...] = (x, None, None)
+        if made is not None:
+            kept = (made.x, made.weight, made.bias)
+        ctx.norm = None if made is None else (made.shape, made.eps, made.dtype, dtype)
+        ctx.save_for_backward(*kept, weight, train_tokens, val_tokens)
         with without_autocast(x):  # the very operations of the layers themselves
             matrix = weight.to(dtype)
             if transposed:
@@ -75,9 +100,11 @@ class ProbedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, train_tokens, val_tokens = ctx.saved_tensors
+        x, *norm, weight, train_tokens, val_tokens = ctx.saved_tensors
+        if ctx.norm is not None:
+            x = normalise(x, *norm, *ctx.norm)
         split, (needs_x, needs_weight, needs_bias, *_) = ctx.split, ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = gathered = picked = None
+        grad_x = grad_weight = grad_bias = gathered = picked = whole = None
         dots = []
         with without_autocast(x):
             rows = len(x)
@@ -90,15 +117,35 @@ class ProbedLinear(torch.autograd.Function):
             )
             if needs_weight:
                 left, right = (activations, backprops) if ctx.transposed else (backprops, activations)
-                grad_weight, weight_dots = contract(left, right, split, ctx.strategy)
+                grad_weight, weight_dots = contract(left, right, split, ctx.strategy, ctx.scratch)
                 dots.append(weight_dots)
                 if train_tokens is not None:
                     gathered, picked = routed_gradients(left, right, train_tokens, val_tokens, split)
+                    grad_weight, whole = None, grad_weight
             if needs_bias:
                 sums = backprops.sum(1, dtype=torch.promote_types(backprops.dtype, torch.float32))  # (n+m, p)
                 grad_bias, bias_dots = contract_gradients(sums, split)
                 dots.append(bias_dots)
-        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), gathered, picked, *(None,) * 6
+        probe = torch.stack(dots).sum(0)
+        return grad_x, grad_weight, grad_bias, probe, gathered, picked, whole, *(None,) * 8
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    eps: float,
+    dtype: torch.dtype,
+    wanted: torch.dtype,
+) -> Tensor:
+    """The output of a layer norm once more, to the last bit: in the dtype that it had, then in the wanted
+    one."""
+    with without_autocast(x):
+        weight, bias = (
+            None if p is None else p.to(torch.promote_types(p.dtype, dtype)) for p in (weight, bias)
+        )
+        return nn.functional.layer_norm(x.to(dtype), shape, weight, bias, eps).to(wanted)
 
 
 def routed_gradients(
@@ -119,4 +166,4 @@ def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
     left (m, T, V), right (m, T, d): the validation rows. Returns (k, n, L, d).
     """
     rows = direction_of(left[:, :, tokens.flatten()], right, split)  # (k, n·L, d)
-    return rows.view(split.directions, *tokens.shape, -1)
+    return rows.view(-1, *tokens.shape, right.shape[2])
