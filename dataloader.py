@@ -8,7 +8,8 @@ matter, and a step is found without walking through those before it. Nothing her
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -150,6 +151,35 @@ class BatchLoader:
         """Rows rank*b to rank*b + b - 1 of global step `step`, counted from 0."""
         start = (step * self._world_size + self._rank) * self._batch_size
         return self._dataset.batch(self._order.places(start, self._batch_size))
+
+
+class Prefetch:
+    """A loader's batches, of which the next one is read while the present one is at work.
+
+    pin: in memory from which a GPU copies while the program goes on. An error in reading a batch is raised
+    when that batch is asked for.
+    """
+
+    def __init__(self, loader: BatchLoader, *, pin: bool) -> None:
+        self._loader, self._pin = loader, pin
+        self._reader = ThreadPoolExecutor(1, "prefetch")
+        self._coming: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """As of `BatchLoader`: steps in any order, but only the one after the last is there already."""
+        if self._coming is None or self._coming[0] != step:
+            self._coming = step, self._reader.submit(self._read, step)
+        batch = self._coming[1].result()
+        self._coming = step + 1, self._reader.submit(self._read, step + 1)
+        return batch
+
+    def _read(self, step: int) -> Batch:
+        batch = self._loader.batch(step)
+        return replace(batch, x=batch.x.pin_memory(), y=batch.y.pin_memory()) if self._pin else batch
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        self._reader.shutdown(cancel_futures=True)
 
 
 def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:

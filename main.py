@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from config_file import TrainingConfig, describe, resolve
 from distributed import distributed_world
+from finite_guard import NonFiniteLoss
 from ghostEngines.contraction import TILE_NUMEL, Split, Strategy
 from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
@@ -22,7 +23,7 @@ from run_folder import check_result_dir, differences, prepare_result_dir, proven
 from run_log import RunLog, check_wandb
 from summary import print_summary
 from training_data import TrainingData, check_tokens
-from training_loop import NonFiniteLoss, Trainer, check_evaluation, evaluate, to_device
+from training_loop import Trainer, check_evaluation, evaluate, to_device
 from validation_rows import save_validation_rows
 
 logger = logging.getLogger("main")
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
             config = resolve(config)
             world = resources.enter_context(distributed_world())
             check_result_dir(config)
-            data = TrainingData.open(config, world)
+            data = resources.enter_context(TrainingData.open(config, world))
             model = prepare_model(config)
             check_tokens(data.blocks, model.hf.config.vocab_size)
             check_wandb(config)

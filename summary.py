@@ -21,7 +21,7 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
     lines = {
         "steps": f"{progress.steps} of {config.max_steps}",
         "tokens/s": f"{progress.tokens / progress.seconds:,.0f}",
-        "train loss, last step": f"{progress.train_loss:.4f}",
+        "train loss, last step": f"{progress.train_loss.item():.4f}",
         **evaluation_lines(progress, data),
         "results": config.result_dir,
     }

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from config_file import ConfigError, TrainingConfig, split_and_domain
 from data_processing.tokenizers import Tokenizer, get_tokenizer
-from dataloader import Batch, BatchLoader, BlockDataset, parse_domains, validation_batch
+from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, parse_domains, validation_batch
 from distributed import World
 
 EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are not the first training batches
@@ -16,7 +17,7 @@ class TrainingData:
     """train: the loader of training batches. evaluation: a loader for each of train, val and test.
     validation: the rows (m, T) that dot products refer to. tokenizer: the one that made the shards."""
 
-    train: BatchLoader
+    train: Prefetch
     evaluation: dict[str, BatchLoader]
     validation: Batch
     tokenizer: Tokenizer
@@ -49,7 +50,14 @@ class TrainingData:
             for name, part in blocks.items()
         }
         validation = validation_batch(blocks["val"], config.val_batch_size, config.seed)
-        return cls(train, evaluation, validation, get_tokenizer(blocks["train"].tokenizer), blocks)
+        ahead = Prefetch(train, pin=config.device == "cuda")
+        return cls(ahead, evaluation, validation, get_tokenizer(blocks["train"].tokenizer), blocks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.train.close()
 
 
 def open_blocks(config: TrainingConfig, name: str, domains: tuple[str, ...] | None) -> BlockDataset:

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from config_file import TrainingConfig
 from dataloader import Batch
 from distributed import World
+from finite_guard import FiniteGuard, NonFiniteLoss
 from ghostEngines.engine_manager import GhostEngineManager
 from interrupts import interrupt_deferred
 from model_setup import CausalLM, Precision
@@ -22,18 +23,18 @@ from training_data import TrainingData
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the parameters are those before that step."""
-
-
 @dataclass
 class Progress:
-    """What a run has to show at any moment. seconds: of training alone."""
+    """What a run has to show at any moment. tokens, seconds: of training alone. train_loss (): of the last
+    step, on the device; loss_shown: as of the last look at it."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    train_loss: float = math.nan
+    train_loss: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
+    loss_shown: float = math.nan
+    tokens_logged: int = 0  # tokens and seconds at the last record
+    seconds_logged: float = 0.0
     evaluation: dict[str, float] | None = None
 
 
@@ -65,6 +66,7 @@ class Trainer:
         self.data, self.log = data, log
         self.precision = Precision.of(config)
         self.scaler = self.precision.grad_scaler()
+        self.guard = FiniteGuard(self.precision.device, self.scaler.is_enabled())
         self.global_batch_size = config.batch_size * world.size
         self.progress = Progress()
 
@@ -77,8 +79,13 @@ class Trainer:
         try:
             self._train()
             between_steps = True
-        except (KeyboardInterrupt, NonFiniteLoss):
+        except KeyboardInterrupt:
             between_steps = True
+            raise
+        except NonFiniteLoss as error:
+            between_steps = True
+            if error.step is not None:
+                self.progress.steps = error.step  # those after it changed nothing
             raise
         finally:
             with interrupt_deferred():
@@ -95,11 +102,21 @@ class Trainer:
         config = self.config
         for step in range(config.max_steps):
             self._step(step)
-            if (step + 1) % config.eval_interval == 0 or step + 1 == config.max_steps:
+            if self._evaluates_after(step):
                 with interrupt_deferred() as interruptible, self.manager.detached(), interruptible():
                     self.progress.evaluation = evaluate(self.model, self.data, config, self.precision)
                 self.log.evaluation(step, self.progress.evaluation)
                 check_evaluation(self.progress.evaluation)
+
+    def _evaluates_after(self, step: int) -> bool:
+        return (step + 1) % self.config.eval_interval == 0 or step + 1 == self.config.max_steps
+
+    def _logs(self, step: int) -> bool:
+        return (step + 1) % self.config.log_interval == 0
+
+    def _waits(self, step: int) -> bool:
+        """Whether this step reads what is on the device, which on a GPU means waiting for it."""
+        return self.precision.device.type == "cpu" or self._logs(step) or self._evaluates_after(step)
 
     def _step(self, step: int) -> None:
         start, manager = time.perf_counter(), self.manager
@@ -115,16 +132,16 @@ class Trainer:
         x, y = manager.prepare_forward_input()  # (n+m, T)
         with self.precision.autocast():
             losses = self.model(x, y)  # (n+m,)
-        train_loss = manager.train_losses(losses).mean().item()
-        if not losses.isfinite().all():
-            raise non_finite(step, batch, f"the loss is {train_loss} (per row: {losses.tolist()})")
         self.scaler.scale(manager.joint_loss(losses)).backward()
         manager.prepare_gradients()
 
         with interrupt_deferred():
-            norm, clip_factor = self._clip()
-            if not (norm.isfinite() or self.scaler.is_enabled()):  # the scaler leaves such a step out
-                raise non_finite(step, batch, f"the norm of the gradient is {norm.item()}")
+            norm, clip_factor = self._clip(losses)
+            skipped = self.guard.record(step, batch, losses, norm)
+            if self._waits(step):
+                self.guard.check()
+            if not self.scaler.is_enabled():  # as a gradient scaler tells fused optimizers to do nothing
+                self.optimizer.found_inf = skipped.float()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -133,20 +150,17 @@ class Trainer:
                 step=step,
                 lr=lr,
                 clip_factor=clip_factor,
-                skipped=~norm.isfinite(),
+                skipped=skipped,
                 global_batch_size=self.global_batch_size,
             )
-            self._record(step, batch, lr, train_loss, norm, clip_factor, start)
+            self.progress.train_loss = manager.train_losses(losses).mean()
+            self._record(step, batch, lr, norm, clip_factor, start)
 
-    def _clip(self) -> tuple[Tensor, Tensor]:
+    def _clip(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it and the
         factor ()."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        dots = self.manager.dot_products()
-        if dots is not None:
-            # A NaN if one of them is not finite: validation rows may overflow where train rows do not, and
-            # the scaler must lower its scale for them, too.
-            gradients[0].add_(dots.sum() * 0)
+        self.guard.spoil(gradients[0], losses, self.manager.dot_products())
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(gradients)
         if self.config.grad_clip == 0:
@@ -160,27 +174,30 @@ class Trainer:
         step: int,
         batch: Batch,
         lr: float,
-        train_loss: float,
         norm: Tensor,
         clip_factor: Tensor,
         start: float,
     ) -> None:
-        values = None
-        if (step + 1) % self.config.log_interval == 0:
+        progress, values = self.progress, None
+        if self._waits(step):
+            progress.loss_shown = progress.train_loss.item()
+        if self._logs(step):
             values = {
-                "train_loss": train_loss,
+                "train_loss": progress.loss_shown,
                 "lr": lr,
-                "grad_norm": norm.item(),  # waits for the device: the step's time is known after that
+                "grad_norm": norm.item(),
                 "clip_factor": clip_factor.item(),
                 **dot_statistics(self.manager.dot_products(), batch.domains),
             }
-        progress, seconds = self.progress, time.perf_counter() - start
-        tokens = self.global_batch_size * self.config.block_size
-        progress.steps, progress.train_loss = step + 1, train_loss
-        progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+        progress.steps = step + 1
+        progress.tokens += self.global_batch_size * self.config.block_size
+        progress.seconds += time.perf_counter() - start
         if values is not None:
+            tokens = progress.tokens - progress.tokens_logged
+            seconds = progress.seconds - progress.seconds_logged
             self.log.record(step, values | {"tokens_per_second": tokens / seconds})
-        self.log.advance(f"loss {train_loss:.4f}, {progress.tokens / progress.seconds:.0f} tokens/s")
+            progress.tokens_logged, progress.seconds_logged = progress.tokens, progress.seconds
+        self.log.advance(f"loss {progress.loss_shown:.4f}, {progress.tokens / progress.seconds:.0f} tokens/s")
 
 
 def check_evaluation(losses: dict[str, float]) -> None:
@@ -190,15 +207,6 @@ def check_evaluation(losses: dict[str, float]) -> None:
             raise NonFiniteLoss(
                 f"the loss on {name} is {loss}: the parameters are of no use; see metrics.jsonl"
             )
-
-
-def non_finite(step: int, batch: Batch, seen: str) -> NonFiniteLoss:
-    """The error that stops a run at this step."""
-    return NonFiniteLoss(
-        f"step {step}: {seen}; samples {batch.sample_ids.tolist()} of {', '.join(batch.domains)}. The run "
-        "stops with the parameters before this step: lower --learning_rate, lengthen --warmup_step, or look "
-        "at these samples"
-    )
 
 
 def dot_statistics(dots: Tensor | None, domains: tuple[str, ...]) -> dict[str, float]:
@@ -220,10 +228,8 @@ def dot_statistics(dots: Tensor | None, domains: tuple[str, ...]) -> dict[str, f
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x, y (n, T), copied without waiting where the device allows it."""
-    if device.type == "cpu":
-        return batch.x, batch.y
-    return tuple(part.pin_memory().to(device, non_blocking=True) for part in (batch.x, batch.y))
+    """x, y (n, T), copied without waiting where they are in pinned memory."""
+    return batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from ghostEngines import GradDotProdEngine
-from model_setup import ARCHITECTURES, CausalLM, architecture_config
+from model_setup import ARCHITECTURES, CausalLM, architecture_config, set_up_blocks
 
 ENGINE_OPTIONS = {
     "graddotprod": {},
@@ -79,13 +79,12 @@ class Setup:
         plain.activation_function = "gelu_new"  # what Hugging Face's GPT-2 runs
         hf = GPT2LMHeadModel(plain)
         hf.load_state_dict(ours.hf.state_dict())
+        set_up_blocks(ours, compiled=args.compile, checkpointing=args.activation_checkpointing)
         if args.activation_checkpointing:
-            for model in (hf, ours.hf):
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
         if args.compile:
-            for model in (hf, ours.hf):
-                for block in model.transformer.h:
-                    block.compile()
+            for block in hf.transformer.h:
+                block.compile()
         rows = args.batch_size + args.val_batch_size
         tokens = torch.randint(50257, (rows, args.block_size + 1))
         x, y = tokens[:, :-1].to(args.device), tokens[:, 1:].to(args.device)

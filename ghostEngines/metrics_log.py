@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,9 +50,9 @@ class _Step:
     dot_products: Tensor  # (n,)
     train_losses: Tensor  # (n,)
     lr: float
-    clip_factor: Tensor | float
+    clip_factor: Tensor
     global_batch_size: int
-    null: Tensor | bool
+    null: Tensor
 
 
 class ScoreWriter:
@@ -147,9 +147,9 @@ class ScoreWriter:
             dot_products=_copy(dot_products),
             train_losses=_copy(train_losses),
             lr=lr,
-            clip_factor=_copy(clip_factor),
+            clip_factor=_copy(torch.as_tensor(clip_factor, dtype=torch.float64)),
             global_batch_size=global_batch_size,
-            null=_copy(null),
+            null=_copy(torch.as_tensor(null)),
         )
         self._buffer.append(row)
 
@@ -237,9 +237,9 @@ class ScoreWriter:
             "per_layer": lambda: scores.sum(1),
         }[self.granularity]()
         lr = np.repeat([step.lr for step in steps], counts)
-        clip = np.repeat([float(step.clip_factor) for step in steps], counts)
+        clip = np.repeat(_numbers([step.clip_factor[None] for step in steps]), counts)
         global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
-        null = np.repeat([bool(step.null) for step in steps], counts)
+        null = np.repeat(_numbers([step.null[None] for step in steps]) != 0, counts)
         columns = {
             "step": np.repeat([step.step for step in steps], counts),
             "sample_id": np.concatenate([step.sample_ids for step in steps]),
@@ -259,9 +259,9 @@ class ScoreWriter:
         return pa.table(columns, schema=self._schema)
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Tensor) -> Tensor:
     """A tensor of its own: the caller may reuse the buffer in the next step."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return value.detach().clone()
 
 
 def _numbers(tensors: list[Tensor]) -> npt.NDArray[np.float64]:

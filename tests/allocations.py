@@ -38,6 +38,10 @@ class Allocations(TorchDispatchMode):
                 self.dtypes.add(tensor.dtype)
                 self.largest = max(self.largest, storage.nbytes())
                 self._live.append((StorageWeakRef(storage), storage.nbytes()))
-        self._live = [(reference, size) for reference, size in self._live if not reference.expired()]
-        self.peak = max(self.peak, sum(size for _, size in self._live))
+        self.peak = max(self.peak, self.live())
         return result
+
+    def live(self) -> int:
+        """The bytes that are still there."""
+        self._live = [(reference, size) for reference, size in self._live if not reference.expired()]
+        return sum(size for _, size in self._live)

@@ -1,5 +1,6 @@
 """Blocks, their ids and their order: permanent, seeded, complete, the same for any number of processes."""
 
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -13,7 +14,7 @@ import torch
 import batch_order
 from batch_order import BatchOrder, WeightedDraws, permute
 from data_processing.shards import EOT, ShardError, ShardWriter, open_shard
-from dataloader import Batch, BatchLoader, BlockDataset, parse_domains, validation_batch
+from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, parse_domains, validation_batch
 
 BLOCK_SIZE = 8
 BLOCKS = {"ArXiv": 12, "Pile-CC": 5, "Wikipedia (en)": 30}
@@ -211,6 +212,33 @@ def test_any_step_is_found_without_those_before_it(dataset: BlockDataset, weight
             assert places(batch) == places(in_order[step])
             assert torch.equal(batch.x, in_order[step].x)
             assert batch.sample_ids.tolist() == in_order[step].sample_ids.tolist()
+
+
+def test_the_next_batch_is_read_ahead(dataset: BlockDataset) -> None:
+    """The same batches in any order; after each the one that follows is being read already, in another
+    thread; an error comes with its own batch."""
+    loader = BatchLoader(dataset, batch_size=3, seed=1)
+    read, event = [], threading.Event()
+
+    class Watched:
+        def batch(self, step: int) -> Batch:
+            if step == 6:
+                raise ShardError("broken")
+            read.append((step, threading.current_thread() is threading.main_thread()))
+            event.set()
+            return loader.batch(step)
+
+    ahead = Prefetch(Watched(), pin=False)
+    for step in (0, 1, 4, 5):
+        assert places(ahead.batch(step)) == places(loader.batch(step))
+    event.clear()
+    assert places(ahead.batch(2)) == places(loader.batch(2))
+    event.wait(10)
+    with pytest.raises(ShardError, match="broken"):
+        ahead.batch(6)
+    ahead.close()
+    steps = [step for step, _ in read]
+    assert steps[:7] == [0, 1, 2, 4, 5, 2, 3] and not any(in_main for _, in_main in read)
 
 
 def test_weights_are_frequencies_and_each_domain_keeps_its_epochs(dataset: BlockDataset) -> None:

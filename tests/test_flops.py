@@ -44,7 +44,9 @@ def one_block() -> CausalLM:
     counts for more."""
     config = architecture_config("GPT2-Small")
     config.n_layer = 1
-    return CausalLM(GPT2LMHeadModel(config))
+    model = CausalLM(GPT2LMHeadModel(config))
+    model.hf.transformer.h[0].mlp.frugal = False  # which would ask tensors without values for their address
+    return model
 
 
 @pytest.fixture(autouse=True)

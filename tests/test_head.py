@@ -103,12 +103,13 @@ def test_evaluation_gives_the_losses_of_training(name: str, small_parts) -> None
 
 
 @pytest.mark.parametrize("strategy", [None, "project", "instantiate"])
-def test_one_group_of_logits_at_a_time(strategy: str | None, small_parts) -> None:
-    """Forward and backward: all that is as wide as the vocabulary stays below two rows' logits and one
-    chunk of the softmax together, and nothing else is larger."""
+def test_one_part_of_logits_at_a_time(strategy: str | None, small_parts) -> None:
+    """Forward and backward: all that is as wide as the vocabulary stays below a part's logits and one chunk
+    of the softmax together, and nothing else is larger, but for the gradient."""
     head, hidden, targets = head_and_data(rows=8, vocabulary=512)
     model = Wrapped(head)
-    group, chunk = 2 * T * 512 * 8, 5 * 512 * 8
+    positions = 2 * T if cross_entropy_head.PART_POSITIONS > T else T // 2
+    part, chunk = positions * 512 * 8, 5 * 512 * 8
     as_logits = Allocations(lambda tensor: tensor.dim() > 0 and tensor.shape[-1] == 512)
     anything = Allocations()
     with anything, as_logits:
@@ -116,11 +117,11 @@ def test_one_group_of_logits_at_a_time(strategy: str | None, small_parts) -> Non
             head(hidden, targets).mean().backward()
         else:
             joint_step(model, hidden, targets, 3, call_with_targets, strategy=strategy)
-    assert 0 < as_logits.peak <= group + chunk
-    assert anything.largest <= group
+    assert 0 < as_logits.peak <= part + chunk
+    assert anything.largest <= max(part, 512 * D * 8)
     with Allocations() as plain:  # so that the measure is known to see logits
         plain_losses(hidden, head.weight, targets).mean().backward()
-    assert plain.largest >= 4 * group
+    assert plain.largest >= 4 * part
 
 
 @pytest.mark.parametrize(

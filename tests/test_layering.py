@@ -12,7 +12,7 @@ LEVELS = (
     ("main",),
     ("summary",),
     ("training_loop",),
-    ("training_data", "run_log", "run_folder", "validation_rows"),
+    ("training_data", "run_log", "run_folder", "validation_rows", "finite_guard"),
     ("model_setup", "dataloader", "distributed", "interrupts"),
     ("config_file", "batch_order"),
     ("command_line",),

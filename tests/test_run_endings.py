@@ -26,6 +26,7 @@ import training_loop
 from data_processing.shards import ShardWriter
 from ghostEngines import GradDotProdEngine
 from interrupts import interrupt_deferred
+from training_loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +273,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.undo()
     clean = start(data, tmp_path, run_name="b", max_steps=6)
     ids = clean.scores().query("step == 3").sample_id.tolist()
-    assert "step 3: the loss is " in caplog.text and str(value) in caplog.text
+    assert "step 3: the loss is not finite" in caplog.text and str(value) in caplog.text
     assert f"samples {ids}" in caplog.text
     assert "steps                  3 of 6" in run.out
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("method", ["GradDotProd", "Regular"])
+def test_a_loss_that_nobody_looks_at_in_its_step(
+    method: str, optimizer: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """As on a GPU, which is waited for in every fifth step only: step 1 fails, steps 2 to 4 change nothing
+    any more and have no scores."""
+    monkeypatch.setattr(Trainer, "_waits", Trainer._logs)
+    failing = iter([False, True, *[False] * 10])
+    seen = meddle(monkeypatch, 0, lambda losses: losses + math.nan if next(failing) else losses)
+    run = start(data, tmp_path, run_name="a", max_steps=9, log_interval=5, method=method, optimizer=optimizer)
+    assert run.status == 1 and len(seen) == 5
+    assert not torch.equal(seen[0]["transformer.wpe.weight"], seen[1]["transformer.wpe.weight"])
+    assert saved_is(run, seen[1])
+    assert "step 1: the loss is not finite" in caplog.text and "steps                  1 of 9" in run.out
+    if method == "GradDotProd":
+        scores = run.scores()
+        assert scores[scores.value.notna()].step.unique().tolist() == [0]
+        assert set(scores[scores.value.isna()].step) == {1, 2, 3}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(
