@@ -19,7 +19,7 @@ d the two sides of the weight. All functions here are pure but for `total`, whic
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,14 +64,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def choose_strategy(split: Split, positions: int, p: int, d: int) -> Strategy:
+def choose_strategy(split: Split, positions: int, p: int, d: int, accumulating: bool = False) -> Strategy:
     """The cheapest strategy by operation count, for n train rows of `positions` positions and a (p, d)
     weight.
 
     `instantiate` needs no extra matrix product, but passes over every sample's gradient. `gram` needs two
     products for every pair of a train and a validation row, and spares the validation rows' gradient. Chosen
     by shape alone, never by a clock: strategies round differently, so a timed choice would break resuming and
-    agreement between processes."""
+    agreement between processes. accumulating: the direction is kept for other micro-batches, and gram has
+    none."""
+    if accumulating:
+        return "instantiate"
     gram = split.m * positions * (positions * (p + d) - p * d / split.n)
     instantiate = PASSES * p * d * split.directions
     return "gram" if gram < instantiate else "instantiate"
@@ -93,6 +96,26 @@ class Scratch:
         if key not in self._buffers or len(self._buffers[key]) < numel:
             self._buffers[key] = like.new_empty(numel)
         return self._buffers[key][:numel]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The place of one parameter's direction that is made with the first of several micro-batches and serves
+    them all; kept: of the whole model, by name. It holds the common factor on that micro-batch's loss."""
+
+    kept: dict[str, Any]
+    name: str
+    first: bool
+
+    def direction(self, make: Callable[[], T]) -> T:
+        """What `make` makes with the first micro-batch, as kept."""
+        if self.first:
+            self.kept[self.name] = make()
+        found: T = self.kept[self.name]
+        return found
 
 
 Tile = tuple[slice, slice]
@@ -218,9 +241,15 @@ def add_gradient(left: Tensor, right: Tensor, total: Tensor, fresh: bool) -> Non
 
 
 def contract(
-    left: Tensor, right: Tensor, split: Split, strategy: Strategy, scratch: Scratch
+    left: Tensor,
+    right: Tensor,
+    split: Split,
+    strategy: Strategy,
+    scratch: Scratch,
+    keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A whole layer: left (n+m, T, p), right (n+m, T, d), train rows first.
+    """A whole layer: left (n+m, T, p), right (n+m, T, d), train rows first; keep: for the direction, if there
+    are several micro-batches (then not by gram, and m is 0 but in the first).
 
     Returns the gradient of the train rows (p, d) and dots (n, k), in the accumulation dtype."""
     n = split.n
@@ -229,21 +258,29 @@ def contract(
     if strategy == "gram":
         add_gradient(*train, total, fresh=True)
         return total, gram(*train, *val, split.pairwise)
+    whole = None if keep is None else keep.direction(lambda: direction_of(*val, split))
     if strategy == "project":
-        return total, project(*train, direction_of(*val, split), total, fresh=True)
-    val_left, val_right = validation_factors(*val, split)
+        direction = direction_of(*val, split) if whole is None else whole
+        return total, project(*train, direction, total, fresh=True)
 
     def directions(tile: Tile, memory: Tensor) -> Tensor:
-        return products(val_left[..., tile[0]], val_right[..., tile[1]], memory)
+        rows, columns = tile
+        if whole is not None:
+            return whole[:, rows, columns]
+        val_left, val_right = validation_factors(*val, split)
+        return products(val_left[..., rows], val_right[..., columns], memory)
 
     return total, instantiate(*train, directions, split.directions, total, fresh=True, scratch=scratch)
 
 
-def contract_gradients(gradients: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+def contract_gradients(gradients: Tensor, split: Split, keep: Keep | None = None) -> tuple[Tensor, Tensor]:
     """Small parameters, whose per-sample gradients (n+m, *shape) are simply there.
 
     Returns the gradient of the train rows (*shape) and dots (n, k), in the gradients' dtype.
     """
     train, val = gradients[: split.n], gradients[split.n :]
-    direction = val if split.pairwise else val.sum(0, keepdim=True)
+    if keep is None:
+        direction = val if split.pairwise else val.sum(0, keepdim=True)
+    else:
+        direction = keep.direction(lambda: val.sum(0, keepdim=True))
     return train.sum(0), train.flatten(1) @ direction.flatten(1).mT

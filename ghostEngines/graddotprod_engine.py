@@ -47,7 +47,12 @@ class GradDotProdEngine:
     batch, whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
     granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"), or
     for each layer ("per_layer"). strategy: forces one way of contracting (contraction.py), None chooses by
-    shape. Raises ValueError for a val_batch_size below 1, an unknown granularity and an unknown strategy."""
+    shape. micro_batches: how many forward and backward passes make one optimizer step. The first of them
+    takes a joint batch, the others take n train rows alone and use its validation gradient, which is kept
+    until the last (one model's size); `.grad` is then the gradient of the mean loss of all n · micro_batches
+    train rows, and after each pass `dot_products` are those of its own rows. Raises ValueError for a
+    val_batch_size or micro_batches below 1, an unknown granularity or strategy, and for several micro-batches
+    with granularity "pairwise" or strategy "gram", which need the validation rows themselves."""
 
     def __init__(
         self,
@@ -56,9 +61,11 @@ class GradDotProdEngine:
         *,
         granularity: Granularity = "total",
         strategy: Strategy | None = None,
+        micro_batches: int = 1,
     ) -> None:
-        if val_batch_size < 1:
-            raise ValueError(f"val_batch_size must be at least 1, got {val_batch_size}")
+        for name, number in (("val_batch_size", val_batch_size), ("micro_batches", micro_batches)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if strategy is not None and strategy not in STRATEGIES:
@@ -66,7 +73,16 @@ class GradDotProdEngine:
         self.model = model
         self.val_batch_size = val_batch_size
         self.granularity = granularity
+        if micro_batches > 1 and (granularity == "pairwise" or strategy == "gram"):
+            raise ValueError(
+                f"several micro-batches with granularity={granularity!r} and strategy={strategy!r}: pairwise "
+                "scores and gram need the validation rows in every pass, and only the first has them"
+            )
         self.strategy = strategy
+        self.micro_batches = micro_batches
+        self._micro_batch = 0  # the one whose turn it is
+        self._kept: dict[str, Any] = {}
+        self._first: Step | None = None
         self._layers: list[LayerStep] = []
         self._current = CurrentStep()
         self._scratch = Scratch()
@@ -115,6 +131,7 @@ class GradDotProdEngine:
             restore()
         self._restore, self._layers, self._scratch = [], [], Scratch()
         self._current.step, self._current.phase, self._prepared = None, "idle", False
+        self._micro_batch, self._kept, self._first = 0, {}, None
 
     def __enter__(self) -> "GradDotProdEngine":
         self.attach()
@@ -133,8 +150,14 @@ class GradDotProdEngine:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not inputs:
             raise ValueError("the model was called without a tensor, so that its number of rows is unknown")
-        shape, m = inputs[0].shape, self.val_batch_size
+        shape, m = inputs[0].shape, self.val_batch_size if self._micro_batch == 0 else 0
         rows = shape[0] if shape else 0
+        if self._first is not None and self._micro_batch > 0 and rows != self._first.split.n:
+            raise ValueError(
+                f"micro-batch {self._micro_batch + 1} of {self.micro_batches} has {rows} rows, the first had "
+                f"{self._first.split.n} train rows: all need the same number, and only the first is followed "
+                "by the validation rows"
+            )
         if rows <= m:
             raise ValueError(
                 f"the model was called with {rows} rows, the last {m} of which are validation rows: there "
@@ -143,7 +166,9 @@ class GradDotProdEngine:
         weight = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         split = Split(rows - m, m, self.granularity == "pairwise")
         count = len(self._layers) if self.granularity == "per_layer" else 1
-        step = self._current.step = Step.begin(split, shape, self.strategy, weight, count, self._scratch)
+        step = self._current.step = Step.begin(
+            split, shape, self.strategy, weight, count, self._scratch, self.micro_batches, self._kept
+        )
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
         for index, layer_step in enumerate(self._layers):
@@ -178,7 +203,8 @@ class GradDotProdEngine:
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         """The mean over the n train rows plus the mean over the m validation rows of the per-sample losses
-        (n+m,).
+        (n+m,); with several micro-batches the first mean is divided by their number, and the second is there
+        in the first only.
 
         Multiply it by any factor before `backward()`. Raises ValueError for losses of another shape.
         """
@@ -236,6 +262,11 @@ class GradDotProdEngine:
                     "called repeatedly, give each call a layer of its own."
                 )
         self._prepared = True
+        if self._micro_batch == 0:
+            self._first = step
+        self._micro_batch = (self._micro_batch + 1) % self.micro_batches
+        if self._micro_batch == 0:
+            self._kept = {}
 
     def _check_scale(self, step: Step) -> None:
         """One backward pass, of the joint loss times a factor and nothing else."""
@@ -273,10 +304,12 @@ class GradDotProdEngine:
         if not self._prepared:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
         step = self._step()
-        scale = step.scale_probe.grad
-        assert scale is not None
+        assert self._first is not None
+        scale, first_scale = step.scale_probe.grad, self._first.scale_probe.grad
+        assert scale is not None and first_scale is not None
         columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in step.probes]
-        dots = torch.cat(columns, dim=1) * step.split.n / scale**2  # (n, k), or (n, L) per layer
+        # (n, k), or (n, L) per layer
+        dots = torch.cat(columns, dim=1) * (step.split.n * self.micro_batches) / (scale * first_scale)
         if self.granularity == "total":
             return dots.squeeze(1)
         return dots * step.split.m if self.granularity == "pairwise" else dots

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .contraction import Scratch, Split, Strategy, accumulation_dtype, choose_strategy
+from .contraction import Keep, Scratch, Split, Strategy, accumulation_dtype, choose_strategy
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,12 @@ GRANULARITIES: tuple[Granularity, ...] = ("total", "pairwise", "per_layer")
 class Step:
     """One pass over a joint batch of n train and m validation rows.
 
+    Of several micro-batches, which make one optimizer step, the first has the validation rows; their gradient
+    is kept, by parameter, for the others, whose m is 0.
+
     probes (n, k) each: zeros; after the backward the gradient of a probe is the sum of the dot products of
-    the layers that share it, times s²/n (s²/(n·m) if pairwise), s being the common factor on the loss. There
+    the layers that share it, times s²/(n·G) (s²/(n·m) if pairwise), s being the common factor on the loss and
+    G the number of micro-batches (s² is s times the first micro-batch's s). There
     is one for all layers, or with per_layer one for each, in their order: separate tensors, since a tensor
     indexed by a number would give every compiled block a graph of its own. scale_probe (): zero; its gradient
     is s. input_shape: of the model's input. strategy: the one that every weight must use, None for a choice
@@ -79,6 +83,8 @@ class Step:
     scale_probe: Tensor
     strategy: Strategy | None
     scratch: Scratch
+    micro_batches: int
+    kept: dict[str, Any]
     routes: dict[str, TiedRoute] = field(default_factory=dict)
     normalised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
@@ -91,21 +97,30 @@ class Step:
         like: Tensor,
         probes: int,
         scratch: Scratch,
+        micro_batches: int,
+        kept: dict[str, Any],
     ) -> "Step":
         """like: a parameter, for the device and the dtype of accumulation. probes: how many."""
         zeros = partial(
             torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
         )
         each = [zeros(split.n, split.directions) for _ in range(probes)]
-        return cls(split, input_shape, each, zeros(()), strategy, scratch)
+        return cls(split, input_shape, each, zeros(()), strategy, scratch, micro_batches, kept)
 
     def row_weights(self) -> Tensor:
-        """(n+m,): the weight of every row's loss in the joint loss, 1/n for train and 1/m for validation
+        """(n+m,): the weight of every row's loss in the joint loss, 1/(n·G) for train and 1/m for validation
         rows."""
         n, m = self.split.n, self.split.m
-        weights = self.scale_probe.detach().new_full((n + m,), 1 / n)
-        weights[n:] = 1 / m
+        weights = self.scale_probe.detach().new_full((n + m,), 1 / (n * self.micro_batches))
+        if m > 0:
+            weights[n:] = 1 / m
         return weights
+
+    def keep(self, owner: str, parameter: str) -> Keep | None:
+        """Where the direction of a layer's (or a tie's) parameter is kept; None for a single batch."""
+        if self.micro_batches == 1:
+            return None
+        return Keep(self.kept, f"{owner}.{parameter}", first=self.split.m > 0)
 
     def remember_normalisation(self, output: Tensor, made: Normalisation) -> None:
         """For as long as the output lives. A compiler decides by itself what is made again."""
@@ -121,7 +136,7 @@ class Step:
 
     def strategy_for(self, positions: int, p: int, d: int) -> Strategy:
         """The strategy for a (p, d) weight whose input has this many positions."""
-        return self.strategy or choose_strategy(self.split, positions, p, d)
+        return self.strategy or choose_strategy(self.split, positions, p, d, self.micro_batches > 1)
 
 
 class CurrentStep:
@@ -199,6 +214,11 @@ class LayerStep:
                 f"it to ({rows}, ...), or use another number of rows."
             )
         return step
+
+    def keep(self, parameter: str) -> Keep | None:
+        """Where the direction of this layer's parameter is kept; one place for both ends of a tie."""
+        owner = self.tied if parameter == "weight" and self.tied is not None else self.name
+        return self.step.keep(owner, parameter)
 
     def take_route(self) -> TiedRoute | None:
         """The route laid by the embedding that shares this head's weight; None for a weight of the head's

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..contraction import (
+    Keep,
     Scratch,
     Split,
     Strategy,
@@ -68,16 +69,28 @@ def cross_entropy_head(
 ) -> Any:
     """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
     step = layer_step.enter(hidden)
-    strategy = step.strategy or head_strategy(step.split, hidden.shape[1], *layer.weight.shape)
-    plan = HeadPlan(step.split, strategy, layer_step.probe, layer_step.take_route(), step.scratch)
+    vocabulary, d = layer.weight.shape
+    strategy = step.strategy or head_strategy(
+        step.split, hidden.shape[1], vocabulary, d, accumulating=step.micro_batches > 1
+    )
+    plan = HeadPlan(
+        step.split,
+        strategy,
+        layer_step.probe,
+        layer_step.take_route(),
+        step.scratch,
+        layer_step.keep("weight"),
+    )
     return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
 
 
-def head_strategy(split: Split, positions: int, vocabulary: int, d: int) -> Strategy:
+def head_strategy(
+    split: Split, positions: int, vocabulary: int, d: int, accumulating: bool = False
+) -> Strategy:
     """The cheapest strategy, but for gram where it would hold more validation logits than a part has."""
     if split.m * positions > PART_POSITIONS:
         return "instantiate"
-    return choose_strategy(split, positions, vocabulary, d)
+    return choose_strategy(split, positions, vocabulary, d, accumulating)
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,7 @@ class HeadPlan:
     probe: Tensor
     route: TiedRoute | None
     scratch: Scratch
+    keep: Keep | None
 
 
 Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
@@ -217,7 +231,7 @@ class _AttributingSink(_Sink):
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         super().__init__(total)
-        self.split, self.route = plan.split, plan.route
+        self.split, self.route, self.keep = plan.split, plan.route, plan.keep
         self.dots = total.new_zeros(plan.split.n, plan.split.directions)
         self.validation: _ValidationGradient | _ValidationRows
         self.validation = (
@@ -239,10 +253,18 @@ class _AttributingSink(_Sink):
     def seal(self) -> None:
         if self.route is not None:
             self.gathered = self.validation.gather(self.route.train_tokens)
-        del self.validation
+        if self.keep is None:
+            del self.validation
 
     def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight, *_ = super().finish(train_scale, val_scale)
+        if self.keep is not None:
+            assert isinstance(self.validation, _ValidationGradient)
+            direction = self.validation.direction
+            if self.keep.first:
+                self.keep.direction(lambda: direction.mul_(val_scale))
+            else:
+                val_scale = torch.ones_like(val_scale)  # the direction has it already
         dots = self.dots.mul_(train_scale * val_scale)
         if self.route is None:
             return grad_weight, dots, None, None, None
@@ -254,7 +276,10 @@ class _ValidationGradient:
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         self.split, self.strategy, self.scratch = plan.split, plan.strategy, plan.scratch
-        self.direction = total.new_empty(plan.split.directions, *total.shape)
+        if plan.keep is None or plan.keep.first:
+            self.direction = total.new_empty(plan.split.directions, *total.shape)
+        else:
+            self.direction = plan.keep.kept[plan.keep.name]
         self.fresh = [True] * plan.split.directions
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:

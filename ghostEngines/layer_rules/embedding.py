@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..contraction import Split, accumulation_dtype
+from ..contraction import Keep, Split, accumulation_dtype
 from ..step import LayerStep, TiedRoute
 from .functions import as_shape, without_autocast
 from .registry import register_rule
@@ -31,7 +31,13 @@ def embedding(layer: nn.Embedding, layer_step: LayerStep, input: Tensor) -> Any:
     tokens = input.expand(split.n + split.m, *input.shape[1:]) if one_for_all else input
     step = layer_step.enter(tokens)
     output, gathered, picked, whole = ProbedEmbedding.apply(
-        tokens, layer.weight, layer_step.probe, split, layer.padding_idx, layer_step.tied is not None
+        tokens,
+        layer.weight,
+        layer_step.probe,
+        split,
+        layer.padding_idx,
+        layer_step.tied is not None,
+        layer_step.keep("weight"),
     )
     if layer_step.tied is not None:
         rows = tokens.reshape(len(tokens), -1)
@@ -56,8 +62,9 @@ class ProbedEmbedding(torch.autograd.Function):
         split: Split,
         padding_idx: int | None,
         tied: bool,
+        keep: Keep | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        ctx.split, ctx.padding_idx, ctx.vocabulary = split, padding_idx, len(weight)
+        ctx.split, ctx.padding_idx, ctx.vocabulary, ctx.keep = split, padding_idx, len(weight), keep
         ctx.save_for_backward(tokens)
         length, d = tokens[0].numel(), weight.shape[1]
         output = as_shape(weight.index_select(0, tokens.reshape(-1)), *tokens.shape, d)
@@ -82,15 +89,35 @@ class ProbedEmbedding(torch.autograd.Function):
                 backprops = backprops.masked_fill((tokens == ctx.padding_idx)[..., None], 0)
             grad_weight = backprops.new_zeros(ctx.vocabulary, d) if whole is None else whole
             grad_weight.index_add_(0, tokens[:n].flatten(), backprops[:n].flatten(0, 1))
-            direction, slots = validation_gradient(tokens[n:], backprops[n:], split, ctx.vocabulary)
-            seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token
-            at_tokens = direction[:, seen.clamp(min=0)] * (seen >= 0)[..., None]  # (k, n, L, d)
-            if gathered is not None:
-                at_tokens = at_tokens + gathered
+            if gathered is None:
+                at_tokens, _ = direction_at(tokens, backprops, split, ctx.vocabulary, ctx.keep)
+            elif split.m > 0:
+                at_tokens, direction = direction_at(tokens, backprops, split, ctx.vocabulary, None)
+                at_tokens += gathered
+                if ctx.keep is not None:  # the head's direction becomes that of the whole weight
+                    whole_direction = ctx.keep.kept[ctx.keep.name][0]  # (V, d)
+                    whole_direction.index_add_(0, tokens[n:].flatten(), backprops[n:].flatten(0, 1))
+            else:
+                at_tokens = gathered  # from that direction
             dots = torch.einsum("nld,knld->nk", backprops[:n], at_tokens)
-            if picked is not None:
+            if picked is not None and split.m > 0:
                 dots = dots + picked.flatten(1) @ direction.flatten(1).mT
-        return None, grad_weight, dots, None, None, None
+        return None, grad_weight, dots, None, None, None, None
+
+
+def direction_at(
+    tokens: Tensor, backprops: Tensor, split: Split, vocabulary: int, keep: Keep | None
+) -> tuple[Tensor, Tensor]:
+    """tokens (n+m, L), backprops (n+m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and by
+    slot (k, U, d)."""
+    n = split.n
+
+    def make() -> tuple[Tensor, Tensor]:
+        return validation_gradient(tokens[n:], backprops[n:], split, vocabulary)
+
+    direction, slots = make() if keep is None else keep.direction(make)
+    seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token
+    return direction[:, seen.clamp(min=0)] * (seen >= 0)[..., None], direction
 
 
 def validation_gradient(

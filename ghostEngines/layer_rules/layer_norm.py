@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..contraction import Split, accumulation_dtype, contract_gradients
+from ..contraction import Keep, Split, accumulation_dtype, contract_gradients
 from ..step import LayerStep, Normalisation
 from .functions import without_autocast
 from .registry import register_rule
@@ -16,7 +16,10 @@ from .registry import register_rule
 def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, input: Tensor) -> Any:
     """input (n+m, ..., *normalized_shape) -> the same shape."""
     step, shape, eps = layer_step.enter(input), layer.normalized_shape, layer.eps
-    output = ProbedLayerNorm.apply(input, layer.weight, layer.bias, layer_step.probe, shape, eps, step.split)
+    keeps = layer_step.keep("weight"), layer_step.keep("bias")
+    output = ProbedLayerNorm.apply(
+        input, layer.weight, layer.bias, layer_step.probe, shape, eps, step.split, *keeps
+    )
     made = Normalisation(input.detach(), layer.weight, layer.bias, shape, eps, output.dtype, output._version)
     step.remember_normalisation(output, made)
     return output
@@ -35,7 +38,10 @@ class ProbedLayerNorm(torch.autograd.Function):
         shape: tuple[int, ...],
         eps: float,
         split: Split,
+        keep_weight: Keep | None,
+        keep_bias: Keep | None,
     ) -> Tensor:
+        ctx.keep_weight, ctx.keep_bias = keep_weight, keep_bias
         # Runs under the caller's autocast, whose choice of dtype differs between devices.
         output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.split, ctx.shape = split, shape
@@ -60,12 +66,12 @@ class ProbedLayerNorm(torch.autograd.Function):
                 grad_x = grad_x.to(x.dtype)
             if needs_weight:
                 per_sample = sum_positions(torch.sub(wide_x, mean).mul_(rstd).mul_(g), shape)
-                grad_weight, weight_dots = contract_gradients(per_sample, ctx.split)
+                grad_weight, weight_dots = contract_gradients(per_sample, ctx.split, ctx.keep_weight)
                 dots.append(weight_dots)
             if needs_bias:
-                grad_bias, bias_dots = contract_gradients(sum_positions(g, shape), ctx.split)
+                grad_bias, bias_dots = contract_gradients(sum_positions(g, shape), ctx.split, ctx.keep_bias)
                 dots.append(bias_dots)
-        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), *(None,) * 3
+        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), *(None,) * 5
 
 
 def sum_positions(per_position: Tensor, shape: tuple[int, ...]) -> Tensor:

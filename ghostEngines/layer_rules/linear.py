@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..contraction import (
+    Keep,
     Scratch,
     Split,
     Strategy,
@@ -53,6 +54,8 @@ def _run(layer: nn.Linear | Conv1D, layer_step: LayerStep, x: Tensor, weight: Te
         transposed,
         compute_dtype(x),
         step.scratch,
+        layer_step.keep("weight"),
+        layer_step.keep("bias"),
     )
 
 
@@ -81,7 +84,10 @@ class ProbedLinear(torch.autograd.Function):
         transposed: bool,
         dtype: torch.dtype,
         scratch: Scratch,
+        keep_weight: Keep | None,
+        keep_bias: Keep | None,
     ) -> Tensor:
+        ctx.keep_weight, ctx.keep_bias = keep_weight, keep_bias
         ctx.split, ctx.strategy, ctx.transposed, ctx.scratch = split, strategy, transposed, scratch
         x = x.to(dtype)
         kept: tuple[Tensor | None, ...] = (x, None, None)
@@ -117,17 +123,18 @@ class ProbedLinear(torch.autograd.Function):
             )
             if needs_weight:
                 left, right = (activations, backprops) if ctx.transposed else (backprops, activations)
-                grad_weight, weight_dots = contract(left, right, split, ctx.strategy, ctx.scratch)
+                keep = ctx.keep_weight
+                grad_weight, weight_dots = contract(left, right, split, ctx.strategy, ctx.scratch, keep)
                 dots.append(weight_dots)
                 if train_tokens is not None:
-                    gathered, picked = routed_gradients(left, right, train_tokens, val_tokens, split)
+                    gathered, picked = routed_gradients(left, right, train_tokens, val_tokens, split, keep)
                     grad_weight, whole = None, grad_weight
             if needs_bias:
                 sums = backprops.sum(1, dtype=torch.promote_types(backprops.dtype, torch.float32))  # (n+m, p)
-                grad_bias, bias_dots = contract_gradients(sums, split)
+                grad_bias, bias_dots = contract_gradients(sums, split, ctx.keep_bias)
                 dots.append(bias_dots)
         probe = torch.stack(dots).sum(0)
-        return grad_x, grad_weight, grad_bias, probe, gathered, picked, whole, *(None,) * 8
+        return grad_x, grad_weight, grad_bias, probe, gathered, picked, whole, *(None,) * 10
 
 
 def normalise(
@@ -149,15 +156,22 @@ def normalise(
 
 
 def routed_gradients(
-    left: Tensor, right: Tensor, train_tokens: Tensor, val_tokens: Tensor, split: Split
+    left: Tensor,
+    right: Tensor,
+    train_tokens: Tensor,
+    val_tokens: Tensor,
+    split: Split,
+    keep: Keep | None,
 ) -> tuple[Tensor, Tensor]:
     """What a head whose weight is tied to an embedding returns through the `TiedRoute`.
 
     left (n+m, T, V), right (n+m, T, d). Returns gathered (k, n, L, d) and picked (n, U, d).
     """
     n = split.n
-    picked = left[:n, :, val_tokens].mT @ right[:n]
-    return gather(left[n:], right[n:], train_tokens, split), picked.to(accumulation_dtype(left.dtype))
+    picked = (left[:n, :, val_tokens].mT @ right[:n]).to(accumulation_dtype(left.dtype))
+    if keep is None:
+        return gather(left[n:], right[n:], train_tokens, split), picked
+    return keep.kept[keep.name][:, train_tokens], picked
 
 
 def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
