@@ -19,11 +19,12 @@ def flag(
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = math.inf,
+    may_change: bool = False,
 ) -> Any:
-    """A field that is a flag. `doc` is its documentation, in the source and in --help."""
-    return field(
-        default=default, metadata={"doc": doc, "at_least": at_least, "above": above, "at_most": at_most}
-    )
+    """A field that is a flag. `doc` is its documentation, in the source and in --help. may_change: whether it
+    may be another one when a run is resumed."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"doc": doc, "may_change": may_change, **bounds})
 
 
 def flags_of(config: Any) -> list[Field[Any]]:

@@ -34,7 +34,10 @@ class TrainingConfig:
         "GPT2-Small", "model, in its published size; GPT2-Tiny is for tests and quick looks"
     )
     dot_prod_save_interval: int = flag(
-        10, "steps between two writes of dot products to disk (every step is scored)", at_least=1
+        10,
+        "steps between two writes of dot products to disk (every step is scored)",
+        at_least=1,
+        may_change=True,
     )
     contraction: Literal["auto", "gram", "project", "instantiate"] = flag(
         "auto",
@@ -50,7 +53,9 @@ class TrainingConfig:
 
     # Data
     pile_data_dir: str | None = flag(
-        None, "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]"
+        None,
+        "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]",
+        may_change=True,  # the shards' checksums may not
     )
     train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAIN")
     val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAIN")
@@ -61,13 +66,20 @@ class TrainingConfig:
         "[all domains of the split, each block once an epoch]",
     )
     block_size: int = flag(1024, "tokens per sample", at_least=1)
-    batch_size: int = flag(2, "training samples per step and process", at_least=1)
+    batch_size: int = flag(2, "training samples per micro-batch and process", at_least=1, may_change=True)
+    gradient_accumulation_steps: int = flag(
+        1,
+        "micro-batches per step and process: as many times the batch size, in the memory of one (and, for "
+        "GradDotProd, one more copy of the model's size)",
+        at_least=1,
+        may_change=True,
+    )
     val_batch_size: int = flag(
         1, "validation rows that the dot products refer to: the same ones in every step", at_least=1
     )
 
     # Optimization, a published GPT-2 recipe
-    max_steps: int = flag(1000, "optimizer steps", at_least=1)
+    max_steps: int = flag(1000, "optimizer steps", at_least=1, may_change=True)
     optimizer: Literal["AdamW", "SGD"] = flag("AdamW", "update rule")
     learning_rate: float = flag(6e-4, "highest learning rate, reached at the end of the warm-up", above=0)
     min_lr: float | None = flag(None, "learning rate after the cosine decay [learning_rate / 10]", at_least=0)
@@ -88,13 +100,39 @@ class TrainingConfig:
         False,
         "evaluate, write nothing and stop: the saved model of the run that --run_name names; without "
         "--run_name the untrained model",
+        may_change=True,
     )
-    eval_interval: int = flag(100, "steps between two evaluations", at_least=1)
-    eval_iter: int = flag(2, "batches per split in an evaluation", at_least=1)
-    eval_bs: int | None = flag(None, "samples per batch in an evaluation [batch_size]", at_least=1)
-    log_interval: int = flag(1, "steps between two records of loss, learning rate and speed", at_least=1)
-    wandb_mode: Literal["disabled", "offline", "online"] = flag("disabled", "Weights & Biases logging")
-    wandb_project: str = flag("ghostEngines", "project at Weights & Biases")
+    eval_interval: int = flag(100, "steps between two evaluations", at_least=1, may_change=True)
+    eval_iter: int = flag(2, "batches per split in an evaluation", at_least=1, may_change=True)
+    eval_bs: int | None = flag(
+        None, "samples per batch in an evaluation [batch_size]", at_least=1, may_change=True
+    )
+    log_interval: int = flag(
+        1, "steps between two records of loss, learning rate and speed", at_least=1, may_change=True
+    )
+    wandb_mode: Literal["disabled", "offline", "online"] = flag(
+        "disabled", "Weights & Biases logging", may_change=True
+    )
+    wandb_project: str = flag("ghostEngines", "project at Weights & Biases", may_change=True)
+
+    # Beginning, stopping and going on
+    init_from: str | None = flag(
+        None,
+        "folder of a GPT-2 in Hugging Face format to start from (its dropout, if any, is set to 0: all "
+        "training here is without) [a freshly initialised model]",
+    )
+    checkpoint_interval: int = flag(500, "steps between two checkpoints", at_least=1, may_change=True)
+    keep_checkpoints: int = flag(
+        2, "how many of the newest checkpoints are kept", at_least=1, may_change=True
+    )
+    resume: bool = flag(
+        False, "go on from the newest checkpoint of the run that --run_name names", may_change=True
+    )
+    resume_from: str | None = flag(
+        None,
+        "go on from this checkpoint of the run, step_NNNNNN [the newest, with --resume]",
+        may_change=True,
+    )
 
     # Machine and precision
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is a GPU, else cpu")
@@ -107,9 +145,17 @@ class TrainingConfig:
         "by autocast (float16 with loss scaling); auto: bfloat16 over float32 parameters on cuda, else the "
         "model_dtype",
     )
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp",
+        "several processes: each with the whole model (DistributedDataParallel), or with its part of it "
+        "(FSDP2, fully_shard)",
+        may_change=True,
+    )
     compile: bool = flag(False, "compile the model's blocks with torch.compile")
     activation_checkpointing: bool = flag(
-        False, "keep the blocks' inputs only, and compute the rest again in the backward pass: less memory"
+        False,
+        "keep the blocks' inputs only, and compute the rest again in the backward pass: less memory",
+        may_change=True,
     )
     tf32: bool = flag(
         False, "float32 matrix products in TF32 on GPUs that have it: faster, ten bits of mantissa"
@@ -117,12 +163,16 @@ class TrainingConfig:
 
     # Results
     results_dir: str | None = flag(
-        None, "folder of all runs [environment variable RESULTS_DIR, else results beside main.py]"
+        None,
+        "folder of all runs [environment variable RESULTS_DIR, else results beside main.py]",
+        may_change=True,
     )
     run_name: str | None = flag(
-        None, "folder of this run in results_dir [made of method, architecture, batch size and UTC time]"
+        None,
+        "folder of this run in results_dir [made of method, architecture, batch size and UTC time]",
+        may_change=True,
     )
-    overwrite: bool = flag(False, "replace the run of this name if there is one")
+    overwrite: bool = flag(False, "replace the run of this name if there is one", may_change=True)
 
     # Not a flag: what resolve() took the fields from that were left open.
     resolved_from: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -146,6 +196,11 @@ class TrainingConfig:
         """Folder of this run's results. Of a resolved configuration only."""
         assert self.results_dir is not None and self.run_name is not None, "not resolved"
         return Path(self.results_dir) / self.run_name
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self.resume or self.resume_from is not None
 
     @property
     def saved_model(self) -> Path | None:
@@ -178,6 +233,11 @@ class TrainingConfig:
             )
         if self.run_name is not None and (self.run_name in (".", "..") or "/" in self.run_name):
             raise ConfigError(f"--run_name {self.run_name!r}: must be the plain name of a folder")
+        if self.parallel == "fsdp" and (self.compile or self.train_dtype == "float16"):
+            raise ConfigError(
+                "--parallel fsdp with --compile or --train_dtype float16 is not supported: use --parallel "
+                "ddp, or leave them out"
+            )
         if self.method == "Regular" and (self.contraction, self.score_granularity) != ("auto", "total"):
             raise ConfigError(
                 "--method Regular computes no dot products: leave out --contraction and --score_granularity"
@@ -187,9 +247,41 @@ class TrainingConfig:
                 f"--lr_decay_steps {self.lr_decay_steps} is not after --warmup_step {self.warmup_step}: "
                 "there would be no decay, but a jump; raise it, or leave it out"
             )
-        if self.eval_only and self.overwrite:
+        self._check_endings()
+        self._check_micro_batches()
+
+    def _check_endings(self) -> None:
+        if self.eval_only and (self.overwrite or self.resumes):
             raise ConfigError(
-                "--overwrite with --eval_only: an evaluation writes nothing; leave one of them out"
+                "--overwrite or --resume with --eval_only: an evaluation writes nothing; leave one of them "
+                "out"
+            )
+        if self.resumes and self.overwrite:
+            raise ConfigError(
+                "--resume and --overwrite: a run goes on, or is replaced; leave one of them out"
+            )
+        if self.resumes and self.run_name is None:
+            raise ConfigError("--resume: which run? give its --run_name")
+
+    def _check_micro_batches(self) -> None:
+        """Scores of several micro-batches are contracted with the first one's validation gradient."""
+        if self.gradient_accumulation_steps == 1 or self.method == "Regular":
+            return
+        several = f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"
+        if self.score_granularity == "pairwise":
+            raise ConfigError(
+                f"{several} with --score_granularity pairwise: the validation rows would have to be in every "
+                "micro-batch; use total or per_layer, or a larger --batch_size"
+            )
+        if self.contraction == "gram":
+            raise ConfigError(
+                f"{several} with --contraction gram: it needs the validation rows in every micro-batch; use "
+                "auto, instantiate or project"
+            )
+        if self.compile:
+            raise ConfigError(
+                f"{several} with --compile: a compiled block cannot keep the validation gradient; leave one "
+                "of them out"
             )
 
 

@@ -126,7 +126,8 @@ class BlockDataset:
 class BatchLoader:
     """This process's rows of each global step, steps in any order: to resume, the step's number is enough.
 
-    batch_size: rows of one process. weights: None, or of every domain of the dataset.
+    batch_size: rows of one micro-batch of one process; micro_batches: of each process in each step. weights:
+    None, or of every domain of the dataset.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class BatchLoader:
         weights: dict[str, float] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        micro_batches: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"--batch_size {batch_size}: at least 1")
@@ -145,11 +147,14 @@ class BatchLoader:
         self._dataset = dataset
         self._order = BatchOrder(dataset.blocks_per_domain, seed, weights)
         self._batch_size = batch_size
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self.micro_batches = rank, world_size, micro_batches
 
-    def batch(self, step: int) -> Batch:
-        """Rows rank*b to rank*b + b - 1 of global step `step`, counted from 0."""
-        start = (step * self._world_size + self._rank) * self._batch_size
+    def batch(self, step: int, micro_batch: int = 0) -> Batch:
+        """The b rows from (rank*G + micro_batch) * b on of global step `step`, with G micro-batches; all
+        counted from 0."""
+        assert 0 <= micro_batch < self.micro_batches, micro_batch
+        process = step * self._world_size + self._rank
+        start = (process * self.micro_batches + micro_batch) * self._batch_size
         return self._dataset.batch(self._order.places(start, self._batch_size))
 
 
@@ -163,18 +168,21 @@ class Prefetch:
     def __init__(self, loader: BatchLoader, *, pin: bool) -> None:
         self._loader, self._pin = loader, pin
         self._reader = ThreadPoolExecutor(1, "prefetch")
-        self._coming: tuple[int, Future[Batch]] | None = None
+        self._coming: tuple[tuple[int, int], Future[Batch]] | None = None
 
-    def batch(self, step: int) -> Batch:
-        """As of `BatchLoader`: steps in any order, but only the one after the last is there already."""
-        if self._coming is None or self._coming[0] != step:
-            self._coming = step, self._reader.submit(self._read, step)
+    def batch(self, step: int, micro_batch: int = 0) -> Batch:
+        """As of `BatchLoader`: in any order, but only the one after the last is there already."""
+        place = step, micro_batch
+        if self._coming is None or self._coming[0] != place:
+            self._coming = place, self._reader.submit(self._read, *place)
         batch = self._coming[1].result()
-        self._coming = step + 1, self._reader.submit(self._read, step + 1)
+        last = micro_batch + 1 == self._loader.micro_batches
+        place = (step + 1, 0) if last else (step, micro_batch + 1)
+        self._coming = place, self._reader.submit(self._read, *place)
         return batch
 
-    def _read(self, step: int) -> Batch:
-        batch = self._loader.batch(step)
+    def _read(self, step: int, micro_batch: int) -> Batch:
+        batch = self._loader.batch(step, micro_batch)
         return replace(batch, x=batch.x.pin_memory(), y=batch.y.pin_memory()) if self._pin else batch
 
     def close(self) -> None:

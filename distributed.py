@@ -1,30 +1,107 @@
-"""The processes of a run."""
+"""The processes of a run, as torchrun starts them: one for each GPU, or several on CPUs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from config_file import ConfigError
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config_file import ConfigError, TrainingConfig
+
+T = TypeVar("T")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those of the run."""
+    """This process's place among those of the run, and what they tell each other. host: the group of all
+    processes for what is not on a GPU. Every method is called by all processes, or none gets its answer."""
 
     rank: int
     size: int
+    host: Any = None
+
+    def wait(self) -> None:
+        """For all processes."""
+        if self.size > 1:
+            dist.barrier(group=self.host)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place and on the tensor's device, without waiting for it there."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.host)
+        return int(value)
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What the action gives to rank 0, which alone carries it out. A ConfigError there is raised by
+        all."""
+        outcome: Any = None
+        if self.rank == 0:
+            try:
+                outcome = action()
+            except ConfigError as error:
+                outcome = error
+        outcome = self.gather(outcome)[0]
+        if isinstance(outcome, ConfigError):
+            raise outcome
+        return outcome
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
 
 
 @contextmanager
-def distributed_world() -> Iterator[World]:
-    """The set-up and tear-down of the run's processes: one process.
+def distributed_world(config: TrainingConfig) -> Iterator[World]:
+    """The set-up and tear-down of the run's processes, for a configuration whose device is resolved: one
+    process, or those that torchrun has started, with NCCL on GPUs and gloo on CPUs.
 
-    Raises ConfigError if it was launched as one of several.
+    Raises ConfigError if they were started in a way that is not torchrun's, or more of them on a machine than
+    it has GPUs, and for --parallel fsdp with one process.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
+    given = [name for name in LAUNCHED if name in os.environ]
+    if "RANK" not in given and os.environ.get("WORLD_SIZE", "1") == "1":
+        given = []
+    if given and len(given) < len(LAUNCHED):
+        missing = ", ".join(name for name in LAUNCHED if name not in given)
         raise ConfigError(
-            f"WORLD_SIZE is {size}: runs of several processes are not supported; start one without torchrun"
+            f"{given[0]} is set, but not {missing}: start several processes with torchrun, or unset it"
         )
-    yield World(rank=0, size=1)
+    size = int(os.environ["WORLD_SIZE"]) if given else 1
+    if size == 1:
+        if config.parallel == "fsdp":
+            raise ConfigError(
+                "--parallel fsdp divides a model among processes, and this is the only one: start several, "
+                "./Scripts/train.sh --nproc_per_node 2, or leave it out"
+            )
+        yield World(0, 1)
+        return
+    if config.device == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(f"process {local} of this machine has no GPU, there are {gpus}: start {gpus}")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+        # beside NCCL, which would wait for the GPU to tell whether somebody pressed Ctrl-C
+        host = dist.new_group(backend="gloo") if config.device == "cuda" else None
+        yield World(dist.get_rank(), size, host)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dataloader import Batch
+from distributed import World
 
 
 class NonFiniteLoss(RuntimeError):
@@ -25,42 +26,52 @@ class FiniteGuard:
     scaling: whether a gradient scaler is at work, under which a gradient may overflow and only its step is
     left out."""
 
-    def __init__(self, device: torch.device, scaling: bool) -> None:
-        self.scaling = scaling
+    def __init__(self, device: torch.device, world: World, scaling: bool) -> None:
+        self.world, self.scaling = world, scaling
         self._poison = torch.zeros((), device=device)  # NaN from the first bad step on
-        self._pending: list[tuple[int, Batch, Tensor, Tensor]] = []  # step, batch, losses, norm
+        self._pending: list[tuple[int, list[Batch], Tensor, Tensor]] = []  # step, batches, losses, norm
 
-    def spoil(self, gradient: Tensor, losses: Tensor, dots: Tensor | None) -> None:
-        """Makes one of the step's gradients NaN if losses or dot products are not finite (validation rows may
-        overflow where train rows do not), or those of an earlier step were not."""
-        signal = self._poison + losses.detach().sum() * 0
-        gradient.add_(signal if dots is None else signal + dots.sum() * 0)
+    def spoil(self, gradient: Tensor, losses: Tensor, dots: Tensor | None) -> Tensor:
+        """Makes one of the step's gradients NaN if losses or dot products of any process are not finite
+        (validation rows may overflow where train rows do not), or those of an earlier step were not. Returns
+        a sum that is not finite if a loss is not."""
+        of_losses = losses.detach().float().sum() * 0
+        of_dots = torch.zeros_like(of_losses) if dots is None else dots.float().sum() * 0
+        signals = self.world.sum(torch.stack([of_losses, of_dots]))
+        gradient.add_(self._poison + signals.sum())
+        return signals[0]
 
-    def record(self, step: int, batch: Batch, losses: Tensor, norm: Tensor) -> Tensor:
-        """losses: of all rows; norm (): of the gradient. Returns whether the step must be left out, ()."""
+    def record(
+        self, step: int, batches: list[Batch], losses: Tensor, of_losses: Tensor, norm: Tensor
+    ) -> Tensor:
+        """losses: of all rows of this process; of_losses: what `spoil` returned; norm (): of the gradient.
+        Returns whether the step must be left out, ()."""
         skipped = ~norm.isfinite()
-        bad = ~losses.detach().isfinite().all()
+        bad = ~of_losses.isfinite()
         if not self.scaling:
             bad = bad | skipped
         self._poison = torch.where(bad, torch.nan, self._poison)
-        self._pending.append((step, batch, losses.detach(), norm))
+        self._pending.append((step, batches, losses.detach(), norm))
         return skipped
 
     def check(self) -> None:
         """NonFiniteLoss if a step since the last check was not finite."""
         if self._poison.isnan():
-            for step, batch, losses, norm in self._pending:
-                if not losses.isfinite().all():
-                    raise self._error(step, batch, f"the loss is not finite (per row: {losses.tolist()})")
+            for step, batches, losses, norm in self._pending:
+                of_all = self.world.gather(None if losses.isfinite().all() else losses.tolist())
+                bad = [each for each in of_all if each is not None]
+                if bad:
+                    raise self._error(step, batches, f"the loss is not finite (per row: {bad[0]})")
                 if not (self.scaling or norm.isfinite()):
-                    raise self._error(step, batch, f"the norm of the gradient is {norm.item()}")
+                    raise self._error(step, batches, f"the norm of the gradient is {norm.item()}")
         self._pending.clear()
 
-    @staticmethod
-    def _error(step: int, batch: Batch, seen: str) -> NonFiniteLoss:
+    def _error(self, step: int, batches: list[Batch], seen: str) -> NonFiniteLoss:
+        samples = self.world.gather([id_ for batch in batches for id_ in batch.sample_ids.tolist()])
+        domains = dict.fromkeys(domain for batch in batches for domain in batch.domains)
         return NonFiniteLoss(
-            f"step {step}: {seen}; samples {batch.sample_ids.tolist()} of {', '.join(batch.domains)}. The "
-            "run stops with the parameters before this step: lower --learning_rate, lengthen --warmup_step, "
-            "or look at these samples",
+            f"step {step}: {seen}; samples {[id_ for part in samples for id_ in part]} of "
+            f"{', '.join(domains)}. The run stops with the parameters before this step: lower "
+            "--learning_rate, lengthen --warmup_step, or look at these samples",
             step,
         )

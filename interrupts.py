@@ -1,40 +1,87 @@
-"""Ctrl-C at a point where the run can be saved."""
+"""Ctrl-C, and the signals by which batch systems announce the end, at a point where the run can be saved."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
+# Ctrl-C; what kill, torchrun and schedulers send; what schedulers can be told to send some time before.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(KeyboardInterrupt):
+    """One of SIGNALS came, or came to another process of the run; number: which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopSignals:
+    """received: the first of SIGNALS that came while the process was told to wait with it; None if none
+    did."""
+
+    received: int | None = None
+
+
+@contextmanager
+def stop_signals(*, wait: bool) -> Iterator[StopSignals]:
+    """Within it each of SIGNALS raises Interrupted; or, with `wait`, is noted only: of several processes none
+    may stop where the others would wait for it. A signal that the process ignores goes on being ignored."""
+    stop = StopSignals()
+
+    def arrived(number: int, frame: FrameType | None) -> None:
+        if not wait:
+            raise Interrupted(number)
+        stop.received = stop.received or number
+
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in previous.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, arrived)
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
 
 @contextmanager
 def interrupt_deferred() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """A Ctrl-C that comes inside raises KeyboardInterrupt at the end: the update of the parameters and the
-    record of its scores are both done, or neither is.
+    """A signal that comes inside is handled at the end: the update of the parameters and the record of its
+    scores are both done, or neither is.
 
-    Gives a context manager for a part of it where a Ctrl-C raises at once after all. A process that ignores
-    Ctrl-C goes on ignoring it."""
-    pending = False
+    Gives a context manager for a part of it where a signal is handled at once after all. Concerns those of
+    SIGNALS that have a handler, not those that are ignored or end the process."""
+    pending: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
-        nonlocal pending
-        pending = True
+        pending.append(number)
+
+    def deliver() -> None:
+        if pending:
+            number = pending[0]
+            pending.clear()
+            previous[number](number, None)
 
     @contextmanager
     def allowed() -> Iterator[None]:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         try:
-            if pending:
-                raise KeyboardInterrupt
+            deliver()
             yield
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for number in previous:
+                signal.signal(number, remember)
 
-    previous = signal.getsignal(signal.SIGINT)
-    handler = remember if callable(previous) else previous
-    signal.signal(signal.SIGINT, handler)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in previous:
+        signal.signal(number, remember)
     try:
         yield allowed
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        raise KeyboardInterrupt
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    deliver()

@@ -5,93 +5,174 @@ python main.py --batch_size 2 --max_steps 20    (--help lists all flags)
 
 import json
 import logging
+import signal
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 
-from config_file import TrainingConfig, describe, resolve
-from distributed import distributed_world
+from checkpoint import RUN_CONFIG, find_checkpoint, read_manifest, remove_after, step_of
+from config_file import ConfigError, TrainingConfig, describe, resolve
+from distributed import World, distributed_world
 from finite_guard import NonFiniteLoss
 from ghostEngines.contraction import TILE_NUMEL, Split, Strategy
 from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
-from ghostEngines.metrics_log import ScoreWriter
-from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model
-from run_folder import check_result_dir, differences, prepare_result_dir, provenance, save
-from run_log import RunLog, check_wandb
+from ghostEngines.metrics_log import ScoreWriter, drop_rows_from
+from interrupts import Interrupted, stop_signals
+from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
+from run_folder import (
+    changes,
+    check_result_dir,
+    differences,
+    lasting,
+    locked,
+    prepare_result_dir,
+    provenance,
+    save,
+)
+from run_log import RunLog, SilentLog, check_wandb
 from summary import print_summary
 from training_data import TrainingData, check_tokens
-from training_loop import Trainer, check_evaluation, evaluate, to_device
-from validation_rows import save_validation_rows
+from training_loop import (
+    Trainer,
+    check_evaluation,
+    checkpoint_facts,
+    evaluate,
+    load_checkpoint,
+    to_device,
+)
+from validation_rows import hash_of_rows, save_validation_rows
 
 logger = logging.getLogger("main")
 
 
 def main(argv: list[str]) -> int:
-    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 130
-    after Ctrl-C."""
+    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 128
+    and the signal's number after one that stopped the run, so 130 after Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.disable_progress_bar()
     config = TrainingConfig.from_command_line(argv)
     with ExitStack() as resources:
         try:
             config = resolve(config)
-            world = resources.enter_context(distributed_world())
-            check_result_dir(config)
+            world = resources.enter_context(distributed_world(config))
+            if world.rank > 0:
+                logging.getLogger().setLevel(logging.ERROR)
+            config = world.gather(config)[0]  # the name of a run has the time in it
+            world.first(lambda: check_result_dir(config))
             data = resources.enter_context(TrainingData.open(config, world))
-            model = prepare_model(config)
+            checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
+            model = prepare_model(config, checkpoint)
             check_tokens(data.blocks, model.hf.config.vocab_size)
-            check_wandb(config)
-            prepare_result_dir(config)
+            world.first(lambda: open_folder(config, checkpoint, resources))
         except ValueError as error:  # of the user's making: said in a line, without a traceback
             print(f"main.py: error: {error}", file=sys.stderr)
             return 2
         logger.info("%s\n", describe(config))
         if config.eval_only:
-            return evaluate_only(config, model, data)
-        save(config, config.result_dir / "config.json", provenance() | computation(config, model))
+            return evaluate_only(config, model, data, world)
+        if world.rank == 0:
+            save(config, config.result_dir / "config.json", provenance() | computation(config, model))
+        world.wait()
+        parallel = parallelise(model, config, world)
         optimizer = build_optimizer(model, config)
-        manager = build_manager(config, model, optimizer, data, world.rank)
-        log = resources.enter_context(RunLog(config))
-        trainer = Trainer(config, model, optimizer, manager, data, log, world)
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        manager = build_manager(config, model, optimizer, data, world, step)
+        log = resources.enter_context(RunLog(config, step) if world.rank == 0 else SilentLog())
+        stop = resources.enter_context(stop_signals(wait=world.size > 1))
+        trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
+        if checkpoint is not None:
+            load_checkpoint(trainer, checkpoint)
         status = train(trainer)
-    if trainer.progress.steps:
+        world.wait()  # all scores are on the disk
+    if trainer.progress.steps and world.rank == 0:
         print_summary(config, trainer.progress, data)
     return status
 
 
-def prepare_model(config: TrainingConfig) -> CausalLM:
-    """A new model, or for --eval_only the one that the named run saved."""
+def find_resumed(
+    config: TrainingConfig, world: World, data: TrainingData, resources: ExitStack
+) -> Path | None:
+    """The checkpoint that --resume or --resume_from means; None for a run that begins.
+
+    Raises ConfigError if it is not there, not whole, or of a run with other settings, data, or another global
+    batch, and if that run is still at work."""
+    if not config.resumes:
+        return None
+    resources.enter_context(locked(config))
+    checkpoint = find_checkpoint(config.result_dir / "checkpoints", config.resume_from)
+    manifest = read_manifest(checkpoint)
+    found = changes(config, checkpoint / RUN_CONFIG)
+    now = checkpoint_facts(config, world, data)
+    found += [f"{name} is {now[name]}, was {manifest[name]}" for name in now if now[name] != manifest[name]]
+    if found:
+        raise ConfigError(f"--resume: not the run that made {checkpoint}: {'; '.join(found)}")
+    if step_of(checkpoint) > config.max_steps:
+        raise ConfigError(
+            f"--resume: {checkpoint} is beyond --max_steps {config.max_steps}: give more, or --resume_from "
+            "an earlier one"
+        )
+    logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def open_folder(config: TrainingConfig, checkpoint: Path | None, resources: ExitStack) -> None:
+    """The run's folder, made or ready to go on, and for this run alone as long as the resources are held."""
+    if config.eval_only:
+        return
+    check_wandb(config)
+    if checkpoint is None:
+        prepare_result_dir(config, resources)
+    else:
+        remove_after(checkpoint.parent, step_of(checkpoint))
+
+
+def prepare_model(config: TrainingConfig, checkpoint: Path | None) -> CausalLM:
+    """The model of the checkpoint; for --eval_only the one that the named run saved; the one of --init_from;
+    or a new one."""
+    if checkpoint is not None:
+        return load_model(checkpoint, config)
     if config.eval_only and config.saved_model is not None:
         return load_model(config.saved_model, config)
+    if config.init_from is not None:
+        return load_model(Path(config.init_from), config, drop_dropout=True)
     return build_model(config)
 
 
 def build_manager(
-    config: TrainingConfig, model: CausalLM, optimizer, data: TrainingData, rank: int
+    config: TrainingConfig,
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    data: TrainingData,
+    world: World,
+    step: int,
 ) -> GhostEngineManager:
-    """The method's manager. GradDotProd writes its scores and the validation rows that they refer to."""
+    """The method's manager. GradDotProd writes its scores and the validation rows that they refer to; scores
+    of `step` and later ones, which will be computed again, are removed."""
+    micro_batches = config.gradient_accumulation_steps
     if config.method == "Regular":
-        return GhostEngineManager()
+        return GhostEngineManager(micro_batches)
     val_x, val_y = to_device(data.validation, Precision.of(config).device)
-    validation_hash = save_validation_rows(data.validation, data.tokenizer, config.result_dir / "validation")
+    if world.rank == 0 and not config.resumes:
+        save_validation_rows(data.validation, data.tokenizer, config.result_dir / "validation")
     metadata = {
-        "run_configuration": (config.result_dir / "config.json").read_text(encoding="utf-8"),
-        "validation_sha256": validation_hash,
+        "run_configuration": json.dumps(lasting(config)),
+        "validation_sha256": hash_of_rows(data.validation),
         "block_size": str(config.block_size),
         "split": config.train_set,
         "shard_sha256": json.dumps(data.blocks["train"].checksums),
         "domains": json.dumps(data.blocks["train"].all_domains),  # whose places are the sample ids' high bits
         "layers": json.dumps(list(covered_layers(model))),  # the order of per-layer scores
     }
-    scores = ScoreWriter(
-        config.result_dir / "grad_dotprods",
-        rank=rank,
-        metadata=metadata,
-        granularity=config.score_granularity,
-    )
+    folder = config.result_dir / "grad_dotprods"
+    if world.rank == 0 and config.resumes:
+        drop_rows_from(folder, step, metadata=metadata, granularity=config.score_granularity)
+    world.wait()
+    scores = ScoreWriter(folder, rank=world.rank, metadata=metadata, granularity=config.score_granularity)
     return GradDotProdManager(
         model,
         optimizer,
@@ -101,6 +182,7 @@ def build_manager(
         save_interval=config.dot_prod_save_interval,
         granularity=config.score_granularity,
         strategy=forced_strategy(config),
+        micro_batches=micro_batches,
     )
 
 
@@ -114,7 +196,10 @@ def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
     if config.method == "Regular":
         return {}
     split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
-    plan = contraction_plan(covered_layers(model), split, config.block_size, forced_strategy(config))
+    accumulating = config.gradient_accumulation_steps > 1
+    plan = contraction_plan(
+        covered_layers(model), split, config.block_size, forced_strategy(config), accumulating
+    )
     return {
         "contraction_by_layer": plan,
         "tile_numel": TILE_NUMEL,
@@ -127,20 +212,25 @@ def train(trainer: Trainer) -> int:
     """Trains to the end, and says how it ended."""
     try:
         trainer.run()
-    except KeyboardInterrupt:
-        logger.warning("interrupted after step %d: scores and model are saved", trainer.progress.steps)
-        return 130
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        logger.warning(
+            "interrupted after step %d: scores and a checkpoint are saved; --resume --run_name %s goes on",
+            trainer.progress.steps,
+            trainer.config.run_name,
+        )
+        return 128 + number  # as a shell says it
     except NonFiniteLoss as error:
         logger.error("main.py: error: %s", error)
         return 1
     return 0
 
 
-def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData) -> int:
+def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData, world: World) -> int:
     """--eval_only: the losses on the three splits, and nothing is written."""
     for difference in differences(config):
         logger.info("other than in the run itself: %s", difference)
-    losses = evaluate(model, data, config, Precision.of(config))
+    losses = evaluate(model, data, config, Precision.of(config), world, lambda: None)
     for name, loss in losses.items():
         logger.info("loss on %s: %.4f", name, loss)
     try:

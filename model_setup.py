@@ -1,7 +1,9 @@
 """Architectures, precision, optimizer: everything between a TrainingConfig and a model that can take a
 step."""
 
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +11,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from config_file import TrainingConfig
+from distributed import World
 from ghostEngines import CrossEntropyHead
+
+logger = logging.getLogger(__name__)
 
 # Sizes as published (Radford et al. 2019); GPT2-Tiny is for tests and quick looks.
 ARCHITECTURES = {
@@ -159,19 +166,36 @@ def build_model(config: TrainingConfig) -> CausalLM:
     return place(CausalLM(GPT2LMHeadModel(hf_config)), config)
 
 
-def load_model(folder: Path, config: TrainingConfig) -> CausalLM:
-    """The model that a run saved. Raises ValueError if it is not there or not whole, has dropout or too few
-    positions."""
+def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = False) -> CausalLM:
+    """The model in a folder in Hugging Face format, as a run saves it. Raises ValueError if it is not there
+    or not whole, has too few positions, or has dropout, which `drop_dropout` sets to 0."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no saved model in {folder}")
     try:
-        hf, loaded = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+        hf_config = GPT2Config.from_pretrained(folder)
+        if drop_dropout:
+            for name in DROPOUT_FIELDS:
+                if getattr(hf_config, name) != 0:
+                    logger.info("%s: %s=%s is set to 0", folder, name, getattr(hf_config, name))
+                    setattr(hf_config, name, 0.0)
+        hf, loaded = GPT2LMHeadModel.from_pretrained(folder, config=hf_config, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the saved model in {folder} cannot be read: {error}") from error
     if loaded["missing_keys"]:
         raise ValueError(f"the saved model in {folder} lacks {', '.join(sorted(loaded['missing_keys']))}")
     check_positions(hf.config, config)
+    check_sizes(hf.config, config)
     return place(CausalLM(hf), config)
+
+
+def check_sizes(hf_config: GPT2Config, config: TrainingConfig) -> None:
+    """ValueError if a loaded model is not of the architecture that was asked for."""
+    for name, want in ARCHITECTURES[config.architecture].items():
+        if getattr(hf_config, name) != want:
+            raise ValueError(
+                f"--architecture {config.architecture} has {name} {want}, the model in the folder "
+                f"{getattr(hf_config, name)}: give the architecture that it has"
+            )
 
 
 def check_positions(hf_config: GPT2Config, config: TrainingConfig) -> None:
@@ -198,6 +222,31 @@ def set_up_blocks(model: CausalLM, *, compiled: bool, checkpointing: bool) -> No
         block.mlp.frugal = not (compiled or checkpointing)
         if compiled:  # one graph serves all blocks; the head chooses its own parts
             block.compile()
+
+
+def parallelise(model: CausalLM, config: TrainingConfig, world: World) -> nn.Module:
+    """What the training loop calls in place of the model: with several processes its DDP wrapper, or itself
+    with its parameters divided among them (FSDP2: each block a group, embeddings, norm and head another)."""
+    if world.size == 1:
+        return model
+    if config.parallel == "fsdp":
+        for block in model.hf.transformer.h:
+            fully_shard(block)
+        return fully_shard(model)
+    gpus = [torch.cuda.current_device()] if config.device == "cuda" else None
+    return DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
+
+
+@contextmanager
+def gradient_sync(parallel: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the backward pass of a forward pass made in here reduces the gradients over the processes: once
+    for each optimizer step, with its last micro-batch."""
+    if isinstance(parallel, FSDPModule):
+        parallel.set_requires_gradient_sync(wanted)
+    with (
+        parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not wanted else nullcontext()
+    ):
+        yield
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -1,23 +1,27 @@
 """The folder of a run, {results_dir}/{run_name}: made once, marked by config.json, kept from other runs.
 
-prepare_result_dir(config)
+prepare_result_dir(config, resources)
 save(config, config.result_dir / "config.json", provenance())
 """
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from command_line import flags_of
 from config_file import ROOT, ConfigError, TrainingConfig
 
+LOCK = ".lock"  # held by the process that works in the folder
 PACKAGES = ("torch", "numpy", "transformers", "tiktoken", "pyarrow", "wandb")  # whose versions are recorded
 
 logger = logging.getLogger(__name__)
@@ -33,10 +37,16 @@ def check_result_dir(config: TrainingConfig) -> None:
     if config.eval_only:
         if config.saved_model is not None:
             _check_saved_run(config)
+    elif config.resumes:
+        if _read_run(config.result_dir) is None:
+            raise ConfigError(
+                f"--resume --run_name {config.run_name}: {config.result_dir} is not the folder of a run; "
+                "check --run_name and --results_dir"
+            )
     elif os.path.lexists(config.result_dir) and not config.overwrite:
         raise ConfigError(
             f"--run_name {config.run_name}: {config.result_dir} is there already; choose another name, or "
-            "replace that run with --overwrite"
+            "replace that run with --overwrite, or go on with it with --resume"
         )
 
 
@@ -64,8 +74,48 @@ def differences(config: TrainingConfig) -> list[str]:
     ]
 
 
-def prepare_result_dir(config: TrainingConfig) -> None:
-    """Make the run's folder, empty; with --eval_only make nothing.
+@contextmanager
+def locked(config: TrainingConfig) -> Iterator[None]:
+    """Within it no other process works in the run's folder, which is there. The lock goes with the process,
+    however it ends.
+
+    Raises:
+        ConfigError: another process works there.
+    """
+    with (config.result_dir / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--run_name {config.run_name}: another process is at work in {config.result_dir}; wait for "
+                "it, stop it, or choose another name"
+            ) from error
+        yield
+
+
+def changes(config: TrainingConfig, checkpoint_config: Path) -> list[str]:
+    """In what a run that is resumed differs from what it was when the checkpoint was made, of what must not
+    change."""
+    values = json.loads(checkpoint_config.read_text(encoding="utf-8"))
+    found = []
+    for spec in flags_of(config):
+        now = getattr(config, spec.name)
+        now = list(now) if isinstance(now, tuple) else now
+        if not spec.metadata["may_change"] and now != values[spec.name]:
+            found.append(f"--{spec.name} is {now}, was {values[spec.name]}")
+    return found
+
+
+def lasting(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that stay as they are when the run is resumed."""
+    return {
+        spec.name: getattr(config, spec.name) for spec in flags_of(config) if not spec.metadata["may_change"]
+    }
+
+
+def prepare_result_dir(config: TrainingConfig, resources: ExitStack) -> None:
+    """Make the run's folder, empty, and keep others out of it for as long as the resources are held; with
+    --eval_only make nothing.
 
     Raises:
         ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; a folder that cannot be
@@ -76,7 +126,10 @@ def prepare_result_dir(config: TrainingConfig) -> None:
         return
     folder = config.result_dir
     if os.path.lexists(folder):
-        _remove_run(folder)
+        _check_is_run(folder)
+        resources.enter_context(locked(config))
+        _empty_run(folder)
+        return
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -84,6 +137,7 @@ def prepare_result_dir(config: TrainingConfig) -> None:
             f"--results_dir {config.results_dir}: cannot make {folder} ({error.strerror}); name a folder "
             "that can be written, with --results_dir or RESULTS_DIR"
         ) from error
+    resources.enter_context(locked(config))
 
 
 def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
@@ -151,18 +205,21 @@ def _check_saved_run(config: TrainingConfig) -> None:
         )
 
 
-def _remove_run(folder: Path) -> None:
-    empty = folder.is_dir() and not any(folder.iterdir())
+def _check_is_run(folder: Path) -> None:
+    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK}
     if folder.is_symlink() or not (empty or _read_run(folder)):
         raise ConfigError(
             f"--overwrite: {folder} is not the folder of a run (it has no config.json of one) and is left as "
             "it is; choose another --run_name, or remove it by hand"
         )
+
+
+def _empty_run(folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.name == "config.json":
-            continue  # last: interrupted before that, the folder is still known as a run
+        if entry.name in ("config.json", LOCK):
+            continue  # config.json last: interrupted before that, the folder is still known as a run
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    shutil.rmtree(folder)
+    (folder / "config.json").unlink(missing_ok=True)

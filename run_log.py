@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,18 +21,42 @@ from config_file import ConfigError, TrainingConfig
 logger = logging.getLogger(__name__)
 
 
-class RunLog:
-    """{result_dir}/metrics.jsonl gets one object per record: `step` and what was measured there, flushed at
-    once."""
+class SilentLog:
+    """What the processes other than the first tell: nothing."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def advance(self, shown: str) -> None:
+        pass
+
+    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class RunLog(SilentLog):
+    """{result_dir}/metrics.jsonl gets one object per record: `step` and what was measured there, flushed at
+    once.
+
+    step: the first one that is to come; records of it and later ones, which a run left that was killed after
+    its last checkpoint, are removed."""
+
+    def __init__(self, config: TrainingConfig, step: int) -> None:
         with ExitStack() as opened:
             self._wandb = None
             if config.wandb_mode != "disabled":
                 self._wandb = opened.enter_context(start_wandb(config))
-            file = (config.result_dir / "metrics.jsonl").open("a", encoding="utf-8")
-            self._file = opened.enter_context(file)
-            self._bar = opened.enter_context(progress_bar(config.max_steps))
+            path = config.result_dir / "metrics.jsonl"
+            if config.resumes:
+                keep_records_before(path, step)
+            self._file = opened.enter_context(path.open("a", encoding="utf-8"))
+            self._bar = opened.enter_context(progress_bar(config.max_steps, step))
             opened.enter_context(logging_redirect_tqdm())
             self._resources = opened.pop_all()
 
@@ -65,11 +90,29 @@ class RunLog:
         self._resources.__exit__(kind, error, traceback)
 
 
-def progress_bar(steps: int) -> tqdm:
+def keep_records_before(path: Path, step: int) -> None:
+    """Leaves out the records of this step and later ones, and a last line that is not whole."""
+    kept = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n") and json.loads(line)["step"] < step:
+                kept.append(line)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def progress_bar(steps: int, done: int) -> tqdm:
     """Steps done, time left, and a postfix. In a file, where nothing is overwritten, a line every 10
     seconds."""
     in_terminal = sys.stderr.isatty()
-    return tqdm(total=steps, unit="step", dynamic_ncols=in_terminal, mininterval=0.1 if in_terminal else 10)
+    return tqdm(
+        total=steps,
+        initial=done,
+        unit="step",
+        dynamic_ncols=in_terminal,
+        mininterval=0.1 if in_terminal else 10,
+    )
 
 
 def check_wandb(config: TrainingConfig) -> None:
@@ -88,10 +131,16 @@ def check_wandb(config: TrainingConfig) -> None:
 
 
 def start_wandb(config: TrainingConfig) -> Any:
-    """The run at Weights & Biases (a folder of the result_dir when offline)."""
+    """The run at Weights & Biases (a folder of the result_dir when offline); when it is resumed, the same
+    one."""
     import wandb  # takes a second to import, which a run without it is spared
 
+    memory = config.result_dir / "wandb_id"
+    if not (config.resumes and memory.exists()):
+        memory.write_text(uuid.uuid4().hex, encoding="utf-8")
     return wandb.init(
+        id=memory.read_text(encoding="utf-8"),
+        resume="allow" if config.wandb_mode == "online" else None,
         project=config.wandb_project,
         name=config.run_name,
         dir=config.result_dir,

@@ -43,6 +43,7 @@ class TrainingData:
             weights=weights,
             rank=world.rank,
             world_size=world.size,
+            micro_batches=config.gradient_accumulation_steps,
         )
         assert config.eval_bs is not None
         evaluation = {

@@ -12,13 +12,21 @@ from data_processing.tokenizers import Tokenizer
 from dataloader import Batch
 
 
-def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> str:
-    """Writes {folder}/rows.parquet, one row each with sample_id, domain, block, its T+1 tokens and their
-    text.
+def tokens_of(batch: Batch) -> torch.Tensor:
+    """(m, T+1)"""
+    return torch.cat([batch.x, batch.y[:, -1:]], dim=1)
 
-    Returns the SHA-256 of the tokens, which the scores carry: scores with another hash are of other
-    validation rows."""
-    tokens = torch.cat([batch.x, batch.y[:, -1:]], dim=1)  # (m, T+1)
+
+def hash_of_rows(batch: Batch) -> str:
+    """The SHA-256 of the tokens, which the scores carry: scores with another hash are of other validation
+    rows."""
+    return hashlib.sha256(tokens_of(batch).numpy().astype("<u2").tobytes()).hexdigest()
+
+
+def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes {folder}/rows.parquet, one row each with sample_id, domain, block, its T+1 tokens and their
+    text."""
+    tokens = tokens_of(batch)
     folder.mkdir()
     table = pa.table(
         {
@@ -30,4 +38,3 @@ def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> st
         }
     )
     pq.write_table(table, folder / "rows.parquet")
-    return hashlib.sha256(tokens.numpy().astype("<u2").tobytes()).hexdigest()

@@ -51,16 +51,20 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def contraction_plan(
-    layers: dict[str, nn.Module], split: Split, positions: int, strategy: Strategy | None
+    layers: dict[str, nn.Module],
+    split: Split,
+    positions: int,
+    strategy: Strategy | None,
+    accumulating: bool = False,
 ) -> dict[str, Strategy]:
     """Which strategy each weight of `covered_layers` uses for rows of this many positions; `strategy`: the
-    one that is forced on all, or None."""
+    one that is forced on all, or None; accumulating: with several micro-batches."""
     plan = {}
     for name, layer in layers.items():
         if isinstance(layer, nn.Linear | Conv1D | CrossEntropyHead):
             choose = head_strategy if isinstance(layer, CrossEntropyHead) else choose_strategy
             p, d = layer.weight.shape
-            plan[name] = strategy or choose(split, positions, p, d)
+            plan[name] = strategy or choose(split, positions, p, d, accumulating)
     return plan
 
 

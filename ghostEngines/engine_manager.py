@@ -5,7 +5,10 @@ losses = model(*manager.prepare_forward_input())
 manager.joint_loss(losses).backward()
 manager.prepare_gradients()               # .grad is the training gradient
 ...                                       # clip, optimizer.step()
-manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, global_batch_size=n)
+manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, ...)
+
+With several micro-batches the first four calls are made for each of them, and `.grad` is the training
+gradient after the last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,9 +40,14 @@ class TrainRows:
 
 class GhostEngineManager:
     """Method Regular: no engine. All calls are there, so that a loop needs no `if method`, and add nothing to
-    training."""
+    training.
+
+    micro_batches: how many make one optimizer step."""
 
     rows: TrainRows
+
+    def __init__(self, micro_batches: int = 1) -> None:
+        self.micro_batches = micro_batches
 
     def attach_train_batch(
         self,
@@ -60,40 +68,47 @@ class GhostEngineManager:
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         """What to call backward() on, from the model's per-sample losses."""
-        return losses.mean()
+        return losses.mean() / self.micro_batches
 
-    def prepare_gradients(self) -> None:
-        """After it `.grad` is the gradient of the train rows' mean loss."""
+    def prepare_gradients(self, losses: Tensor) -> None:
+        """After it (with the last micro-batch) `.grad` is the gradient of the train rows' mean loss. losses:
+        the model's."""
 
     def train_losses(self, losses: Tensor) -> Tensor:
         """(n,): the train rows' own losses, without gradient: what is logged as training loss."""
         return losses[: len(self.rows.x)].detach()
 
     def dot_products(self) -> Tensor | None:
-        """(n,): the dot products of the step, None for a method that computes none."""
+        """(n·G,): the dot products of the step's micro-batches so far, None for a method that computes
+        none."""
         return None
 
     def aggregate_and_log(
         self,
         *,
-        losses: Tensor,
         step: int,
         lr: float,
         clip_factor: Tensor,
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
-        """Records the step's scores. losses: the model's; clip_factor (): by what clipping multiplied the
-        gradient; skipped (): whether the optimizer left the step out; global_batch_size: train rows over all
-        processes."""
+        """Records the step's scores. clip_factor (): by what clipping multiplied the gradient; skipped ():
+        whether the optimizer left the step out; global_batch_size: train rows over all processes and
+        micro-batches."""
 
     @contextmanager
     def detached(self) -> Iterator[None]:
         """The model without an engine, for evaluation."""
         yield
 
+    def begin_step(self) -> None:
+        """Forgets micro-batches of a step that was not finished."""
+
     def flush(self) -> None:
         """Everything recorded so far goes to the disk."""
+
+    def merge(self) -> None:
+        """The same, in few files."""
 
     def close(self) -> None:
         """Flushes, and leaves the model as it was."""
@@ -118,24 +133,35 @@ class GradDotProdManager(GhostEngineManager):
         save_interval: int,
         granularity: Granularity = "total",
         strategy: Strategy | None = None,
+        micro_batches: int = 1,
     ) -> None:
+        super().__init__(micro_batches)
+        self._recorded: list[tuple[TrainRows, Tensor, Tensor]] = []  # rows, dot products, train losses
         self._optimizer = optimizer
         self._val_x, self._val_y = val_x, val_y
         self._scores, self._save_interval = scores, save_interval
-        self._engine = GradDotProdEngine(model, len(val_x), granularity=granularity, strategy=strategy)
+        self._engine = GradDotProdEngine(
+            model, len(val_x), granularity=granularity, strategy=strategy, micro_batches=micro_batches
+        )
         self._engine.attach(optimizer)
 
     def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
+        if self._recorded:  # the validation rows go with the first micro-batch
+            return self.rows.x, self.rows.y
         return torch.cat([self.rows.x, self._val_x]), torch.cat([self.rows.y, self._val_y])
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         return self._engine.joint_loss(losses)
 
-    def prepare_gradients(self) -> None:
+    def prepare_gradients(self, losses: Tensor) -> None:
         self._engine.prepare_gradients()
+        self._recorded.append((self.rows, self._engine.dot_products(), self.train_losses(losses)))
+
+    def begin_step(self) -> None:
+        self._recorded.clear()
 
     def dot_products(self) -> Tensor:
-        dots = self._engine.dot_products()
+        dots = torch.cat([scores for _, scores, _ in self._recorded])
         if self._engine.granularity == "total":
             return dots
         return dots.mean(1) if self._engine.granularity == "pairwise" else dots.sum(1)
@@ -143,25 +169,25 @@ class GradDotProdManager(GhostEngineManager):
     def aggregate_and_log(
         self,
         *,
-        losses: Tensor,
         step: int,
         lr: float,
         clip_factor: Tensor,
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
-        self._scores.append(
-            step=step,
-            sample_ids=self.rows.sample_ids,
-            domains=self.rows.domains,
-            blocks=self.rows.blocks,
-            dot_products=self._engine.dot_products(),
-            train_losses=self.train_losses(losses),
-            lr=lr,
-            clip_factor=clip_factor,
-            global_batch_size=global_batch_size,
-            null=skipped,
-        )
+        for rows, dots, train_losses in self._recorded:
+            self._scores.append(
+                step=step,
+                sample_ids=rows.sample_ids,
+                domains=rows.domains,
+                blocks=rows.blocks,
+                dot_products=dots,
+                train_losses=train_losses,
+                lr=lr,
+                clip_factor=clip_factor,
+                global_batch_size=global_batch_size,
+                null=skipped,
+            )
         if (step + 1) % self._save_interval == 0:
             self.flush()
 
@@ -175,6 +201,10 @@ class GradDotProdManager(GhostEngineManager):
 
     def flush(self) -> None:
         self._scores.flush()
+
+    def merge(self) -> None:
+        self._scores.flush()
+        self._scores.merge()
 
     def close(self) -> None:
         try:

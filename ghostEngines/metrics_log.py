@@ -36,7 +36,7 @@ from .score_files import (
     sync,
 )
 
-__all__ = ["SCORE_SCHEMA", "ScoreError", "ScoreWriter", "open_scores", "summed_values"]
+__all__ = ["SCORE_SCHEMA", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores", "summed_values"]
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,18 @@ class ScoreWriter:
         if self.granularity != "total":
             columns[self.granularity] = _lists(scores, null)
         return pa.table(columns, schema=self._schema)
+
+
+def drop_rows_from(
+    folder: str | os.PathLike[str], step: int, *, metadata: Mapping[str, str], granularity: str
+) -> None:
+    """Remove the rows of `step` and later of all processes that ever wrote here, none of which is at work: a
+    run that goes on from there computes them again. Raises as `ScoreWriter`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for rank in sorted({file.rank for file in list_files(folder)}):
+        ScoreWriter(folder, rank=rank, metadata=metadata, granularity=granularity).drop_from(step)
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -61,6 +61,13 @@ Granularity = Literal["total", "pairwise", "per_layer"]
 GRANULARITIES: tuple[Granularity, ...] = ("total", "pairwise", "per_layer")
 
 
+def refuse_to_be_copied(self: object) -> NoReturn:
+    raise RuntimeError(
+        "a model with an engine attached cannot be copied or pickled, since the copy would have an engine that "
+        "nobody could detach: detach it first, or copy the state_dict"
+    )
+
+
 @dataclass
 class Step:
     """One pass over a joint batch of n train and m validation rows.
@@ -106,6 +113,8 @@ class Step:
         )
         each = [zeros(split.n, split.directions) for _ in range(probes)]
         return cls(split, input_shape, each, zeros(()), strategy, scratch, micro_batches, kept)
+
+    __reduce__ = refuse_to_be_copied
 
     def row_weights(self) -> Tensor:
         """(n+m,): the weight of every row's loss in the joint loss, 1/(n·G) for train and 1/m for validation
@@ -175,11 +184,7 @@ class LayerStep:
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
         return self.rule(self.layer, self, *inputs, **named_inputs)
 
-    def __reduce__(self) -> NoReturn:
-        raise RuntimeError(
-            "a model with an engine attached cannot be copied or pickled, since the copy would have an "
-            "engine that nobody could detach: detach it first, or copy the state_dict"
-        )
+    __reduce__ = refuse_to_be_copied
 
     @property
     def step(self) -> Step:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -104,7 +105,7 @@ def test_the_commands_of_the_readme_are_valid() -> None:
         ("--run_name ..", "--run_name '..'"),
         ("--run_name=", "--run_name '': must not be empty"),
         ("--results_dir=", "--results_dir '': must not be empty"),
-        ("--eval_only --overwrite", "--overwrite with --eval_only"),
+        ("--eval_only --overwrite", "--overwrite or --resume with --eval_only"),
     ],
 )
 def test_what_is_wrong_ends_the_program_and_is_named(
@@ -126,16 +127,16 @@ def test_a_configuration_built_in_code_is_validated_too() -> None:
 def test_a_new_option_is_one_new_field() -> None:
     @dataclass(frozen=True)
     class Later(TrainingConfig):
-        gradient_accumulation_steps: int = flag(1, "100 % new", at_least=1)
-        resume: str | None = flag(None, "a run to go on with")
+        ghosts: int = flag(1, "100 % new", at_least=1)
+        spirit: str | None = flag(None, "a name")
 
     parser = flag_parser(Later, "main.py", "")
-    config = Later(**vars(parser.parse_args(["--gradient_accumulation_steps", "4", "--resume", "a"])))
-    assert (config.gradient_accumulation_steps, config.resume) == (4, "a")
+    config = Later(**vars(parser.parse_args(["--ghosts", "4", "--spirit", "a"])))
+    assert (config.ghosts, config.spirit) == (4, "a")
     assert "100 % new [1]" in parser.format_help()
-    assert "gradient_accumulation_steps 4" in re.sub(" +", " ", describe(config))
-    with pytest.raises(ConfigError, match="--gradient_accumulation_steps 0"):
-        check_flags(Later(gradient_accumulation_steps=0))
+    assert "ghosts 4" in re.sub(" +", " ", describe(config))
+    with pytest.raises(ConfigError, match="--ghosts 0"):
+        check_flags(Later(ghosts=0))
 
 
 def test_help_has_every_flag_and_every_default() -> None:
@@ -153,7 +154,11 @@ def test_help_has_every_flag_and_every_default() -> None:
 
 def test_nothing_is_left_open(no_gpu: None) -> None:
     config = resolve(TrainingConfig(), {}, NOON)
-    assert {spec.name for spec in flags_of(config) if getattr(config, spec.name) is None} == {"domains"}
+    assert {spec.name for spec in flags_of(config) if getattr(config, spec.name) is None} == {
+        "domains",
+        "init_from",
+        "resume_from",
+    }
     assert config.device == "cpu" and config.train_dtype == "float32"
     assert config.min_lr == pytest.approx(6e-5) and config.lr_decay_steps == 1000 and config.eval_bs == 2
     assert config.pile_data_dir == str(ROOT / "data" / "demo")
@@ -229,9 +234,15 @@ def test_describe_shows_every_field_and_where_it_came_from(no_gpu: None) -> None
 # ---- the folder of a run
 
 
+def prepare(config: TrainingConfig) -> None:
+    """Makes the folder, and lets go of it at once."""
+    with ExitStack() as resources:
+        prepare_result_dir(config, resources)
+
+
 def test_config_json_has_every_field_as_resolved_and_the_provenance(tmp_path: Path) -> None:
     config = run_config(tmp_path, "--betas", "0.8,0.9", "--device", "cpu")
-    prepare_result_dir(config)
+    prepare(config)
     save(config, config.result_dir / "config.json", provenance() | {"strategies": {"h.0": "gram"}})
     values = json.loads((config.result_dir / "config.json").read_text())
     assert {spec.name for spec in fields(TrainingConfig)} < values.keys()
@@ -240,7 +251,7 @@ def test_config_json_has_every_field_as_resolved_and_the_provenance(tmp_path: Pa
     assert values["python"] == ".".join(map(str, sys.version_info[:3]))
     assert values["packages"]["torch"] == metadata.version("torch")
     assert values["strategies"] == {"h.0": "gram"}
-    assert [path.name for path in config.result_dir.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in config.result_dir.iterdir()) == [".lock", "config.json"]
 
 
 def test_extra_values_cannot_hide_a_field(tmp_path: Path) -> None:
@@ -276,15 +287,15 @@ def test_git_commit(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixtur
 
 def test_a_named_run_that_exists_is_an_error_and_stays(tmp_path: Path) -> None:
     config = run_config(tmp_path, "--run_name", "a")
-    prepare_result_dir(config)
+    prepare(config)
     (config.result_dir / "scores").write_text("precious")
     with pytest.raises(ConfigError, match=r"--run_name a: .* is there already.*--overwrite"):
-        prepare_result_dir(config)
+        prepare(config)
     assert (config.result_dir / "scores").read_text() == "precious"
 
 
 def make_run(config: TrainingConfig) -> None:
-    prepare_result_dir(config)
+    prepare(config)
     save(config, config.result_dir / "config.json", {})
     (config.result_dir / "model").mkdir()
     (config.result_dir / "model" / "weights").write_text("old")
@@ -297,8 +308,8 @@ def test_overwrite_replaces_a_run(tmp_path: Path) -> None:
     (outside / "file").write_text("precious")
     make_run(config)
     (config.result_dir / "link").symlink_to(outside)
-    prepare_result_dir(config)
-    assert list(config.result_dir.iterdir()) == []
+    prepare(config)
+    assert [path.name for path in config.result_dir.iterdir()] == [".lock"]
     assert (outside / "file").read_text() == "precious"
 
 
@@ -308,9 +319,9 @@ def test_overwrite_of_a_run_can_be_interrupted(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.shutil, "rmtree", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            prepare_result_dir(config)
-    prepare_result_dir(config)
-    assert list(config.result_dir.iterdir()) == []
+            prepare(config)
+    prepare(config)
+    assert [path.name for path in config.result_dir.iterdir()] == [".lock"]
 
 
 def raising(error: BaseException):
@@ -329,7 +340,7 @@ def test_overwrite_leaves_what_is_not_a_run(tmp_path: Path, content: str) -> Non
     if content:
         (config.result_dir / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"--overwrite: .* is not the folder of a run"):
-        prepare_result_dir(config)
+        prepare(config)
     assert (config.result_dir / "thesis.tex").read_text() == "precious"
 
 
@@ -338,50 +349,50 @@ def test_overwrite_does_not_follow_a_link_or_remove_a_file(tmp_path: Path) -> No
     config = run_config(tmp_path, "--run_name", "a", "--overwrite")
     config.result_dir.symlink_to(tmp_path / "runs" / "real")
     with pytest.raises(ConfigError, match="not the folder of a run"):
-        prepare_result_dir(config)
+        prepare(config)
     config.result_dir.unlink()
     config.result_dir.write_text("precious")
     with pytest.raises(ConfigError, match="not the folder of a run"):
-        prepare_result_dir(config)
+        prepare(config)
     assert config.result_dir.read_text() == "precious"
 
 
 def test_overwrite_takes_an_empty_folder(tmp_path: Path) -> None:
     """Left by a run that was killed before it wrote its config.json."""
     config = run_config(tmp_path, "--run_name", "a", "--overwrite")
-    prepare_result_dir(config)
-    prepare_result_dir(config)
+    prepare(config)
+    prepare(config)
 
 
 def test_a_results_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"--results_dir .*cannot make .*RESULTS_DIR"):
-        prepare_result_dir(run_config(tmp_path))
+        prepare(run_config(tmp_path))
 
 
 def test_a_read_only_results_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(tmp_path)
     monkeypatch.setattr(Path, "mkdir", raising(PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(ConfigError, match=r"cannot make .* \(Permission denied\)"):
-        prepare_result_dir(config)
+        prepare(config)
 
 
 def test_eval_only_makes_nothing_and_knows_its_model(tmp_path: Path) -> None:
     fresh = run_config(tmp_path, "--eval_only")
-    prepare_result_dir(fresh)
+    prepare(fresh)
     assert fresh.saved_model is None
     assert not (tmp_path / "runs").exists()
 
     named = run_config(tmp_path, "--eval_only", "--run_name", "a")
     with pytest.raises(ConfigError, match=r"--eval_only --run_name a: .* is not the folder of a run"):
-        prepare_result_dir(named)
+        prepare(named)
     assert not (tmp_path / "runs").exists()
 
     make_run(run_config(tmp_path, "--run_name", "a"))
-    prepare_result_dir(named)
+    prepare(named)
     assert named.saved_model == tmp_path / "runs" / "a" / "model"
     with pytest.raises(ConfigError, match="give --architecture GPT2-Small"):
-        prepare_result_dir(replace(named, architecture="GPT2-Tiny"))
+        prepare(replace(named, architecture="GPT2-Tiny"))
 
 
 # ---- the rest of the project
@@ -411,7 +422,7 @@ def test_no_field_is_dead() -> None:
     for node in ast.walk(parse(ROOT / "config_file.py")):
         if (
             isinstance(node, ast.FunctionDef)
-            and node.name in ("result_dir", "saved_model")
+            and node.name in ("result_dir", "saved_model", "resumes")
             and node.name in used
         ):
             used |= reads(node, ("self",))

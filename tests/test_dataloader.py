@@ -221,7 +221,9 @@ def test_the_next_batch_is_read_ahead(dataset: BlockDataset) -> None:
     read, event = [], threading.Event()
 
     class Watched:
-        def batch(self, step: int) -> Batch:
+        micro_batches = 1
+
+        def batch(self, step: int, micro_batch: int) -> Batch:
             if step == 6:
                 raise ShardError("broken")
             read.append((step, threading.current_thread() is threading.main_thread()))

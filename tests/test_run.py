@@ -64,7 +64,7 @@ def hf_logits(model: GPT2LMHeadModel, x: torch.Tensor) -> torch.Tensor:
 
 def test_the_folder_of_a_run(scored: Run) -> None:
     assert scored.status == 0
-    names = {"config.json", "grad_dotprods", "metrics.jsonl", "model", "validation"}
+    names = {"config.json", "grad_dotprods", "metrics.jsonl", "model", "validation", "checkpoints", ".lock"}
     assert {path.name for path in scored.folder.iterdir()} == names
     config = json.loads((scored.folder / "config.json").read_text())
     assert {name: config[name] for name in FLAGS} == FLAGS
@@ -196,7 +196,8 @@ def test_the_logged_loss_is_that_of_the_train_rows_alone(scored: Run, plain: Run
 
 
 def test_regular_writes_no_scores(plain: Run) -> None:
-    assert {path.name for path in plain.folder.iterdir()} == {"config.json", "metrics.jsonl", "model"}
+    names = {"config.json", "metrics.jsonl", "model", "checkpoints", ".lock"}
+    assert {path.name for path in plain.folder.iterdir()} == names
     assert not [name for record in plain.records() for name in record if "dot_product" in name]
     assert "loss on val" in plain.out and "dot products" not in plain.out and "highest" not in plain.out
 
@@ -224,7 +225,7 @@ class Spy:
         self.batches: list[list] = []
         self.written: list[int] = []
 
-    def __call__(self, model, data, config, precision):
+    def __call__(self, model, data, config, *others):
         for name, module in model.named_modules():
             assert "forward" not in vars(module), f"{name} runs under the engine"
             assert not module._forward_hooks and not module._forward_pre_hooks, name
@@ -233,7 +234,7 @@ class Spy:
         }
         self.batches.append([])
         self.written.append(self.steps_on_disk())
-        return self.original(model, SimpleNamespace(evaluation=loaders), config, precision)
+        return self.original(model, SimpleNamespace(evaluation=loaders), config, *others)
 
     def noting(self, loader):
         def batch(index: int):

@@ -1,0 +1,233 @@
+"""Checkpoints of a run: {result_dir}/checkpoints/step_NNNNNN/, each whole or not there.
+
+    model.safetensors, config.json   the model in Hugging Face format, for GPT2LMHeadModel.from_pretrained
+    trainer_state.pt                 optimizer, gradient scaler, random number generators, progress
+    run_config.json                  the run's configuration
+    manifest.json                    step, and size and SHA-256 of each file, its own included
+
+Written under a hidden name, synced, renamed; the symbolic link {result_dir}/model leads to the newest. A
+checkpoint is removed only after a newer one is whole. Optimizer states go by parameter name (PyTorch's
+torch.distributed.checkpoint.state_dict), so that another number of processes, or FSDP in place of DDP, can
+load them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from config_file import ConfigError
+
+FORMAT = 1
+NAME = re.compile(r"step_(\d{6,})")
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.pt"
+RUN_CONFIG = "run_config.json"
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ConfigError):
+    """There is no checkpoint, or it is not what was written."""
+
+
+def checkpoint_name(step: int) -> str:
+    """step: how many optimizer steps were made."""
+    return f"step_{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in {result_dir}/checkpoints, by step."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def find_checkpoint(folder: Path, name: str | None) -> Path:
+    """The newest checkpoint in {result_dir}/checkpoints, or the one of this name. CheckpointError if it is
+    not there."""
+    there = list_checkpoints(folder)
+    names = ", ".join(path.name for path in there) or "none"
+    if name is None:
+        if not there:
+            raise CheckpointError(
+                f"--resume: there is no checkpoint in {folder}: the run was stopped before the first one; "
+                "start it anew with --overwrite"
+            )
+        return there[-1]
+    if folder / name not in there:
+        raise CheckpointError(f"--resume_from {name}: not in {folder}, which has {names}")
+    return folder / name
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, all files of which are what was written.
+
+    Raises CheckpointError otherwise, naming the file and the checkpoint before this one.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("sha256") != _hash_of_manifest(manifest):
+            raise ValueError("its checksum is another")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this program's {FORMAT}")
+        for name, want in manifest["files"].items():
+            size = (checkpoint / name).stat().st_size
+            if size != want["bytes"]:
+                raise ValueError(f"{name} has {size} bytes, {want['bytes']} were written")
+            if sha256_of(checkpoint / name) != want["sha256"]:
+                raise ValueError(f"the checksum of {name} is not that of what was written")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        there = list_checkpoints(checkpoint.parent)
+        before = [path.name for path in there if step_of(path) < step_of(checkpoint)]
+        advice = (
+            f"--resume_from {before[-1]} goes on from the one before it" if before else "there is no other"
+        )
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: {error}; {advice}") from error
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_manifest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any], keep: int) -> Path:
+    """Makes the checkpoint of a step in {result_dir}/checkpoints: `write` puts its files into an empty
+    folder, `facts` go into the manifest; then all but the newest `keep` are removed.
+
+    Raises OSError if it cannot be written; those that were there before are whole."""
+    final = folder / checkpoint_name(step)
+    hidden = folder / f".{final.name}.tmp"
+    folder.mkdir(exist_ok=True)
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left)
+    try:
+        hidden.mkdir()
+        write(hidden)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(hidden.iterdir())
+        }
+        manifest = {"format": FORMAT, "step": step, "files": files, **facts}
+        manifest["sha256"] = _hash_of_manifest(manifest)
+        (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in hidden.iterdir():
+            sync(path)
+        sync(hidden)
+        _remove(final)  # only a checkpoint that --resume_from has gone back behind
+        hidden.rename(final)
+    except OSError as error:
+        shutil.rmtree(hidden, ignore_errors=True)  # the disk may be full
+        error.add_note(f"while writing {final}; the checkpoints that were there before are whole")
+        raise
+    sync(folder)
+    _point_to(final)
+    for old in list_checkpoints(folder)[:-keep]:
+        _remove(old)
+    logger.info("checkpoint: %s", final)
+    return final
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps: the run goes on from this one, and makes them again."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            logger.info("%s is removed: the run goes on from before it", path)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: what has a checkpoint's name is whole."""
+    if checkpoint.exists():
+        hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _point_to(checkpoint: Path) -> None:
+    """{result_dir}/model -> checkpoints/step_NNNNNN"""
+    link = checkpoint.parent.parent / "model"
+    new = link.with_name(".model.tmp")
+    new.unlink(missing_ok=True)
+    new.symlink_to(checkpoint.relative_to(link.parent))
+    os.replace(new, link)
+    sync(link.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or the renames in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def model_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
+    """All of the model's parameters by name; of a sharded model gathered on rank 0, and called by all
+    processes."""
+    return get_model_state_dict(model, options=_options(sharded))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool) -> dict[str, Any]:
+    """Likewise the optimizer's state."""
+    return get_optimizer_state_dict(model, optimizer, options=_options(sharded))
+
+
+def load_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, sharded: bool
+) -> None:
+    """state: the whole one, on every process."""
+    set_optimizer_state_dict(model, optimizer, state, options=_options(sharded))
+
+
+def _options(sharded: bool) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=sharded)
+
+
+def random_state() -> dict[str, Any]:
+    """Of all generators. Training draws no random number so far; what it may draw one day is continued."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.copy()), *rest),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Those of GPUs only where there are as many."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
