@@ -326,6 +326,8 @@ def evaluate(
                 total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
         losses_sum, rows = world.sum(total).tolist()
         result[name] = losses_sum / rows
+    if isinstance(model, FSDPModule):
+        model.reshard()  # its outermost group waits for a backward pass that does not come
     return result
 
 

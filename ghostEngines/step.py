@@ -63,8 +63,8 @@ GRANULARITIES: tuple[Granularity, ...] = ("total", "pairwise", "per_layer")
 
 def refuse_to_be_copied(self: object) -> NoReturn:
     raise RuntimeError(
-        "a model with an engine attached cannot be copied or pickled, since the copy would have an engine that "
-        "nobody could detach: detach it first, or copy the state_dict"
+        "a model with an engine attached cannot be copied or pickled, since the copy would have an engine "
+        "that nobody could detach: detach it first, or copy the state_dict"
     )
 
 

@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Pat
     run = finished(third, results, "moved")
     extra = [record for record in run.records() if record["step"] == 2 and "loss/val" in record]
     assert len(extra) == 1  # the one at the end of the second part
-    lines = [line for line in (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)]
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if not ('"step": 2' in line and "loss/val" in line)]
     (run.folder / "metrics.jsonl").write_text("".join(kept))
     assert_same(run, alone)
