@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -87,9 +88,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises CheckpointError otherwise, naming the file and the checkpoint before this one.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _parsed((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if manifest.pop("sha256") != _hash_of_manifest(manifest):
-            raise ValueError("its checksum is another")
+            raise ValueError(f"the checksum of {MANIFEST} is not that of what was written")
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']}, this program's {FORMAT}")
         for name, want in manifest["files"].items():
@@ -108,6 +109,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is not JSON ({error})") from error
+    return manifest
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,7 +130,7 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
     """Makes the checkpoint of a step in {result_dir}/checkpoints: `write` puts its files into an empty
     folder, `facts` go into the manifest; then all but the newest `keep` are removed.
 
-    Raises OSError if it cannot be written; those that were there before are whole."""
+    Raises OSError if it cannot be written (disk full, ...); those that were there before are whole."""
     final = folder / checkpoint_name(step)
     hidden = folder / f".{final.name}.tmp"
     folder.mkdir(exist_ok=True)
@@ -136,16 +145,17 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
         }
         manifest = {"format": FORMAT, "step": step, "files": files, **facts}
         manifest["sha256"] = _hash_of_manifest(manifest)
-        (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in hidden.iterdir():
             sync(path)
         sync(hidden)
         _remove(final)  # only a checkpoint that --resume_from has gone back behind
         hidden.rename(final)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, of PyTorch, of safetensors
         shutil.rmtree(hidden, ignore_errors=True)  # the disk may be full
-        error.add_note(f"while writing {final}; the checkpoints that were there before are whole")
-        raise
+        raise OSError(
+            f"cannot write {final}: {error}; the checkpoints that were there before are whole"
+        ) from error
     sync(folder)
     _point_to(final)
     for old in list_checkpoints(folder)[:-keep]:

@@ -34,6 +34,11 @@ class Batch:
     blocks: npt.NDArray[np.int64]  # (b,) within the domain
 
 
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, y (n, T), copied without waiting where they are in pinned memory."""
+    return batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
+
+
 class BlockDataset:
     """The blocks of one split. Opening it reads no tokens: that happens as batches need them.
 

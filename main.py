@@ -15,7 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import RUN_CONFIG, find_checkpoint, read_manifest, remove_after, step_of
 from config_file import ConfigError, TrainingConfig, describe, resolve
+from dataloader import to_device
 from distributed import World, distributed_world
+from evaluation import check_evaluation, evaluate
 from finite_guard import NonFiniteLoss
 from ghostEngines.contraction import TILE_NUMEL, Split, Strategy
 from ghostEngines.coverage import contraction_plan, covered_layers
@@ -37,14 +39,8 @@ from run_folder import (
 from run_log import RunLog, SilentLog, check_wandb
 from summary import print_summary
 from training_data import TrainingData, check_tokens
-from training_loop import (
-    Trainer,
-    check_evaluation,
-    checkpoint_facts,
-    evaluate,
-    load_checkpoint,
-    to_device,
-)
+from training_loop import Trainer
+from training_state import checkpoint_facts
 from validation_rows import hash_of_rows, save_validation_rows
 
 logger = logging.getLogger("main")
@@ -86,7 +82,7 @@ def main(argv: list[str]) -> int:
         stop = resources.enter_context(stop_signals(wait=world.size > 1))
         trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
         if checkpoint is not None:
-            load_checkpoint(trainer, checkpoint)
+            trainer.resume(checkpoint)
         status = train(trainer)
         world.wait()  # all scores are on the disk
     if trainer.progress.steps and world.rank == 0:

@@ -82,7 +82,7 @@ def locked(config: TrainingConfig) -> Iterator[None]:
     Raises:
         ConfigError: another process works there.
     """
-    with (config.result_dir / LOCK).open("w") as file:
+    with (config.result_dir / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -8,7 +8,7 @@ from rich.text import Text
 from config_file import TrainingConfig
 from ghostEngines.metrics_log import summed_values
 from training_data import TrainingData
-from training_loop import Progress
+from training_state import Progress
 
 EXTREMES = 3  # samples shown at either end
 FIRST_TOKENS = 200  # decoded for the first words

@@ -1,48 +1,25 @@
 """Trainer: the schedule and the step."""
 
-import logging
 import math
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import checkpoint
 from config_file import TrainingConfig
-from dataloader import Batch
+from dataloader import Batch, to_device
 from distributed import World
+from evaluation import check_evaluation, evaluate
 from finite_guard import FiniteGuard, NonFiniteLoss
 from ghostEngines.engine_manager import GhostEngineManager
 from interrupts import Interrupted, StopSignals, interrupt_deferred
 from model_setup import CausalLM, Precision, gradient_sync
 from run_log import RunLog
 from training_data import TrainingData
-from validation_rows import hash_of_rows
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """What a run has to show at any moment. tokens, seconds: of training alone. train_loss (): of the last
-    step, on the device; loss_shown: as of the last look at it."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    train_loss: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
-    loss_shown: float = math.nan
-    tokens_logged: int = 0  # tokens and seconds at the last record
-    seconds_logged: float = 0.0
-    evaluation: dict[str, float] | None = None
-    evaluation_due: bool = False  # after the last step, and not made yet
+from training_state import TrainingState, checkpoint_facts, global_batch_size
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -80,8 +57,14 @@ class Trainer:
         self.scaler = self.precision.grad_scaler()
         self.guard = FiniteGuard(self.precision.device, world, self.scaler.is_enabled())
         self.global_batch_size = global_batch_size(config, world)
-        self.progress = Progress()
-        self.saved_at: int | None = None  # the step of the newest checkpoint of this process
+        self.state = TrainingState(model, parallel, optimizer, self.scaler)
+        self.progress = self.state.progress
+        self.saved_at: int | None = None  # how many steps the newest checkpoint has
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from there; the model has its weights already."""
+        self.state.load(checkpoint)
+        self.saved_at = self.progress.steps
 
     def run(self) -> None:
         """All steps that are left. However it ends, the scores so far are on the disk; unless by an error, so
@@ -145,7 +128,7 @@ class Trainer:
     def _write_checkpoint(self) -> None:
         """All scores before it are on the disk of every process by then."""
         self.world.wait()
-        save_checkpoint(self)
+        self.state.save(self.config, self.world, checkpoint_facts(self.config, self.world, self.data))
         self.saved_at = self.progress.steps
         self.world.wait()
 
@@ -265,20 +248,6 @@ class Trainer:
         return dot_statistics(values, [domain for _, domains in of_all for domain in domains])
 
 
-def global_batch_size(config: TrainingConfig, world: World) -> int:
-    """Samples in one optimizer step."""
-    return world.size * config.gradient_accumulation_steps * config.batch_size
-
-
-def check_evaluation(losses: dict[str, float]) -> None:
-    """NonFiniteLoss unless all losses are finite."""
-    for name, loss in losses.items():
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the loss on {name} is {loss}: the parameters are of no use; see metrics.jsonl"
-            )
-
-
 def dot_statistics(values: list[float], domains: list[str]) -> dict[str, float]:
     """Mean, extremes and per-domain means of a step's dot products, for the log."""
     by_domain: dict[str, list[float]] = defaultdict(list)
@@ -292,92 +261,3 @@ def dot_statistics(values: list[float], domains: list[str]) -> dict[str, float]:
     return statistics | {
         f"dot_product/domain/{name}": sum(each) / len(each) for name, each in sorted(by_domain.items())
     }
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x, y (n, T), copied without waiting where they are in pinned memory."""
-    return batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
-
-
-@torch.no_grad()
-def evaluate(
-    model: CausalLM,
-    data: TrainingData,
-    config: TrainingConfig,
-    precision: Precision,
-    world: World,
-    between: Callable[[], None],
-) -> dict[str, float]:
-    """Mean loss in nats per token on train, val and test: --eval_iter batches of --eval_bs rows, the same
-    ones every time, divided among the processes. between: called before each batch."""
-    result = {}
-    for name, loader in data.evaluation.items():
-        total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # sum of losses, rows
-        for first in range(0, config.eval_iter, world.size):
-            between()
-            index = first + world.rank
-            counts = index < config.eval_iter
-            # a process without a batch of its own repeats the last: the parts of a model that is divided
-            # among processes come together in every forward pass
-            x, y = to_device(loader.batch(min(index, config.eval_iter - 1)), precision.device)
-            with precision.autocast():
-                losses = model(x, y)
-            if counts:
-                total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
-        losses_sum, rows = world.sum(total).tolist()
-        result[name] = losses_sum / rows
-    if isinstance(model, FSDPModule):
-        model.reshard()  # its outermost group waits for a backward pass that does not come
-    return result
-
-
-def checkpoint_facts(config: TrainingConfig, world: World, data: TrainingData) -> dict[str, object]:
-    """What must be the same when a run is resumed, besides its settings."""
-    return {
-        "global batch (processes x --batch_size x --gradient_accumulation_steps)": global_batch_size(
-            config, world
-        ),
-        "SHA-256 of the training shards": data.blocks["train"].checksums,
-        "SHA-256 of the validation rows": hash_of_rows(data.validation),
-    }
-
-
-def save_checkpoint(trainer: Trainer) -> None:
-    """The state of the run after the step that was last recorded. Called by all processes; rank 0 writes."""
-    config, world, progress = trainer.config, trainer.world, trainer.progress
-    sharded = isinstance(trainer.parallel, FSDPModule)
-    weights = checkpoint.model_state(trainer.model.hf, sharded=sharded) if sharded else None
-    state = {
-        "optimizer": checkpoint.optimizer_state(trainer.model, trainer.optimizer, sharded=sharded),
-        "scaler": trainer.scaler.state_dict(),
-        "random": checkpoint.random_state(),
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "evaluation_due": progress.evaluation_due,
-        "evaluation": progress.evaluation,
-    }
-
-    def write(folder: Path) -> None:
-        trainer.model.hf.save_pretrained(folder, state_dict=weights)
-        torch.save(state, folder / checkpoint.TRAINER_STATE)
-        shutil.copy(config.result_dir / "config.json", folder / checkpoint.RUN_CONFIG)
-
-    if world.rank == 0:
-        facts = checkpoint_facts(config, world, trainer.data)
-        checkpoint.publish(
-            config.result_dir / "checkpoints", progress.steps, write, facts, config.keep_checkpoints
-        )
-
-
-def load_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Everything but the weights, which the model was made with. Called by all processes."""
-    state = torch.load(folder / checkpoint.TRAINER_STATE, map_location="cpu", weights_only=True)
-    sharded = isinstance(trainer.parallel, FSDPModule)
-    checkpoint.load_optimizer_state(trainer.model, trainer.optimizer, state["optimizer"], sharded=sharded)
-    trainer.scaler.load_state_dict(state["scaler"])
-    checkpoint.set_random_state(state["random"])
-    progress = trainer.progress
-    progress.steps = trainer.saved_at = checkpoint.step_of(folder)
-    progress.tokens = progress.tokens_logged = state["tokens"]
-    progress.seconds = progress.seconds_logged = state["seconds"]
-    progress.evaluation_due, progress.evaluation = state["evaluation_due"], state["evaluation"]

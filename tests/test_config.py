@@ -440,7 +440,7 @@ def imported(paths: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
     own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
-    return names - own - {"ghostEngines", "data_processing"} - sys.stdlib_module_names
+    return names - own - {"ghostEngines", "data_processing", "benchmarks"} - sys.stdlib_module_names
 
 
 def required(name: str) -> set[str]:

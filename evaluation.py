@@ -1,0 +1,55 @@
+"""The losses of a model on train, val and test."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from config_file import TrainingConfig
+from dataloader import to_device
+from distributed import World
+from finite_guard import NonFiniteLoss
+from model_setup import CausalLM, Precision
+from training_data import TrainingData
+
+
+@torch.no_grad()
+def evaluate(
+    model: CausalLM,
+    data: TrainingData,
+    config: TrainingConfig,
+    precision: Precision,
+    world: World,
+    between: Callable[[], None],
+) -> dict[str, float]:
+    """Mean loss in nats per token on train, val and test: --eval_iter batches of --eval_bs rows, the same
+    ones every time, divided among the processes. between: called before each batch."""
+    result = {}
+    for name, loader in data.evaluation.items():
+        total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # sum of losses, rows
+        for first in range(0, config.eval_iter, world.size):
+            between()
+            index = first + world.rank
+            counts = index < config.eval_iter
+            # a process without a batch of its own repeats the last: the parts of a model that is divided
+            # among processes come together in every forward pass
+            x, y = to_device(loader.batch(min(index, config.eval_iter - 1)), precision.device)
+            with precision.autocast():
+                losses = model(x, y)
+            if counts:
+                total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+        losses_sum, rows = world.sum(total).tolist()
+        result[name] = losses_sum / rows
+    if isinstance(model, FSDPModule):
+        model.reshard()  # its outermost group waits for a backward pass that does not come
+    return result
+
+
+def check_evaluation(losses: dict[str, float]) -> None:
+    """NonFiniteLoss unless all losses are finite."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss on {name} is {loss}: the parameters are of no use; see metrics.jsonl"
+            )

@@ -1,0 +1,56 @@
+"""What a step reads of its tensors' values: on a GPU every such look waits for the device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import start, write_shards
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ghostEngines.graddotprod_engine
+import ghostEngines.layer_rules.cross_entropy_head
+import ghostEngines.losses
+from training_loop import Trainer
+
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations whose result depends on waiting for a tensor's values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in READS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("method", ["GradDotProd", "Regular"])
+def test_a_step_reads_no_values_between_logging_steps(
+    method: str, optimizer: str, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`require`, which on a GPU is checked by the device itself, is left out."""
+    for module in (
+        ghostEngines.losses,
+        ghostEngines.graddotprod_engine,
+        ghostEngines.layer_rules.cross_entropy_head,
+    ):
+        monkeypatch.setattr(module, "require", lambda condition, message: None)
+    monkeypatch.setattr(Trainer, "_waits", Trainer._logs)
+    step, counts = Trainer._step, []
+
+    def counted(self: Trainer, number: int) -> None:
+        with Reads() as reads:
+            step(self, number)
+        counts.append(reads.count)
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    flags = {"method": method, "optimizer": optimizer, "gradient_accumulation_steps": accumulation}
+    data = write_shards(tmp_path / "shards")
+    run = start(
+        data, tmp_path, run_name="a", max_steps=6, log_interval=3, dot_prod_save_interval=100, **flags
+    )
+    assert run.status == 0
+    assert [count > 0 for count in counts] == [False, False, True] * 2, counts

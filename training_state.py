@@ -1,0 +1,98 @@
+"""What a run must remember to go on as if it had not been stopped, in and out of a checkpoint."""
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+import checkpoint
+from config_file import TrainingConfig
+from distributed import World
+from model_setup import CausalLM
+from training_data import TrainingData
+from validation_rows import hash_of_rows
+
+
+@dataclass
+class Progress:
+    """What a run has to show at any moment. tokens, seconds: of training alone. train_loss (): of the last
+    step, on the device; loss_shown: as of the last look at it."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
+    loss_shown: float = math.nan
+    tokens_logged: int = 0  # tokens and seconds at the last record
+    seconds_logged: float = 0.0
+    evaluation: dict[str, float] | None = None
+    evaluation_due: bool = False  # after the last step, and not made yet
+
+
+@dataclass
+class TrainingState:
+    """All that changes in the course of a run. parallel: what model_setup.parallelise made of the model."""
+
+    model: CausalLM
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+
+    def save(self, config: TrainingConfig, world: World, facts: dict[str, object]) -> None:
+        """A checkpoint of the state after the step that was last recorded. Called by all processes; rank 0
+        writes it. facts: see `checkpoint_facts`. Raises OSError if it cannot be written."""
+        sharded = isinstance(self.parallel, FSDPModule)
+        weights = checkpoint.model_state(self.model.hf, sharded=sharded) if sharded else None
+        progress = self.progress
+        state = {
+            "optimizer": checkpoint.optimizer_state(self.model, self.optimizer, sharded=sharded),
+            "scaler": self.scaler.state_dict(),
+            "random": checkpoint.random_state(),
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "evaluation_due": progress.evaluation_due,
+            "evaluation": progress.evaluation,
+        }
+
+        def write(folder: Path) -> None:
+            self.model.hf.save_pretrained(folder, state_dict=weights)
+            torch.save(state, folder / checkpoint.TRAINER_STATE)
+            shutil.copy(config.result_dir / "config.json", folder / checkpoint.RUN_CONFIG)
+
+        if world.rank == 0:
+            folder = config.result_dir / "checkpoints"
+            checkpoint.publish(folder, progress.steps, write, facts, config.keep_checkpoints)
+
+    def load(self, folder: Path) -> None:
+        """Everything but the weights, which the model was made with. Called by all processes."""
+        state = torch.load(folder / checkpoint.TRAINER_STATE, map_location="cpu", weights_only=True)
+        sharded = isinstance(self.parallel, FSDPModule)
+        checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"], sharded=sharded)
+        self.scaler.load_state_dict(state["scaler"])
+        checkpoint.set_random_state(state["random"])
+        progress = self.progress
+        progress.steps = checkpoint.step_of(folder)
+        progress.tokens = progress.tokens_logged = state["tokens"]
+        progress.seconds = progress.seconds_logged = state["seconds"]
+        progress.evaluation_due, progress.evaluation = state["evaluation_due"], state["evaluation"]
+
+
+def global_batch_size(config: TrainingConfig, world: World) -> int:
+    """Samples in one optimizer step."""
+    return world.size * config.gradient_accumulation_steps * config.batch_size
+
+
+def checkpoint_facts(config: TrainingConfig, world: World, data: TrainingData) -> dict[str, object]:
+    """What must be the same when a run is resumed, besides its settings."""
+    return {
+        "global batch (processes x --batch_size x --gradient_accumulation_steps)": global_batch_size(
+            config, world
+        ),
+        "SHA-256 of the training shards": data.blocks["train"].checksums,
+        "SHA-256 of the validation rows": hash_of_rows(data.validation),
+    }
