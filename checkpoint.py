@@ -164,10 +164,11 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
     return final
 
 
-def remove_after(folder: Path, step: int) -> None:
+def remove_after(checkpoint: Path) -> None:
     """Removes the checkpoints of later steps: the run goes on from this one, and makes them again."""
-    for path in list_checkpoints(folder):
-        if step_of(path) > step:
+    _point_to(checkpoint)
+    for path in list_checkpoints(checkpoint.parent):
+        if step_of(path) > step_of(checkpoint):
             logger.info("%s is removed: the run goes on from before it", path)
             _remove(path)
 

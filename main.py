@@ -124,7 +124,7 @@ def open_folder(config: TrainingConfig, checkpoint: Path | None, resources: Exit
     if checkpoint is None:
         prepare_result_dir(config, resources)
     else:
-        remove_after(checkpoint.parent, step_of(checkpoint))
+        remove_after(checkpoint)
 
 
 def prepare_model(config: TrainingConfig, checkpoint: Path | None) -> CausalLM:

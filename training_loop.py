@@ -121,8 +121,9 @@ class Trainer:
             progress.evaluation = evaluate(
                 self.model, self.data, self.config, self.precision, self.world, self._stop_if_told
             )
-        progress.evaluation_due = False
-        self.log.evaluation(step, progress.evaluation)
+        with interrupt_deferred():
+            progress.evaluation_due = False
+            self.log.evaluation(step, progress.evaluation)
         check_evaluation(progress.evaluation)
 
     def _write_checkpoint(self) -> None:
@@ -175,7 +176,8 @@ class Trainer:
                 skipped=skipped,
                 global_batch_size=self.global_batch_size,
             )
-            self.progress.train_loss = torch.cat(train_losses).mean()
+            train_loss = self.world.sum(torch.cat(train_losses).mean())
+            self.progress.train_loss = train_loss / self.world.size
             self._record(step, batches, lr, norm, clip_factor, start)
 
     def _forward_backward(self, batch: Batch) -> Tensor:
@@ -219,7 +221,7 @@ class Trainer:
     ) -> None:
         progress, values = self.progress, None
         if self._waits(step):
-            progress.loss_shown = self.world.sum(progress.train_loss).item() / self.world.size
+            progress.loss_shown = progress.train_loss.item()
         if self._logs(step):
             values = {
                 "train_loss": progress.loss_shown,

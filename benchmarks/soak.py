@@ -68,6 +68,8 @@ def main(argv: list[str]) -> None:
     failed = False
     for rank in (0, 1):
         own = [line for line in lines if line["rank"] == rank and line["step"] > SETTLED]
+        course = ", ".join(f"{note['step']}: {note['bytes'] / 1e6:.0f}" for note in own[::4])
+        print(f"rank {rank}, step: MB  {course}")
         first, last = own[:NOTES], own[-NOTES:]
         memory = [statistics.median(note["bytes"] for note in part) for part in (first, last)]
         files = [statistics.median(note["files"] for note in part) for part in (first, last)]
