@@ -256,6 +256,10 @@ class TrainingConfig:
                 "--overwrite or --resume with --eval_only: an evaluation writes nothing; leave one of them "
                 "out"
             )
+        if self.eval_only and self.init_from is not None:
+            raise ConfigError(
+                "--init_from with --eval_only: it evaluates a run, or the untrained model; leave one out"
+            )
         if self.resumes and self.overwrite:
             raise ConfigError(
                 "--resume and --overwrite: a run goes on, or is replaced; leave one of them out"
@@ -268,10 +272,11 @@ class TrainingConfig:
         if self.gradient_accumulation_steps == 1 or self.method == "Regular":
             return
         several = f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"
-        if self.score_granularity == "pairwise":
+        if self.score_granularity != "total":
             raise ConfigError(
-                f"{several} with --score_granularity pairwise: the validation rows would have to be in every "
-                "micro-batch; use total or per_layer, or a larger --batch_size"
+                f"{several} with --score_granularity {self.score_granularity}: pairwise scores need the "
+                "validation rows in every micro-batch, and per-layer ones the two parts of the tied weight's "
+                "validation gradient apart; use total, or a larger --batch_size"
             )
         if self.contraction == "gram":
             raise ConfigError(

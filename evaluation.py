@@ -7,7 +7,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from config_file import TrainingConfig
-from dataloader import to_device
+from dataloader import BatchLoader, to_device
 from distributed import World
 from finite_guard import NonFiniteLoss
 from model_setup import CausalLM, Precision
@@ -25,25 +25,38 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss in nats per token on train, val and test: --eval_iter batches of --eval_bs rows, the same
     ones every time, divided among the processes. between: called before each batch."""
-    result = {}
-    for name, loader in data.evaluation.items():
-        total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # sum of losses, rows
-        for first in range(0, config.eval_iter, world.size):
-            between()
-            index = first + world.rank
-            counts = index < config.eval_iter
-            # a process without a batch of its own repeats the last: the parts of a model that is divided
-            # among processes come together in every forward pass
-            x, y = to_device(loader.batch(min(index, config.eval_iter - 1)), precision.device)
-            with precision.autocast():
-                losses = model(x, y)
-            if counts:
-                total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
-        losses_sum, rows = world.sum(total).tolist()
-        result[name] = losses_sum / rows
-    if isinstance(model, FSDPModule):
-        model.reshard()  # its outermost group waits for a backward pass that does not come
-    return result
+    try:
+        return {
+            name: mean_loss(model, loader, config, precision, world, between)
+            for name, loader in data.evaluation.items()
+        }
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()  # its outermost group waits for a backward pass that does not come
+
+
+def mean_loss(
+    model: CausalLM,
+    loader: BatchLoader,
+    config: TrainingConfig,
+    precision: Precision,
+    world: World,
+    between: Callable[[], None],
+) -> float:
+    """Over one split."""
+    total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # sum of losses, rows
+    for first in range(0, config.eval_iter, world.size):
+        between()
+        index = first + world.rank
+        # a process without a batch of its own repeats the last: the parts of a model that is divided among
+        # processes come together in every forward pass
+        x, y = to_device(loader.batch(min(index, config.eval_iter - 1)), precision.device)
+        with precision.autocast():
+            losses = model(x, y)
+        if index < config.eval_iter:
+            total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+    losses_sum, rows = world.sum(total).tolist()
+    return losses_sum / rows
 
 
 def check_evaluation(losses: dict[str, float]) -> None:

@@ -29,7 +29,8 @@ class FiniteGuard:
     def __init__(self, device: torch.device, world: World, scaling: bool) -> None:
         self.world, self.scaling = world, scaling
         self._poison = torch.zeros((), device=device)  # NaN from the first bad step on
-        self._pending: list[tuple[int, list[Batch], Tensor, Tensor]] = []  # step, batches, losses, norm
+        self._pending: list[tuple[int, list[int], list[str], Tensor, Tensor]] = []
+        # step, samples, domains, losses, norm
 
     def spoil(self, gradient: Tensor, losses: Tensor, dots: Tensor | None) -> Tensor:
         """Makes one of the step's gradients NaN if losses or dot products of any process are not finite
@@ -51,27 +52,30 @@ class FiniteGuard:
         if not self.scaling:
             bad = bad | skipped
         self._poison = torch.where(bad, torch.nan, self._poison)
-        self._pending.append((step, batches, losses.detach(), norm))
+        samples = [sample for batch in batches for sample in batch.sample_ids.tolist()]
+        domains = [domain for batch in batches for domain in batch.domains]
+        self._pending.append((step, samples, domains, losses.detach(), norm))
         return skipped
 
     def check(self) -> None:
         """NonFiniteLoss if a step since the last check was not finite."""
         if self._poison.isnan():
-            for step, batches, losses, norm in self._pending:
+            for step, samples, domains, losses, norm in self._pending:
                 of_all = self.world.gather(None if losses.isfinite().all() else losses.tolist())
                 bad = [each for each in of_all if each is not None]
                 if bad:
-                    raise self._error(step, batches, f"the loss is not finite (per row: {bad[0]})")
+                    raise self._error(step, samples, domains, f"the loss is not finite (per row: {bad[0]})")
                 if not (self.scaling or norm.isfinite()):
-                    raise self._error(step, batches, f"the norm of the gradient is {norm.item()}")
+                    raise self._error(step, samples, domains, f"the norm of the gradient is {norm.item()}")
         self._pending.clear()
 
-    def _error(self, step: int, batches: list[Batch], seen: str) -> NonFiniteLoss:
-        samples = self.world.gather([id_ for batch in batches for id_ in batch.sample_ids.tolist()])
-        domains = dict.fromkeys(domain for batch in batches for domain in batch.domains)
+    def _error(self, step: int, samples: list[int], domains: list[str], seen: str) -> NonFiniteLoss:
+        of_all = self.world.gather((samples, domains))
+        all_samples = [sample for part, _ in of_all for sample in part]
+        names = dict.fromkeys(domain for _, part in of_all for domain in part)
         return NonFiniteLoss(
-            f"step {step}: {seen}; samples {[id_ for part in samples for id_ in part]} of "
-            f"{', '.join(domains)}. The run stops with the parameters before this step: lower "
+            f"step {step}: {seen}; samples {all_samples} of {', '.join(names)}. The run stops with the "
+            "parameters before this step: lower "
             "--learning_rate, lengthen --warmup_step, or look at these samples",
             step,
         )

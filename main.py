@@ -78,8 +78,9 @@ def main(argv: list[str]) -> int:
         optimizer = build_optimizer(model, config)
         step = 0 if checkpoint is None else step_of(checkpoint)
         manager = build_manager(config, model, optimizer, data, world, step)
-        log = resources.enter_context(RunLog(config, step) if world.rank == 0 else SilentLog())
         stop = resources.enter_context(stop_signals(wait=world.size > 1))
+        due = checkpoint is not None and read_manifest(checkpoint)["evaluation_due"]
+        log = resources.enter_context(RunLog(config, step, due) if world.rank == 0 else SilentLog())
         trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
         if checkpoint is not None:
             trainer.resume(checkpoint)

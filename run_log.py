@@ -45,16 +45,16 @@ class RunLog(SilentLog):
     once.
 
     step: the first one that is to come; records of it and later ones, which a run left that was killed after
-    its last checkpoint, are removed."""
+    its last checkpoint, are removed. evaluation_due: so is an evaluation before it, which is made again."""
 
-    def __init__(self, config: TrainingConfig, step: int) -> None:
+    def __init__(self, config: TrainingConfig, step: int, evaluation_due: bool) -> None:
         with ExitStack() as opened:
             self._wandb = None
             if config.wandb_mode != "disabled":
                 self._wandb = opened.enter_context(start_wandb(config))
             path = config.result_dir / "metrics.jsonl"
             if config.resumes:
-                keep_records_before(path, step)
+                keep_records_before(path, step, evaluation_due)
             self._file = opened.enter_context(path.open("a", encoding="utf-8"))
             self._bar = opened.enter_context(progress_bar(config.max_steps, step))
             opened.enter_context(logging_redirect_tqdm())
@@ -90,12 +90,17 @@ class RunLog(SilentLog):
         self._resources.__exit__(kind, error, traceback)
 
 
-def keep_records_before(path: Path, step: int) -> None:
-    """Leaves out the records of this step and later ones, and a last line that is not whole."""
+def keep_records_before(path: Path, step: int, evaluation_due: bool) -> None:
+    """Leaves out the records of this step and later ones, a due evaluation's, and a last line that is not
+    whole."""
     kept = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n") and json.loads(line)["step"] < step:
+            if not line.endswith("\n"):
+                continue
+            record = json.loads(line)
+            again = evaluation_due and record["step"] == step - 1 and "train_loss" not in record
+            if record["step"] < step and not again:
                 kept.append(line)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("".join(kept), encoding="utf-8")

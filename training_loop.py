@@ -73,21 +73,22 @@ class Trainer:
         Raises NonFiniteLoss, and whatever happens in a step; KeyboardInterrupt after Ctrl-C and other signals
         to stop.
         """
-        between_steps = False  # after another error the parameters may be anything
+        good = False  # after an error the parameters may be anything
         try:
-            self._train()
-            between_steps = True
-        except KeyboardInterrupt:
-            between_steps = True
-            raise
+            try:
+                self._train()
+            except KeyboardInterrupt:
+                self.guard.check()  # steps that nobody has looked at yet
+                good = True
+                raise
+            good = True
         except NonFiniteLoss as error:
-            between_steps = True
-            if error.step is not None:
-                self.progress.steps = error.step  # those after it changed nothing
+            if error.step is not None:  # those after it changed nothing
+                self.progress.steps, good = error.step, True
             raise
         finally:
             with interrupt_deferred():
-                self._close(with_checkpoint=between_steps)
+                self._close(with_checkpoint=good)
 
     def _close(self, with_checkpoint: bool) -> None:
         try:
@@ -105,7 +106,7 @@ class Trainer:
             self._stop_if_told()
             if self._evaluates_after(step):
                 self._evaluate(step)
-            if (step + 1) % config.checkpoint_interval == 0 or step + 1 == config.max_steps:
+            if self._saves_after(step):
                 with interrupt_deferred():
                     self.manager.merge()
                     self._write_checkpoint()
@@ -136,12 +137,16 @@ class Trainer:
     def _evaluates_after(self, step: int) -> bool:
         return (step + 1) % self.config.eval_interval == 0 or step + 1 == self.config.max_steps
 
+    def _saves_after(self, step: int) -> bool:
+        return (step + 1) % self.config.checkpoint_interval == 0 or step + 1 == self.config.max_steps
+
     def _logs(self, step: int) -> bool:
         return (step + 1) % self.config.log_interval == 0
 
     def _waits(self, step: int) -> bool:
         """Whether this step reads what is on the device, which on a GPU means waiting for it."""
-        return self.precision.device.type == "cpu" or self._logs(step) or self._evaluates_after(step)
+        must = self._logs(step) or self._evaluates_after(step) or self._saves_after(step)
+        return must or self.precision.device.type == "cpu"
 
     def _step(self, step: int) -> None:
         start, manager = time.perf_counter(), self.manager

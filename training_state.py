@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class TrainingState:
         weights = checkpoint.model_state(self.model.hf, sharded=sharded) if sharded else None
         progress = self.progress
         state = {
-            "optimizer": checkpoint.optimizer_state(self.model, self.optimizer, sharded=sharded),
+            "optimizer": self._optimizer_state(sharded),
             "scaler": self.scaler.state_dict(),
             "random": checkpoint.random_state(),
             "tokens": progress.tokens,
@@ -66,13 +67,22 @@ class TrainingState:
 
         if world.rank == 0:
             folder = config.result_dir / "checkpoints"
+            facts = facts | {"evaluation_due": progress.evaluation_due}
             checkpoint.publish(folder, progress.steps, write, facts, config.keep_checkpoints)
+
+    def _optimizer_state(self, sharded: bool) -> dict[str, Any] | None:
+        """None before the first step, and for plain SGD: PyTorch would make a step, though of length zero, to
+        have something to save or to load into."""
+        if not self.optimizer.state:
+            return None
+        return checkpoint.optimizer_state(self.model, self.optimizer, sharded=sharded)
 
     def load(self, folder: Path) -> None:
         """Everything but the weights, which the model was made with. Called by all processes."""
         state = torch.load(folder / checkpoint.TRAINER_STATE, map_location="cpu", weights_only=True)
         sharded = isinstance(self.parallel, FSDPModule)
-        checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"], sharded=sharded)
+        if state["optimizer"] is not None:
+            checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"], sharded=sharded)
         self.scaler.load_state_dict(state["scaler"])
         checkpoint.set_random_state(state["random"])
         progress = self.progress

@@ -11,10 +11,10 @@ while (($#)); do
     case $1 in
         --nproc[-_]per[-_]node | --nnodes | --node[-_]rank | --master[-_]addr | --master[-_]port | \
             --rdzv[-_]backend | --rdzv[-_]endpoint | --rdzv[-_]id | --rdzv[-_]conf | --max[-_]restarts | \
-            --signals[-_]to[-_]handle | --nproc[-_]per[-_]node=* | --nnodes=* | --node[-_]rank=* | \
+            --signals[-_]to[-_]handle | --shutdown[-_]timeout | --shutdown[-_]timeout=* | --nproc[-_]per[-_]node=* | --nnodes=* | --node[-_]rank=* | \
             --master[-_]addr=* | --master[-_]port=* | --rdzv[-_]*=* | --max[-_]restarts=* | \
             --signals[-_]to[-_]handle=*)
-            [[ $1 == --nproc* || $1 == --max* || $1 == --signals* ]] || machines=several
+            [[ $1 == --nproc* || $1 == --max* || $1 == --s* ]] || machines=several
             launcher+=("$1")
             if [[ $1 != *=* ]]; then
                 (($# > 1)) || { echo "train.sh: error: $1 needs a value" >&2 && exit 2; }
@@ -33,4 +33,6 @@ if ((${#launcher[@]} == 0)); then
     exec "$python" "$root/main.py" "${flags[@]}"
 fi
 [[ -n $machines ]] || launcher+=(--standalone) # a free port of this machine: runs may start beside each other
+[[ " ${launcher[*]}" == *" --signals"* ]] || # torchrun's own, and the warning of batch systems
+    launcher+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
 exec "$python" -m torch.distributed.run "${launcher[@]}" "$root/main.py" "${flags[@]}"

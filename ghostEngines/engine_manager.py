@@ -159,6 +159,7 @@ class GradDotProdManager(GhostEngineManager):
 
     def begin_step(self) -> None:
         self._recorded.clear()
+        self._engine.forget_micro_batches()
 
     def dot_products(self) -> Tensor:
         dots = torch.cat([scores for _, scores, _ in self._recorded])

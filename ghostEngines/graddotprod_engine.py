@@ -107,6 +107,12 @@ class GradDotProdEngine:
         check_rows_are_independent(self._mixing)
         covered = covered_layers(self.model)
         self._ties = find_ties(covered)
+        if self._ties and self.micro_batches > 1 and self.granularity == "per_layer":
+            raise ValueError(
+                f"per-layer scores of several micro-batches with tied weights ({', '.join(self._ties)}): the "
+                "validation gradient that is kept is the sum of both ends, so that their parts cannot be "
+                "told apart. Untie them, or use another granularity."
+            )
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
         hooks = (
@@ -131,7 +137,12 @@ class GradDotProdEngine:
             restore()
         self._restore, self._layers, self._scratch = [], [], Scratch()
         self._current.step, self._current.phase, self._prepared = None, "idle", False
-        self._micro_batch, self._kept, self._first = 0, {}, None
+        self.forget_micro_batches()
+
+    def forget_micro_batches(self) -> None:
+        """The next forward pass is the first of its step, whatever has become of the one before."""
+        self._micro_batch, self._first = 0, None
+        self._kept.clear()
 
     def __enter__(self) -> "GradDotProdEngine":
         self.attach()
@@ -266,7 +277,7 @@ class GradDotProdEngine:
             self._first = step
         self._micro_batch = (self._micro_batch + 1) % self.micro_batches
         if self._micro_batch == 0:
-            self._kept = {}
+            self._kept.clear()  # the graph still holds the dictionary
 
     def _check_scale(self, step: Step) -> None:
         """One backward pass, of the joint loss times a factor and nothing else."""

@@ -178,6 +178,29 @@ def test_a_signal_in_a_step(
     assert run.status == 0 and same(run, alone)
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_stopped_before_there_is_an_optimizer_state(
+    optimizer: str, at: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step; and SGD has none at any time."""
+    flags = FLAGS | {"optimizer": optimizer}
+    whole = start(data, tmp_path / "whole", run_name="a", **flags)
+    forward_backward, calls = Trainer._forward_backward, iter(range(100))
+
+    def signalled(self, batch):
+        losses = forward_backward(self, batch)
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    monkeypatch.setattr(Trainer, "_forward_backward", signalled)
+    assert start(data, tmp_path, run_name="a", **flags).status == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    run = start(data, tmp_path, run_name="a", resume=True, **flags)
+    assert run.status == 0 and same(run, whole)
+
+
 def test_sigterm_during_an_evaluation(
     alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,10 +151,13 @@ def test_a_process_that_fails_ends_them_all(action: str, data: Path, tmp_path: P
     script = tmp_path / "broken.py"
     script.write_text(BROKEN.format(action=action))
     process = torchrun(data, tmp_path, script, run_name="a", max_steps=100_000)
-    began = time.monotonic()
+    began, workers = time.monotonic(), []
+    while process.poll() is None and len(workers) < 2 and time.monotonic() - began < 60:
+        workers = children(process.pid)
+        time.sleep(0.05)
     finished(process, tmp_path, "a", status=1)
     assert time.monotonic() - began < 60
-    assert not children(process.pid)
+    assert len(workers) == 2 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def children(pid: int) -> list[str]:
