@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from config_file import ConfigError
+from ghostEngines.score_files import sync
 
 FORMAT = 1
 NAME = re.compile(r"step_(\d{6,})")
@@ -189,15 +190,6 @@ def _point_to(checkpoint: Path) -> None:
     new.symlink_to(checkpoint.relative_to(link.parent))
     os.replace(new, link)
     sync(link.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or the renames in a folder, survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def model_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ the screen."""
 import json
 import logging
 import math
+import os
 import sys
 import time
 import uuid
@@ -31,6 +32,9 @@ class SilentLog:
         pass
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -74,6 +78,10 @@ class RunLog(SilentLog):
         """One step further on the bar, with what to show beside it."""
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
+
+    def sync(self) -> None:
+        """The records so far survive a power failure, as the checkpoint does that follows."""
+        os.fsync(self._file.fileno())
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         """A line on the screen, and a record."""

@@ -129,6 +129,7 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         """All scores before it are on the disk of every process by then."""
+        self.log.sync()
         self.world.wait()
         self.state.save(self.config, self.world, checkpoint_facts(self.config, self.world, self.data))
         self.saved_at = self.progress.steps

@@ -103,6 +103,9 @@ def checkpoint_facts(config: TrainingConfig, world: World, data: TrainingData) -
         "global batch (processes x --batch_size x --gradient_accumulation_steps)": global_batch_size(
             config, world
         ),
-        "SHA-256 of the training shards": data.blocks["train"].checksums,
+        "SHA-256 of the shards": {name: part.checksums for name, part in data.blocks.items()},
+        "all domains of the training split": data.blocks[
+            "train"
+        ].all_domains,  # sample ids count through them
         "SHA-256 of the validation rows": hash_of_rows(data.validation),
     }

@@ -12,7 +12,7 @@ d the two sides of the weight. All functions here are pure but for `total`, whic
     strategy     extra operations       extra memory      good when
     gram         2·n·m·T²·(d+p)         2·n·m·T²          T is small against d·p/(d+p)
     project      2·k·n·T·d·p            n·T·d             rarely; a simple cross-check
-    instantiate  none                   1+k tiles         T is large
+    instantiate  none                   1+k tiles (CPU)   T is large
 
 `gram` works on the validation rows themselves, the others on the direction made from them.
 """
@@ -85,14 +85,14 @@ class Scratch:
     fresh pages costs more than what is then written to them."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, numel: int, like: Tensor) -> Tensor:
-        """(numel,) with any content, of the dtype and device of `like`; the next call may give the same
-        memory."""
+    def take(self, use: str, numel: int, like: Tensor) -> Tensor:
+        """(numel,) with any content, of the dtype and device of `like`; the next call for the same use may
+        give the same memory."""
         if torch.compiler.is_compiling():  # the compiler plans the memory of its graph itself
             return like.new_empty(numel)
-        key = (like.dtype, like.device)
+        key = (use, like.dtype, like.device)
         if key not in self._buffers or len(self._buffers[key]) < numel:
             self._buffers[key] = like.new_empty(numel)
         return self._buffers[key][:numel]
@@ -119,8 +119,8 @@ class Keep:
 
 
 Tile = tuple[slice, slice]
-Directions = Callable[[Tile, Tensor], Tensor]
-"""(tile, memory (k, r, c)) -> the directions' part in the tile, (k, r, c), there or elsewhere."""
+Directions = Callable[[Tile], Tensor]
+"""tile -> the directions' part in it, (k, r, c)."""
 
 
 def direction_of(left: Tensor, right: Tensor, split: Split) -> Tensor:
@@ -172,15 +172,16 @@ def instantiate(
     dots = total.new_zeros(n, k)
     for rows, columns in tiles(p, d, TILE_NUMEL if on_cpu else p * d):
         sum_tile = total[rows, columns]
-        buffer = scratch.take((k + at_once) * sum_tile.numel(), total).view(k + at_once, *sum_tile.shape)
-        direction = directions((rows, columns), buffer[:k]).flatten(1)  # (k, r·c)
+        numel = at_once * sum_tile.numel()
+        buffer = scratch.take("gradients", numel, total).view(at_once, *sum_tile.shape)
+        direction = directions((rows, columns)).flatten(1)  # (k, r·c)
         for start in range(0, n, at_once):
             some = slice(start, min(start + at_once, n))
             first = fresh and start == 0
             # The first sample's gradient is the sum so far. (But no running sum whose differences are the
             # dots: an outlier would cost its neighbours their digits.)
             in_place = first and some.stop == 1 and sum_tile.is_contiguous()
-            memory = sum_tile[None] if in_place else buffer[k : k + some.stop - start]
+            memory = sum_tile[None] if in_place else buffer[: some.stop - start]
             gradients = products(left[some, :, rows], right[some, :, columns], memory)  # (b, r, c)
             dots[some] += inner_products(gradients.flatten(1), direction)
             if not in_place:
@@ -263,12 +264,16 @@ def contract(
         direction = direction_of(*val, split) if whole is None else whole
         return total, project(*train, direction, total, fresh=True)
 
-    def directions(tile: Tile, memory: Tensor) -> Tensor:
+    def directions(tile: Tile) -> Tensor:
         rows, columns = tile
         if whole is not None:
             return whole[:, rows, columns]
-        val_left, val_right = validation_factors(*val, split)
-        return products(val_left[..., rows], val_right[..., columns], memory)
+        val_left, val_right = (
+            t[..., part] for t, part in zip(validation_factors(*val, split), tile, strict=True)
+        )
+        shape = (split.directions, val_left.shape[2], val_right.shape[2])
+        memory = scratch.take("direction", shape[0] * shape[1] * shape[2], total).view(shape)
+        return products(val_left, val_right, memory)
 
     return total, instantiate(*train, directions, split.directions, total, fresh=True, scratch=scratch)
 

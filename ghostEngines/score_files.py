@@ -189,9 +189,9 @@ def publish(file: ScoreFile, table: pa.Table, replaces: Sequence[ScoreFile] = ()
         sync(folder)
 
 
-def sync(folder: Path) -> None:
-    """Make renames and removals in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or renames and removals in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

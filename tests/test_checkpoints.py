@@ -122,7 +122,7 @@ def test_another_configuration_is_refused_with_its_differences(data: Path, copie
     file = next((other / "train").glob("*.json"))
     shard = json.loads(file.read_text())
     file.write_text(json.dumps(shard | {"checksum": shard["checksum"][::-1]}))
-    assert "SHA-256 of the training shards" in refused(other, copied)
+    assert "SHA-256 of the shards" in refused(other, copied)
 
 
 def test_micro_batches_may_change(alone: Run, data: Path, copied: Path) -> None:

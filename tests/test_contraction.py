@@ -43,7 +43,8 @@ def contract(left: Tensor, right: Tensor, split: Split, strategy: str) -> tuple[
     """A layer, in scratch memory that a larger one has used and left its numbers in."""
     scratch = Scratch()
     for dtype in (torch.float32, torch.float64):
-        scratch.take(10_000, torch.empty(0, dtype=dtype)).fill_(torch.nan)
+        for use in ("gradients", "direction"):
+            scratch.take(use, 10_000, torch.empty(0, dtype=dtype)).fill_(torch.nan)
     return contraction.contract(left, right, split, strategy, scratch)
 
 
@@ -92,7 +93,7 @@ def test_strategies(
         else:
             dots = instantiate(
                 *train,
-                lambda tile, _, every=direction: every[:, tile[0], tile[1]],
+                lambda tile, every=direction: every[:, tile[0], tile[1]],
                 split.directions,
                 total,
                 fresh,

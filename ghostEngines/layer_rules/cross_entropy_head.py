@@ -299,7 +299,7 @@ class _ValidationGradient:
         k = self.split.directions
         return instantiate(residuals, rows, self._directions, k, total, fresh, self.scratch)
 
-    def _directions(self, tile: Tile, memory: Tensor) -> Tensor:
+    def _directions(self, tile: Tile) -> Tensor:
         return self.direction[:, tile[0], tile[1]]
 
     def gather(self, tokens: Tensor) -> Tensor:
