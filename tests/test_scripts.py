@@ -243,3 +243,54 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+SIGNALS = ["--signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher"),
+    [
+        ("", None),
+        ("--batch_size 2", None),
+        ("--nproc_per_node 4 --batch_size 2", ["--nproc_per_node", "4", "--standalone", *SIGNALS]),
+        ("--batch_size 2 --nproc-per-node=4", ["--nproc-per-node=4", "--standalone", *SIGNALS]),
+        (
+            "--nnodes 2 --node_rank 1 --master_addr a --batch_size 2 --master_port 1",
+            ["--nnodes", "2", "--node_rank", "1", "--master_addr", "a", "--master_port", "1", *SIGNALS],
+        ),
+        (
+            "--nproc_per_node 2 --shutdown_timeout 9 --signals_to_handle SIGTERM",
+            [
+                "--nproc_per_node",
+                "2",
+                "--shutdown_timeout",
+                "9",
+                "--signals_to_handle",
+                "SIGTERM",
+                "--standalone",
+            ],
+        ),
+    ],
+)
+def test_train_sh_divides_its_flags(given: str, launcher: list[str] | None, tmp_path: Path) -> None:
+    """torchrun's go to torchrun, all others to main.py; here to a Python that prints what it gets."""
+    for name, text in (
+        ("Scripts/train.sh", (ROOT / "Scripts" / "train.sh").read_text()),
+        ("init.sh", "#!/bin/bash\n"),
+        (".venv/bin/python", "#!/bin/bash\nprintf '%s\\n' \"$@\"\n"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    done = subprocess.run([tmp_path / "Scripts" / "train.sh", *given.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    flags = ["--batch_size", "2"] if "--batch_size 2" in given else []
+    run = [] if launcher is None else ["-m", "torch.distributed.run", *launcher]
+    assert done.stdout.splitlines() == [*run, f"{tmp_path}/main.py", *flags]
+
+
+def test_train_sh_names_a_flag_without_its_value() -> None:
+    done = subprocess.run([ROOT / "Scripts" / "train.sh", "--nproc_per_node"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "train.sh: error: --nproc_per_node needs a value\n"
