@@ -90,7 +90,8 @@ class ScoreFile(NamedTuple):
         return int(pq.read_metadata(self.path).num_rows)
 
     def read(self) -> pa.Table:
-        return pq.ParquetFile(self.path).read()
+        with pq.ParquetFile(self.path) as file:
+            return file.read(use_threads=False)  # threads would each keep memory of their own
 
 
 def score_file(folder: Path, first: int, last: int, rank: int) -> ScoreFile:
