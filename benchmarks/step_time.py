@@ -11,12 +11,14 @@ per-sample loop; wrong ones are not timed.
     regular_n, regular_nm  this repository's method Regular, likewise
     graddotprod            method GradDotProd: a training step on n rows and the dot products with m
     gram, project, instantiate   the same with one contraction strategy forced on every layer
+    regular_nm_eager, graddotprod_eager   with --compile: the same two not compiled
     pairwise, per_layer    the same with the full matrix of scores, and with a score for each layer
     loop                   the dot products by hand: one backward pass for each row
     vmap                   the dot products from torch.func per-sample gradients
 """
 
 import argparse
+import copy
 import json
 import random
 import resource
@@ -45,11 +47,14 @@ ENGINE_OPTIONS = {
     "pairwise": {"granularity": "pairwise"},
     "per_layer": {"granularity": "per_layer"},
 }
-METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, "loop", "vmap")
+EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
+METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
 RATIOS = (
     ("graddotprod", "regular_nm"),
     ("graddotprod", "hf_nm"),
     ("graddotprod", "hf_n"),
+    ("graddotprod", "graddotprod_eager"),
+    ("regular_nm", "regular_nm_eager"),
     ("loop", "graddotprod"),
     ("pairwise", "graddotprod"),
     ("per_layer", "graddotprod"),
@@ -68,7 +73,7 @@ class Setup:
     n: int
     m: int
     autocast: Callable[[], torch.autocast]
-    with_optimizer: bool
+    args: argparse.Namespace
 
     @classmethod
     def make(cls, args: argparse.Namespace) -> "Setup":
@@ -79,7 +84,6 @@ class Setup:
         plain.activation_function = "gelu_new"  # what Hugging Face's GPT-2 runs
         hf = GPT2LMHeadModel(plain)
         hf.load_state_dict(ours.hf.state_dict())
-        set_up_blocks(ours, compiled=args.compile, checkpointing=args.activation_checkpointing)
         if args.activation_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         if args.compile:
@@ -100,8 +104,15 @@ class Setup:
             args.batch_size,
             args.val_batch_size,
             autocast,
-            args.optimizer,
+            args,
         )
+
+    def own_model(self, name: str) -> CausalLM:
+        """Modules of its own around the shared parameters, for a method to attach to and to compile."""
+        model = copy.deepcopy(self.ours, {id(parameter): parameter for parameter in self.ours.parameters()})
+        compiled = self.args.compile and name not in EAGER
+        set_up_blocks(model, compiled=compiled, checkpointing=self.args.activation_checkpointing)
+        return model
 
 
 @dataclass
@@ -127,25 +138,25 @@ def make_hf(setup: Setup, rows: slice) -> Callable[[], None]:
     return step
 
 
-def make_regular(setup: Setup, rows: slice) -> Callable[[], None]:
+def make_regular(setup: Setup, model: CausalLM, rows: slice) -> Callable[[], None]:
     def step() -> None:
         with setup.autocast():
-            losses = setup.ours(setup.x[rows], setup.y[rows])
+            losses = model(setup.x[rows], setup.y[rows])
         losses.mean().backward()
 
     return step
 
 
-def make_engine(setup: Setup, **options: object) -> Callable[[], Tensor]:
-    engine = GradDotProdEngine(setup.ours, setup.m, **options)
+def make_engine(setup: Setup, model: CausalLM, **options: object) -> Callable[[], Tensor]:
+    engine = GradDotProdEngine(model, setup.m, **options)
+    engine.attach()
 
     def step() -> Tensor:
-        with engine:
-            with setup.autocast():
-                losses = setup.ours(setup.x, setup.y)
-            engine.joint_loss(losses).backward()
-            engine.prepare_gradients()
-            return engine.dot_products()
+        with setup.autocast():
+            losses = model(setup.x, setup.y)
+        engine.joint_loss(losses).backward()
+        engine.prepare_gradients()
+        return engine.dot_products()
 
     return step
 
@@ -205,16 +216,18 @@ def make_methods(setup: Setup, names: list[str]) -> dict[str, Method]:
     train, both = slice(0, setup.n), slice(0, setup.n + setup.m)
     methods = {}
     for name in names:
-        if name in ("hf_n", "hf_nm"):
-            rows = train if name == "hf_n" else both
+        kind = EAGER.get(name, name)
+        if kind in ("hf_n", "hf_nm"):
+            rows = train if kind == "hf_n" else both
             methods[name] = Method(setup.hf, make_hf(setup, rows), rows)
-        elif name in ("regular_n", "regular_nm"):
-            rows = train if name == "regular_n" else both
-            methods[name] = Method(setup.ours, make_regular(setup, rows), rows)
-        elif name in ENGINE_OPTIONS:
-            methods[name] = Method(setup.ours, make_engine(setup, **ENGINE_OPTIONS[name]), train)
+        elif kind in ("regular_n", "regular_nm"):
+            rows, model = train if kind == "regular_n" else both, setup.own_model(name)
+            methods[name] = Method(model, make_regular(setup, model, rows), rows)
+        elif kind in ENGINE_OPTIONS:
+            model = setup.own_model(name)
+            methods[name] = Method(model, make_engine(setup, model, **ENGINE_OPTIONS[kind]), train)
         else:
-            make = make_loop if name == "loop" else make_vmap
+            make = make_loop if kind == "loop" else make_vmap
             methods[name] = Method(setup.hf, make(setup), train)
     return methods
 
@@ -287,7 +300,7 @@ def time_methods(
 
 def make_optimizer(method: Method, setup: Setup) -> torch.optim.Optimizer | None:
     """With a learning rate of zero: all of the work, and the weights stay comparable."""
-    return torch.optim.AdamW(method.model.parameters(), lr=0.0, fused=True) if setup.with_optimizer else None
+    return torch.optim.AdamW(method.model.parameters(), lr=0.0, fused=True) if setup.args.optimizer else None
 
 
 def peak_bytes(name: str, argv: list[str]) -> int:
@@ -404,7 +417,8 @@ def main(argv: list[str]) -> None:
     )
     print_results(
         report,
-        f"{args.architecture} T={args.block_size} n={args.batch_size} m={args.val_batch_size} {args.dtype}, "
+        f"{args.architecture} T={args.block_size} n={args.batch_size} m={args.val_batch_size} {args.dtype}"
+        f"{', compiled' if args.compile else ''}, "
         f"{device}",
     )
     if args.output is not None:
