@@ -234,7 +234,7 @@ class Trainer:
                 "lr": lr,
                 "grad_norm": norm.item(),
                 "clip_factor": clip_factor.item(),
-                **self._dot_statistics(batches),
+                **self._dot_statistics(batches, lr * clip_factor.item()),
             }
         progress.steps, progress.evaluation_due = step + 1, self._evaluates_after(step)
         progress.tokens += self.global_batch_size * self.config.block_size
@@ -246,14 +246,19 @@ class Trainer:
             progress.tokens_logged, progress.seconds_logged = progress.tokens, progress.seconds
         self.log.advance(f"loss {progress.loss_shown:.4f}, {progress.tokens / progress.seconds:.0f} tokens/s")
 
-    def _dot_statistics(self, batches: list[Batch]) -> dict[str, float]:
+    def _dot_statistics(self, batches: list[Batch], factor: float) -> dict[str, float]:
+        """factor: of the gradient in the update, learning rate times clip factor."""
         dots = self.manager.dot_products()
         if dots is None:
             return {}
         domains = [domain for batch in batches for domain in batch.domains]
         of_all = self.world.gather((dots.double().tolist(), domains))
         values = [value for values, _ in of_all for value in values]
-        return dot_statistics(values, [domain for _, domains in of_all for domain in domains])
+        return {
+            "validation_rows/loss": self.manager.val_loss.item(),
+            "validation_rows/predicted_fall": factor * sum(values) / self.global_batch_size,
+            **dot_statistics(values, [domain for _, domains in of_all for domain in domains]),
+        }
 
 
 def dot_statistics(values: list[float], domains: list[str]) -> dict[str, float]:

@@ -45,6 +45,7 @@ class GhostEngineManager:
     micro_batches: how many make one optimizer step."""
 
     rows: TrainRows
+    val_loss: Tensor | None = None  # mean loss of the validation rows before the step, where a method has any
 
     def __init__(self, micro_batches: int = 1) -> None:
         self.micro_batches = micro_batches
@@ -155,6 +156,8 @@ class GradDotProdManager(GhostEngineManager):
 
     def prepare_gradients(self, losses: Tensor) -> None:
         self._engine.prepare_gradients()
+        if not self._recorded:
+            self.val_loss = losses[len(self.rows.x) :].detach().mean()
         self._recorded.append((self.rows, self._engine.dot_products(), self.train_losses(losses)))
 
     def begin_step(self) -> None:
@@ -176,6 +179,7 @@ class GradDotProdManager(GhostEngineManager):
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
+        assert self.val_loss is not None
         for rows, dots, train_losses in self._recorded:
             self._scores.append(
                 step=step,
@@ -184,6 +188,7 @@ class GradDotProdManager(GhostEngineManager):
                 blocks=rows.blocks,
                 dot_products=dots,
                 train_losses=train_losses,
+                val_loss=self.val_loss,
                 lr=lr,
                 clip_factor=clip_factor,
                 global_batch_size=global_batch_size,

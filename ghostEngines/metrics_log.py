@@ -49,6 +49,7 @@ class _Step:
     blocks: npt.NDArray[np.int64]  # (n,)
     dot_products: Tensor  # (n,)
     train_losses: Tensor  # (n,)
+    val_loss: Tensor
     lr: float
     clip_factor: Tensor
     global_batch_size: int
@@ -105,6 +106,7 @@ class ScoreWriter:
         blocks: npt.ArrayLike,
         dot_products: Tensor,
         train_losses: Tensor,
+        val_loss: Tensor | float,
         lr: float,
         clip_factor: Tensor | float,
         global_batch_size: int,
@@ -117,6 +119,7 @@ class ScoreWriter:
             sample_ids, domains, blocks: (n,) which samples.
             dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
+            val_loss: L_val, the mean loss of the validation rows before the step (0-d).
             clip_factor: what clipping multiplied the gradient by, at most 1.
             global_batch_size: samples in this step's update, over all processes and micro-batches.
             null: the optimizer does not step, so there is no dot product and no value (bool or 0-d tensor).
@@ -146,6 +149,7 @@ class ScoreWriter:
             blocks=places.astype(np.int64),
             dot_products=_copy(dot_products),
             train_losses=_copy(train_losses),
+            val_loss=_copy(torch.as_tensor(val_loss, dtype=torch.float64)),
             lr=lr,
             clip_factor=_copy(torch.as_tensor(clip_factor, dtype=torch.float64)),
             global_batch_size=global_batch_size,
@@ -237,7 +241,10 @@ class ScoreWriter:
             "per_layer": lambda: scores.sum(1),
         }[self.granularity]()
         lr = np.repeat([step.lr for step in steps], counts)
-        clip = np.repeat(_numbers([step.clip_factor[None] for step in steps]), counts)
+        clip, val_loss = (
+            np.repeat(_numbers([each[None] for each in column]), counts)
+            for column in ([step.clip_factor for step in steps], [step.val_loss for step in steps])
+        )
         global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
         null = np.repeat(_numbers([step.null[None] for step in steps]) != 0, counts)
         columns = {
@@ -248,6 +255,7 @@ class ScoreWriter:
             "rank": np.full(sum(counts), self.rank),
             "dot_product": pa.array(dots, mask=null),
             "train_loss": _numbers([step.train_losses for step in steps]),
+            "val_loss": val_loss,
             "lr": lr,
             "clip_factor": clip,
             "global_batch_size": global_batch_size,

@@ -38,6 +38,7 @@ def append(writer: ScoreWriter, step: int, n: int = 2, **changes) -> None:
         "blocks": blocks,
         "dot_products": step + torch.arange(n) / 10,
         "train_losses": torch.arange(n) + 0.5,
+        "val_loss": torch.tensor(step + 0.25),
         "lr": 0.1,
         "clip_factor": 0.5,
         "global_batch_size": n,
@@ -92,6 +93,7 @@ def test_rows_are_as_documented(folder: Path) -> None:
     assert first.domain.tolist() == ["ArXiv", "Wikipedia (en)"]
     assert first["rank"].tolist() == [3, 3] and first.global_batch_size.tolist() == [16, 16]
     assert first.train_loss.tolist() == [0.5, 1.5]
+    assert first.val_loss.tolist() == [0.25, 0.25]
     dots = np.array([0.0, np.float32(0.1)], np.float64)
     assert first.dot_product.tolist() == dots.tolist()
     assert first.clip_factor.tolist() == [float(np.float32(0.3))] * 2
@@ -127,7 +129,7 @@ def test_the_schema_is_in_every_file_with_the_runs_metadata(folder: Path) -> Non
     for name in names(folder):
         schema = pq.read_schema(folder / name)
         assert schema.equals(SCORE_SCHEMA)
-        want = RUN | {"granularity": "total", "format": "ghostEngines scores", "format_version": "1"}
+        want = RUN | {"granularity": "total", "format": "ghostEngines scores", "format_version": "2"}
         assert schema.metadata == {key.encode(): value.encode() for key, value in want.items()}
     assert not SCORE_SCHEMA.field("step").nullable and SCORE_SCHEMA.field("value").nullable
 
@@ -146,7 +148,7 @@ def test_lists_of_scores(folder: Path, granularity: str, total: list[float]) -> 
         for step, null in enumerate((False, True, False)):
             writer.append(
                 step=step, sample_ids=[1, 2], domains=["a", "b"], blocks=[0, 1], dot_products=scores,
-                train_losses=torch.ones(2), lr=0.5, clip_factor=1.0, global_batch_size=2, null=null,
+                train_losses=torch.ones(2), val_loss=2.0, lr=0.5, clip_factor=1.0, global_batch_size=2, null=null,
             )  # fmt: skip
     table = pd.read_parquet(folder)
     assert table.dot_product.dropna().tolist() == total * 2
@@ -196,7 +198,15 @@ def test_append_copies_and_reads_nothing(folder: Path) -> None:
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")  # has no values
 
-    append(writer, 1, dot_products=meta(2), train_losses=meta(2), clip_factor=meta(), null=meta())
+    append(
+        writer,
+        1,
+        dot_products=meta(2),
+        train_losses=meta(2),
+        val_loss=meta(),
+        clip_factor=meta(),
+        null=meta(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -553,9 +563,9 @@ def test_another_version_of_the_format_is_an_error(folder: Path) -> None:
     write(folder, range(1))
     path = folder / names(folder)[0]
     table = pq.ParquetFile(path).read()
-    metadata = {**table.schema.metadata, b"format_version": b"2"}
+    metadata = {**table.schema.metadata, b"format_version": b"3"}
     pq.write_table(table.replace_schema_metadata(metadata), path)
-    with pytest.raises(ScoreError, match="has format_version '2', expected '1'"):
+    with pytest.raises(ScoreError, match="has format_version '3', expected '2'"):
         open_scores(folder)
     pq.write_table(pa.table({"step": [1]}), path)
     with pytest.raises(ScoreError, match="has format None"):

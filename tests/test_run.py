@@ -100,6 +100,9 @@ def test_dot_product_statistics_are_those_of_the_scores(scored: Run) -> None:
     metrics = scored.metrics().set_index("step")
     for name in ("mean", "min", "max"):
         assert np.allclose(metrics[f"dot_product/{name}"], getattr(steps, name)(), rtol=1e-12)
+    values = scored.scores().groupby("step")
+    assert np.allclose(metrics["validation_rows/predicted_fall"], values.value.sum(), rtol=1e-12)
+    assert np.allclose(metrics["validation_rows/loss"], values.val_loss.first(), rtol=1e-12)
     domains = scored.scores().groupby(["step", "domain"]).dot_product.mean().unstack()
     assert set(domains) == set(DOMAINS)
     for domain in DOMAINS:
@@ -133,6 +136,7 @@ def test_the_first_step_is_what_one_backward_pass_per_sample_finds(scored: Run, 
     joint = torch.stack(tokens)
     truth = per_sample(scored.initial.hf, hf_logits, joint[:, :-1], joint[:, 1:], N)
     assert np.allclose(scores.train_loss, truth.losses[:N], rtol=1e-12)
+    assert np.allclose(scores.val_loss, truth.losses[N:].mean(), rtol=1e-12)
     assert truth.dot_error(torch.tensor(scores.dot_product.to_numpy())) < 1e-10
     norm = torch.cat([gradient.flatten() for gradient in truth.training_gradient().values()]).norm()
     assert scored.metrics().grad_norm[0] == pytest.approx(norm.item(), rel=1e-10)
