@@ -1,0 +1,167 @@
+"""The scores of one run or several as tables of a DuckDB database, which works on far more rows than memory
+holds: it reads the columns it needs in pieces, on all cores, and what does not fit goes to the disk.
+
+    with ScoreDatabase(runs, normalise="absolute", steps=(100, None)) as database:
+        database.query("SELECT domain, sum(weighted_value) FROM scores GROUP BY domain", "summing domains")
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from glob import escape
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from attribution.completeness import Window, check_steps, check_window
+from attribution.progress import progress_bar
+from attribution.scored_run import AttributionError, ScoredRun, same_samples
+from dataloader import BLOCK_BITS
+
+Normalise = Literal["none", "absolute", "predicted"]
+
+MEMORY_LIMIT = "4GB"
+POLL_SECONDS = 0.2
+# What a step's values are multiplied by. A step without any (learning rate 0) has values of 0.
+WEIGHTS = {
+    "none": "1.0",
+    "absolute": "CASE WHEN absolute = 0 THEN 0 ELSE 1 / absolute END",
+    "predicted": "CASE WHEN predicted = 0 THEN 0 ELSE 1 / abs(predicted) END",
+}
+Result = TypeVar("Result")
+
+
+class ScoreDatabase:
+    """A context manager. Its tables:
+
+    scores  the rows of the window: run, all columns of the score files (null in runs without it),
+            domain_number (the sample id's high bits), weighted_value (the value times its step's weight)
+    steps   one row per run and step of the window: run, step, lr, clip_factor, train_loss (mean), val_loss,
+            predicted (Σ values; null: the step gave none), absolute (Σ |values|), measured (fall of the
+            validation loss to the next step; null in a run's last), rows, expected (global batch size), weight
+
+    `run` counts the runs as given, from 0. Weights by `normalise`: "none" 1, "absolute" 1 / Σ|values| of the
+    step, "predicted" 1 / |Σ values|.
+
+    Raises:
+        AttributionError: runs of different data; a window that the scores do not fill; a step without all of
+        its rows; a memory limit that is none, or too low.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[ScoredRun],
+        *,
+        memory_limit: str = MEMORY_LIMIT,
+        steps: Window = (None, None),
+        normalise: Normalise = "none",
+        spill_folder: Path | None = None,
+    ) -> None:
+        """spill_folder: in which a folder is made for what does not fit; None: the system's for temporary
+        files."""
+        same_samples(runs)
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", memory_limit):
+            raise AttributionError(f"--memory_limit {memory_limit!r}: give a number and a unit, as in 4GB")
+        self.runs = runs
+        self.windows = [check_window(run, steps) for run in runs]
+        self._memory_limit, self._normalise, self._spill_folder = memory_limit, normalise, spill_folder
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            spill = opened.enter_context(
+                tempfile.TemporaryDirectory(prefix=".spill-", dir=self._spill_folder)
+            )
+            settings = {"memory_limit": self._memory_limit, "temp_directory": spill}
+            self.connection = opened.enter_context(duckdb.connect(config=settings))
+            self.connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+            self._worker = opened.enter_context(ThreadPoolExecutor(1, "duckdb"))
+            self._create_tables()
+            for number, (run, window) in enumerate(zip(self.runs, self.windows, strict=True)):
+                check_steps(self.connection, number, run, window)
+            self._resources = opened.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._resources.close()
+
+    def query(self, sql: str, doing: str, parameters: Sequence[object] = ()) -> pa.Table:
+        """The result, which is in memory. doing: what the bar says."""
+        return self._run(lambda: self.connection.sql(sql, params=list(parameters)).to_arrow_table(), doing)
+
+    def write(self, sql: str, path: Path, doing: str) -> None:
+        """The result as a Parquet file, which is never in memory as a whole."""
+        copy = f"COPY ({sql}) TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd)"
+        self._run(lambda: self.connection.execute(copy), doing)
+
+    def _run(self, work: Callable[[], Result], doing: str) -> Result:
+        """`work` in a thread of its own, so that this one can show its progress, and end it at Ctrl-C."""
+        with progress_bar(doing, 100, "%") as bar:
+            future = self._worker.submit(work)
+            try:
+                while True:
+                    try:
+                        result = future.result(timeout=POLL_SECONDS)
+                        bar.update(100 - bar.n)
+                        return result
+                    except TimeoutError:
+                        bar.update(max(0, self.connection.query_progress() - bar.n))
+            except KeyboardInterrupt:
+                self.connection.interrupt()
+                raise
+            except duckdb.OutOfMemoryException as error:
+                raise AttributionError(
+                    f"--memory_limit {self._memory_limit} is too low for {doing}: give more ({error})"
+                ) from error
+            except duckdb.IOException as error:
+                raise AttributionError(f"{doing}: {error}") from error
+
+    def _create_tables(self) -> None:
+        rows = " UNION ALL BY NAME ".join(self._rows_of(number) for number in range(len(self.runs)))
+        self.connection.execute(f"CREATE VIEW all_rows AS {rows}")
+        self._run(lambda: self.connection.execute(_steps_sql(self._normalise)), "reading steps")
+        columns = f"r.* EXCLUDE (in_window), r.sample_id >> {BLOCK_BITS} AS domain_number"
+        source = "all_rows r"
+        if self._normalise == "none":  # spares the join with as many rows as there are steps
+            columns += ", r.value AS weighted_value"
+        else:
+            columns += ", r.value * s.weight AS weighted_value"
+            source += " JOIN steps s USING (run, step)"
+        self.connection.execute(f"CREATE VIEW scores AS SELECT {columns} FROM {source} WHERE in_window")
+
+    def _rows_of(self, number: int) -> str:
+        """The rows of a run's window, and of the step after it: its val_loss tells what the last step did."""
+        run, (first, last) = self.runs[number], self.windows[number]
+        files = ", ".join(quoted(escape(path)) for path in run.files)  # globs, by which DuckDB finds files
+        return f"""
+            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, *
+            FROM read_parquet([{files}], hive_partitioning = false) WHERE step BETWEEN {first} AND {last + 1}
+        """
+
+
+def _steps_sql(normalise: Normalise) -> str:
+    return f"""
+        CREATE TABLE steps AS
+        WITH sums AS (
+            SELECT
+                run, step, any_value(in_window) AS in_window,
+                any_value(lr) AS lr, any_value(clip_factor) AS clip_factor,
+                avg(train_loss) AS train_loss, any_value(val_loss) AS val_loss,
+                sum(value) AS predicted, sum(abs(value)) AS absolute,
+                count(*) AS rows, any_value(global_batch_size) AS expected
+            FROM all_rows GROUP BY run, step
+        ), following AS (
+            SELECT *, val_loss - lead(val_loss) OVER (PARTITION BY run ORDER BY step) AS measured FROM sums
+        )
+        SELECT * EXCLUDE (in_window), {WEIGHTS[normalise]} AS weight
+        FROM following WHERE in_window ORDER BY run, step
+    """
+
+
+def quoted(text: object) -> str:
+    """As a string in SQL."""
+    return "'" + str(text).replace("'", "''") + "'"

@@ -1,0 +1,21 @@
+"""A bar for what takes more than two seconds."""
+
+import sys
+
+from tqdm import tqdm
+
+SECONDS = 2  # what is done earlier shows no bar
+
+
+def progress_bar(doing: str, total: float, unit: str = "it") -> tqdm:
+    """In a file, where nothing is overwritten, a line every 10 seconds."""
+    in_terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=doing,
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        delay=SECONDS,
+        dynamic_ncols=in_terminal,
+        mininterval=0.1 if in_terminal else 10,
+    )

@@ -1,0 +1,140 @@
+"""A run that wrote scores, opened for reading: its settings, its score files, the shards they refer to."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from config_file import split_and_domain
+from data_processing.shards import Shard, list_shards
+from dataloader import BlockDataset
+from ghostEngines.metrics_log import open_scores
+
+
+class AttributionError(ValueError):
+    """What was asked for cannot be had from these runs; the message names what was seen and what to do."""
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """folder: of the run; config: its config.json; metadata: of the scores' schema, the same in every file;
+    files: the score files that count, sorted by step."""
+
+    folder: Path
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, result_dir: str | Path) -> Self:
+        """Reads settings and schemas, no scores.
+
+        Raises:
+            AttributionError: not the folder of a run, or one of method Regular.
+            ScoreError: no scores, those of another version of this program, or of several runs.
+        """
+        folder = Path(result_dir)
+        config = _read_config(folder)
+        if config["method"] == "Regular":
+            raise AttributionError(
+                f"{folder} is a run of method Regular, which has no scores; train with --method GradDotProd"
+            )
+        scores = open_scores(folder / "grad_dotprods")
+        metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
+        return cls(folder, config, metadata, tuple(map(Path, scores.files)))
+
+    @property
+    def granularity(self) -> str:
+        return self.metadata["granularity"]
+
+    @property
+    def block_size(self) -> int:
+        return int(self.metadata["block_size"])
+
+    @property
+    def split(self) -> str:
+        """The folder of the training shards."""
+        return split_and_domain(self.metadata["split"])[0]
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """All domains of the split; the place of one is the high bits of its samples' ids."""
+        return tuple(json.loads(self.metadata["domains"]))
+
+    @cached_property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of the shard of each domain that the run trained on."""
+        return json.loads(self.metadata["shard_sha256"])
+
+    def shards(self, pile_data_dir: Path | None = None) -> list[Shard]:
+        """The shards of `domains`, in that order; those that the run trained on are the very ones.
+
+        pile_data_dir: the folder of the splits; None: the one that the run used.
+
+        Raises:
+            AttributionError: a shard is missing, or has another checksum than the run's.
+            ShardError: a shard is damaged, or none is there.
+        """
+        folder = Path(self.config["pile_data_dir"]) if pile_data_dir is None else Path(pile_data_dir)
+        there = {shard.domain: shard for shard in list_shards(folder, self.split)}
+        for domain in self.domains:
+            if domain not in there:
+                raise AttributionError(
+                    f"{folder / self.split} has no shard of {domain!r}, which {self.folder} was trained "
+                    "with; put it back, or name the folder that has it with --pile_data_dir"
+                )
+            checksum = there[domain].checksum
+            if self.checksums.get(domain, checksum) != checksum:
+                raise AttributionError(
+                    f"{there[domain].path} is not the shard that {self.folder} was trained on: its sha256 is "
+                    f"{checksum}, the scores name {self.checksums[domain]}; name the folder that has "
+                    "it with --pile_data_dir"
+                )
+        return [there[domain] for domain in self.domains]
+
+    def blocks(self, pile_data_dir: Path | None = None) -> BlockDataset:
+        """The training samples, with the ids that the scores have. Raises as `shards`."""
+        return BlockDataset(self.shards(pile_data_dir), self.block_size, tuple(self.checksums))
+
+    def validation_rows(self) -> pa.Table:
+        """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to."""
+        return pq.read_table(self.folder / "validation" / "rows.parquet")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, in order. The last line may be unfinished, and is left out then."""
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise AttributionError(
+            f"{folder} is not the folder of a run: it has no config.json; name a result_dir"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AttributionError(f"{path} is not JSON ({error}): name the folder of a run") from error
+    if not isinstance(config, dict) or not {"method", "run_name", "resolved_from"} <= config.keys():
+        raise AttributionError(f"{path} is not of a run (a saved model has one, too); name a result_dir")
+    return config
+
+
+def same_samples(runs: Sequence[ScoredRun]) -> None:
+    """AttributionError unless a sample id means the same in all of these runs, each of them named once."""
+    assert runs, "no run"
+    for number, run in enumerate(runs[1:], 1):
+        if run.folder.resolve() in [other.folder.resolve() for other in runs[:number]]:
+            raise AttributionError(f"{run.folder} is named twice; name each run once")
+        for key in ("block_size", "split", "domains", "shard_sha256"):
+            if run.metadata[key] != runs[0].metadata[key]:
+                raise AttributionError(
+                    f"{run.folder} and {runs[0].folder} are runs of different data: their {key} is "
+                    f"{run.metadata[key]:.200} and {runs[0].metadata[key]:.200}; give runs of the same data"
+                )
