@@ -51,6 +51,13 @@ class TrainingConfig:
         "row; per_layer, its part for each layer",
     )
 
+    direction: Literal["gradient", "adamw"] = flag(
+        "gradient",
+        "what training gradients are multiplied with: gradient, the validation gradient; adamw, the same "
+        "with each entry divided by AdamW's sqrt(v)+eps, so that values speak of the update that AdamW makes "
+        "(the first step then has no scores)",
+    )
+
     # Data
     pile_data_dir: str | None = flag(
         None,
@@ -238,10 +245,7 @@ class TrainingConfig:
                 "--parallel fsdp with --compile or --train_dtype float16 is not supported: use --parallel "
                 "ddp, or leave them out"
             )
-        if self.method == "Regular" and (self.contraction, self.score_granularity) != ("auto", "total"):
-            raise ConfigError(
-                "--method Regular computes no dot products: leave out --contraction and --score_granularity"
-            )
+        self._check_scores()
         if self.lr_decay_steps is not None and self.lr_decay_steps <= self.warmup_step < self.max_steps:
             raise ConfigError(
                 f"--lr_decay_steps {self.lr_decay_steps} is not after --warmup_step {self.warmup_step}: "
@@ -249,6 +253,25 @@ class TrainingConfig:
             )
         self._check_endings()
         self._check_micro_batches()
+
+    def _check_scores(self) -> None:
+        chosen = (self.contraction, self.score_granularity, self.direction)
+        if self.method == "Regular" and chosen != ("auto", "total", "gradient"):
+            raise ConfigError(
+                "--method Regular computes no dot products: leave out --contraction, --score_granularity and "
+                "--direction"
+            )
+        if self.direction == "gradient":
+            return
+        reasons = {
+            "--optimizer SGD": self.optimizer == "SGD" and "it has no second moments",
+            "--contraction gram": self.contraction == "gram" and "it makes no validation gradient",
+            "--parallel fsdp": self.parallel == "fsdp" and "the second moments are divided among processes",
+            "--compile": self.compile and "a compiled block does not see the second moments",
+        }
+        for flags, reason in reasons.items():
+            if reason:
+                raise ConfigError(f"--direction adamw with {flags}: {reason}; leave one of them out")
 
     def _check_endings(self) -> None:
         if self.eval_only and (self.overwrite or self.resumes):

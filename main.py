@@ -178,6 +178,7 @@ def build_manager(
         scores=scores,
         save_interval=config.dot_prod_save_interval,
         granularity=config.score_granularity,
+        direction=config.direction,
         strategy=forced_strategy(config),
         micro_batches=micro_batches,
     )
@@ -193,9 +194,9 @@ def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
     if config.method == "Regular":
         return {}
     split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
-    accumulating = config.gradient_accumulation_steps > 1
+    by_direction = config.gradient_accumulation_steps > 1 or config.direction == "adamw"
     plan = contraction_plan(
-        covered_layers(model), split, config.block_size, forced_strategy(config), accumulating
+        covered_layers(model), split, config.block_size, forced_strategy(config), by_direction
     )
     return {
         "contraction_by_layer": plan,

@@ -248,17 +248,16 @@ class Trainer:
 
     def _dot_statistics(self, batches: list[Batch], factor: float) -> dict[str, float]:
         """factor: of the gradient in the update, learning rate times clip factor."""
-        dots = self.manager.dot_products()
-        if dots is None:
+        if self.manager.val_loss is None:
             return {}
+        statistics = {"validation_rows/loss": self.manager.val_loss.item()}
+        if (dots := self.manager.dot_products()) is None:
+            return statistics
         domains = [domain for batch in batches for domain in batch.domains]
         of_all = self.world.gather((dots.double().tolist(), domains))
         values = [value for values, _ in of_all for value in values]
-        return {
-            "validation_rows/loss": self.manager.val_loss.item(),
-            "validation_rows/predicted_fall": factor * sum(values) / self.global_batch_size,
-            **dot_statistics(values, [domain for _, domains in of_all for domain in domains]),
-        }
+        statistics["validation_rows/predicted_fall"] = factor * sum(values) / self.global_batch_size
+        return statistics | dot_statistics(values, [domain for _, domains in of_all for domain in domains])
 
 
 def dot_statistics(values: list[float], domains: list[str]) -> dict[str, float]:

@@ -24,6 +24,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from .preconditioner import Preconditioner
+
 Strategy = Literal["gram", "project", "instantiate"]
 STRATEGIES: tuple[Strategy, ...] = ("gram", "project", "instantiate")
 
@@ -64,16 +66,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def choose_strategy(split: Split, positions: int, p: int, d: int, accumulating: bool = False) -> Strategy:
+def choose_strategy(split: Split, positions: int, p: int, d: int, by_direction: bool = False) -> Strategy:
     """The cheapest strategy by operation count, for n train rows of `positions` positions and a (p, d)
     weight.
 
     `instantiate` needs no extra matrix product, but passes over every sample's gradient. `gram` needs two
     products for every pair of a train and a validation row, and spares the validation rows' gradient. Chosen
     by shape alone, never by a clock: strategies round differently, so a timed choice would break resuming and
-    agreement between processes. accumulating: the direction is kept for other micro-batches, and gram has
-    none."""
-    if accumulating:
+    agreement between processes. by_direction: the direction itself is needed, for other micro-batches or
+    to precondition it, and gram has none."""
+    if by_direction:
         return "instantiate"
     gram = split.m * positions * (positions * (p + d) - p * d / split.n)
     instantiate = PASSES * p * d * split.directions
@@ -248,9 +250,11 @@ def contract(
     strategy: Strategy,
     scratch: Scratch,
     keep: Keep | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A whole layer: left (n+m, T, p), right (n+m, T, d), train rows first; keep: for the direction, if there
-    are several micro-batches (then not by gram, and m is 0 but in the first).
+    are several micro-batches (then m is 0 but in the first); preconditioner: of the weight, for the
+    direction. With either not by gram.
 
     Returns the gradient of the train rows (p, d) and dots (n, k), in the accumulation dtype."""
     n = split.n
@@ -259,9 +263,13 @@ def contract(
     if strategy == "gram":
         add_gradient(*train, total, fresh=True)
         return total, gram(*train, *val, split.pairwise)
-    whole = None if keep is None else keep.direction(lambda: direction_of(*val, split))
+
+    def make() -> Tensor:
+        return precondition_tiles(direction_of(*val, split), preconditioner, scratch)
+
+    whole = None if keep is None else keep.direction(make)
     if strategy == "project":
-        direction = direction_of(*val, split) if whole is None else whole
+        direction = make() if whole is None else whole
         return total, project(*train, direction, total, fresh=True)
 
     def directions(tile: Tile) -> Tensor:
@@ -273,19 +281,40 @@ def contract(
         )
         shape = (split.directions, val_left.shape[2], val_right.shape[2])
         memory = scratch.take("direction", shape[0] * shape[1] * shape[2], total).view(shape)
-        return products(val_left, val_right, memory)
+        direction = products(val_left, val_right, memory)
+        if preconditioner is not None:
+            memory = scratch.take("preconditioner", shape[1] * shape[2], total)
+            preconditioner.apply(direction, tile, memory)
+        return direction
 
     return total, instantiate(*train, directions, split.directions, total, fresh=True, scratch=scratch)
 
 
-def contract_gradients(gradients: Tensor, split: Split, keep: Keep | None = None) -> tuple[Tensor, Tensor]:
+def precondition_tiles(direction: Tensor, preconditioner: Preconditioner | None, scratch: Scratch) -> Tensor:
+    """A whole weight's direction (k, p, d) times its preconditioner, if there is one, in place."""
+    if preconditioner is not None:
+        _, p, d = direction.shape
+        for rows, columns in tiles(p, d, TILE_NUMEL):
+            tile = direction[:, rows, columns]
+            preconditioner.apply(tile, (rows, columns), scratch.take("preconditioner", tile[0].numel(), tile))
+    return direction
+
+
+def contract_gradients(
+    gradients: Tensor,
+    split: Split,
+    keep: Keep | None = None,
+    preconditioner: Preconditioner | None = None,
+) -> tuple[Tensor, Tensor]:
     """Small parameters, whose per-sample gradients (n+m, *shape) are simply there.
 
     Returns the gradient of the train rows (*shape) and dots (n, k), in the gradients' dtype.
     """
     train, val = gradients[: split.n], gradients[split.n :]
-    if keep is None:
+
+    def make() -> Tensor:
         direction = val if split.pairwise else val.sum(0, keepdim=True)
-    else:
-        direction = keep.direction(lambda: val.sum(0, keepdim=True))
+        return direction if preconditioner is None else preconditioner.apply(direction)
+
+    direction = make() if keep is None else keep.direction(make)
     return train.sum(0), train.flatten(1) @ direction.flatten(1).mT

@@ -55,16 +55,16 @@ def contraction_plan(
     split: Split,
     positions: int,
     strategy: Strategy | None,
-    accumulating: bool = False,
+    by_direction: bool = False,
 ) -> dict[str, Strategy]:
     """Which strategy each weight of `covered_layers` uses for rows of this many positions; `strategy`: the
-    one that is forced on all, or None; accumulating: with several micro-batches."""
+    one that is forced on all, or None; by_direction: with several micro-batches, or direction "adamw"."""
     plan = {}
     for name, layer in layers.items():
         if isinstance(layer, nn.Linear | Conv1D | CrossEntropyHead):
             choose = head_strategy if isinstance(layer, CrossEntropyHead) else choose_strategy
             p, d = layer.weight.shape
-            plan[name] = strategy or choose(split, positions, p, d, accumulating)
+            plan[name] = strategy or choose(split, positions, p, d, by_direction)
     return plan
 
 

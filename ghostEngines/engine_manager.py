@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .contraction import Strategy
 from .graddotprod_engine import GradDotProdEngine
 from .metrics_log import ScoreWriter
-from .step import Granularity
+from .step import Direction, Granularity
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class GhostEngineManager:
         return losses[: len(self.rows.x)].detach()
 
     def dot_products(self) -> Tensor | None:
-        """(n·G,): the dot products of the step's micro-batches so far, None for a method that computes
-        none."""
+        """(n·G,): the dot products of the step's micro-batches so far; None for a method that computes none,
+        and for a step that has none."""
         return None
 
     def aggregate_and_log(
@@ -119,9 +119,9 @@ class GradDotProdManager(GhostEngineManager):
     """Method GradDotProd: every train row's gradient dot product with the validation gradient, written to
     `scores`.
 
-    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. granularity and
-    strategy: see GradDotProdEngine. save_interval: steps between two writes to the disk. Raises what
-    `GradDotProdEngine.attach` raises."""
+    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. granularity,
+    direction and strategy: see GradDotProdEngine. save_interval: steps between two writes to the disk. Raises
+    what `GradDotProdEngine.attach` raises."""
 
     def __init__(
         self,
@@ -133,6 +133,7 @@ class GradDotProdManager(GhostEngineManager):
         scores: ScoreWriter,
         save_interval: int,
         granularity: Granularity = "total",
+        direction: Direction = "gradient",
         strategy: Strategy | None = None,
         micro_batches: int = 1,
     ) -> None:
@@ -142,7 +143,12 @@ class GradDotProdManager(GhostEngineManager):
         self._val_x, self._val_y = val_x, val_y
         self._scores, self._save_interval = scores, save_interval
         self._engine = GradDotProdEngine(
-            model, len(val_x), granularity=granularity, strategy=strategy, micro_batches=micro_batches
+            model,
+            len(val_x),
+            granularity=granularity,
+            direction=direction,
+            strategy=strategy,
+            micro_batches=micro_batches,
         )
         self._engine.attach(optimizer)
 
@@ -164,7 +170,9 @@ class GradDotProdManager(GhostEngineManager):
         self._recorded.clear()
         self._engine.forget_micro_batches()
 
-    def dot_products(self) -> Tensor:
+    def dot_products(self) -> Tensor | None:
+        if not self._engine.scored:
+            return None
         dots = torch.cat([scores for _, scores, _ in self._recorded])
         if self._engine.granularity == "total":
             return dots
@@ -192,7 +200,7 @@ class GradDotProdManager(GhostEngineManager):
                 lr=lr,
                 clip_factor=clip_factor,
                 global_batch_size=global_batch_size,
-                null=skipped,
+                null=skipped if self._engine.scored else True,
             )
         if (step + 1) % self._save_interval == 0:
             self.flush()

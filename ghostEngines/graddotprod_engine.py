@@ -28,7 +28,8 @@ from .coverage import (
 )
 from .layer_rules import RULES
 from .losses import require
-from .step import GRANULARITIES, CurrentStep, Granularity, LayerStep, Step
+from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
+from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, LayerStep, Step
 
 
 class GradDotProdEngine:
@@ -46,13 +47,16 @@ class GradDotProdEngine:
     model: any module whose trainable parameters all belong to layers with a rule; it is called on a joint
     batch, whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
     granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"), or
-    for each layer ("per_layer"). strategy: forces one way of contracting (contraction.py), None chooses by
-    shape. micro_batches: how many forward and backward passes make one optimizer step. The first of them
-    takes a joint batch, the others take n train rows alone and use its validation gradient, which is kept
-    until the last (one model's size); `.grad` is then the gradient of the mean loss of all n · micro_batches
-    train rows, and after each pass `dot_products` are those of its own rows. Raises ValueError for a
-    val_batch_size or micro_batches below 1, an unknown granularity or strategy, and for several micro-batches
-    with granularity "pairwise" or strategy "gram", which need the validation rows themselves."""
+    for each layer ("per_layer"). direction: "gradient", or "adamw" for <∇ℓ_i, P∘∇L_val> with AdamW's
+    preconditioner P (preconditioner.py), of the optimizer that the engine is attached with. strategy: forces
+    one way of contracting (contraction.py), None chooses by shape. micro_batches: how many forward and
+    backward passes make one optimizer step. The first of them takes a joint batch, the others take n train
+    rows alone and use its validation gradient, which is kept until the last (one model's size); `.grad` is
+    then the gradient of the mean loss of all n · micro_batches train rows, and after each pass `dot_products`
+    are those of its own rows. Raises ValueError for a val_batch_size or micro_batches below 1, an unknown
+    granularity, direction or strategy, for several micro-batches with granularity "pairwise" or strategy
+    "gram", which need the validation rows themselves, and for direction "adamw" with strategy "gram", which
+    makes no direction."""
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class GradDotProdEngine:
         val_batch_size: int,
         *,
         granularity: Granularity = "total",
+        direction: Direction = "gradient",
         strategy: Strategy | None = None,
         micro_batches: int = 1,
     ) -> None:
@@ -68,11 +73,16 @@ class GradDotProdEngine:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+        if direction == "adamw" and strategy == "gram":
+            raise ValueError('strategy "gram" makes no direction to precondition: choose another one')
         if strategy is not None and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
         self.model = model
         self.val_batch_size = val_batch_size
         self.granularity = granularity
+        self.direction = direction
         if micro_batches > 1 and (granularity == "pairwise" or strategy == "gram"):
             raise ValueError(
                 f"several micro-batches with granularity={granularity!r} and strategy={strategy!r}: pairwise "
@@ -86,6 +96,8 @@ class GradDotProdEngine:
         self._layers: list[LayerStep] = []
         self._current = CurrentStep()
         self._scratch = Scratch()
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer_has_stepped = False
         self._prepared = False
         self._bypassed: str | None = None
         self._seen_gradients: list[Tensor] = []
@@ -115,6 +127,9 @@ class GradDotProdEngine:
             )
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
+        if self.direction == "adamw":
+            check_adamw(self.model, optimizer)
+        self._optimizer, self._optimizer_has_stepped = optimizer, False
         hooks = (
             self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
@@ -178,12 +193,28 @@ class GradDotProdEngine:
         split = Split(rows - m, m, self.granularity == "pairwise")
         count = len(self._layers) if self.granularity == "per_layer" else 1
         step = self._current.step = Step.begin(
-            split, shape, self.strategy, weight, count, self._scratch, self.micro_batches, self._kept
+            split,
+            shape,
+            self.strategy,
+            weight,
+            count,
+            self._scratch,
+            self.micro_batches,
+            self._kept,
+            self._preconditioners(),
         )
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
         for index, layer_step in enumerate(self._layers):
             layer_step.calls, layer_step.probe = 0, step.probes[index % count]
+
+    def _preconditioners(self) -> dict[int, Preconditioner] | None:
+        """None where the direction is the gradient itself, or cannot be told yet."""
+        if self.direction == "gradient":
+            return None
+        assert self._optimizer is not None
+        self._optimizer_has_stepped = self._optimizer_has_stepped or has_stepped(self._optimizer)
+        return preconditioners(self._optimizer) if self._optimizer_has_stepped else None
 
     def _check_unchanged(self) -> None:
         """Parameters and modes may change while the engine is attached; what trains must still be covered."""
@@ -297,6 +328,12 @@ class GradDotProdEngine:
         )
 
     @property
+    def scored(self) -> bool:
+        """Whether the step has dot products. It has none, with direction "adamw", as long as the optimizer
+        has not made an update."""
+        return self.direction == "gradient" or self._step().preconditioners is not None
+
+    @property
     def layer_names(self) -> list[str]:
         """The covered layers in the order of the columns of per-layer dot products. A tied weight's cross
         terms are its embedding's."""
@@ -311,6 +348,7 @@ class GradDotProdEngine:
         - per_layer: (n, L), <∇ℓ_i, ∇L_val> over each layer's parameters, in the order of `layer_names`; their
           sum is the total
 
+        With direction "adamw" P∘∇ stands for the validation rows' ∇; NaN where the step is not `scored`.
         Raises RuntimeError before `prepare_gradients`."""
         if not self._prepared:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
@@ -321,6 +359,8 @@ class GradDotProdEngine:
         columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in step.probes]
         # (n, k), or (n, L) per layer
         dots = torch.cat(columns, dim=1) * (step.split.n * self.micro_batches) / (scale * first_scale)
+        if not self.scored:
+            dots = torch.full_like(dots, torch.nan)
         if self.granularity == "total":
             return dots.squeeze(1)
         return dots * step.split.m if self.granularity == "pairwise" else dots

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contraction import Keep, Scratch, Split, Strategy, accumulation_dtype, choose_strategy
+from .preconditioner import Preconditioner
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def routed_tensors(route: TiedRoute | None) -> tuple[Tensor | None, Tensor | Non
 
 
 Granularity = Literal["total", "pairwise", "per_layer"]
+Direction = Literal["gradient", "adamw"]
+DIRECTIONS: tuple[Direction, ...] = ("gradient", "adamw")
 GRANULARITIES: tuple[Granularity, ...] = ("total", "pairwise", "per_layer")
 
 
@@ -82,7 +85,8 @@ class Step:
     indexed by a number would give every compiled block a graph of its own. scale_probe (): zero; its gradient
     is s. input_shape: of the model's input. strategy: the one that every weight must use, None for a choice
     by shape. scratch: memory for the contractions. routes: a tied weight's route from its embedding to its
-    head, by its name. normalised: outputs of layer norms, and how to make them again."""
+    head, by its name. normalised: outputs of layer norms, and how to make them again. preconditioners: by id
+    of the parameter, what the direction is multiplied by; None: by nothing."""
 
     split: Split
     input_shape: torch.Size
@@ -92,6 +96,7 @@ class Step:
     scratch: Scratch
     micro_batches: int
     kept: dict[str, Any]
+    preconditioners: dict[int, Preconditioner] | None = None
     routes: dict[str, TiedRoute] = field(default_factory=dict)
     normalised: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
@@ -106,13 +111,16 @@ class Step:
         scratch: Scratch,
         micro_batches: int,
         kept: dict[str, Any],
+        preconditioners: dict[int, Preconditioner] | None,
     ) -> "Step":
         """like: a parameter, for the device and the dtype of accumulation. probes: how many."""
         zeros = partial(
             torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
         )
         each = [zeros(split.n, split.directions) for _ in range(probes)]
-        return cls(split, input_shape, each, zeros(()), strategy, scratch, micro_batches, kept)
+        return cls(
+            split, input_shape, each, zeros(()), strategy, scratch, micro_batches, kept, preconditioners
+        )
 
     __reduce__ = refuse_to_be_copied
 
@@ -145,7 +153,12 @@ class Step:
 
     def strategy_for(self, positions: int, p: int, d: int) -> Strategy:
         """The strategy for a (p, d) weight whose input has this many positions."""
-        return self.strategy or choose_strategy(self.split, positions, p, d, self.micro_batches > 1)
+        return self.strategy or choose_strategy(self.split, positions, p, d, self.by_direction)
+
+    @property
+    def by_direction(self) -> bool:
+        """Whether the direction itself is needed, which not every strategy makes."""
+        return self.micro_batches > 1 or self.preconditioners is not None
 
 
 class CurrentStep:
@@ -224,6 +237,18 @@ class LayerStep:
         """Where the direction of this layer's parameter is kept; one place for both ends of a tie."""
         owner = self.tied if parameter == "weight" and self.tied is not None else self.name
         return self.step.keep(owner, parameter)
+
+    def preconditioner(self, parameter: str) -> Preconditioner | None:
+        """What this parameter's direction is multiplied by, None for nothing."""
+        preconditioners, trained = self.step.preconditioners, getattr(self.layer, parameter)
+        if preconditioners is None or trained is None or not trained.requires_grad:
+            return None
+        if id(trained) not in preconditioners:
+            raise RuntimeError(
+                f"'{self.name}' has no second moment for its {parameter}: it had no gradient when the other "
+                'parameters got theirs, and direction "adamw" cannot weigh it; use direction "gradient"'
+            )
+        return preconditioners[id(trained)]
 
     def take_route(self) -> TiedRoute | None:
         """The route laid by the embedding that shares this head's weight; None for a weight of the head's

@@ -105,6 +105,11 @@ def test_the_commands_of_the_readme_are_valid() -> None:
         ("--run_name ..", "--run_name '..'"),
         ("--run_name=", "--run_name '': must not be empty"),
         ("--results_dir=", "--results_dir '': must not be empty"),
+        ("--direction adamw --method Regular", "computes no dot products"),
+        ("--direction adamw --optimizer SGD", "--direction adamw with --optimizer SGD: it has no second"),
+        ("--direction adamw --contraction gram", "--direction adamw with --contraction gram"),
+        ("--direction adamw --parallel fsdp", "--direction adamw with --parallel fsdp"),
+        ("--direction adamw --compile", "--direction adamw with --compile"),
         ("--eval_only --overwrite", "--overwrite or --resume with --eval_only"),
     ],
 )

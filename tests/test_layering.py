@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("main",),
     ("summary",),
+    ("attribution",),
     ("training_loop",),
     ("evaluation", "training_state"),
     ("training_data", "run_log", "run_folder", "validation_rows", "checkpoint", "finite_guard"),
@@ -23,6 +24,7 @@ LEVELS = (
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path for path in ROOT.glob("*.py"))
 ENGINE = sorted((ROOT / "ghostEngines").rglob("*.py"))
+ATTRIBUTION = sorted((ROOT / "attribution").rglob("*.py"))
 DATA = sorted((ROOT / "data_processing").rglob("*.py"))
 
 
@@ -58,6 +60,13 @@ def test_a_module_imports_from_below(path: Path) -> None:
 def test_a_package_imports_nothing_else_of_the_project(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     assert {top(name) for name in imports(path)} & LEVEL.keys() <= {package}
+
+
+@pytest.mark.parametrize("path", ATTRIBUTION, ids=lambda path: path.stem)
+def test_attribution_reads_what_training_wrote(path: Path) -> None:
+    """Without anything that trains."""
+    lower = {"attribution", "dataloader", "config_file", "ghostEngines", "data_processing"}
+    assert {top(name) for name in imports(path)} & LEVEL.keys() <= lower
 
 
 def test_the_engine_knows_transformers_for_one_layer_alone() -> None:

@@ -26,9 +26,11 @@ from ..contraction import (
     choose_strategy,
     gram,
     instantiate,
+    precondition_tiles,
     project,
 )
 from ..losses import IGNORE_INDEX, count_targets, require
+from ..preconditioner import Preconditioner
 from ..step import LayerStep, TiedRoute, routed_tensors
 from .functions import compute_dtype, without_autocast
 from .linear import gather
@@ -71,7 +73,7 @@ def cross_entropy_head(
     step = layer_step.enter(hidden)
     vocabulary, d = layer.weight.shape
     strategy = step.strategy or head_strategy(
-        step.split, hidden.shape[1], vocabulary, d, accumulating=step.micro_batches > 1
+        step.split, hidden.shape[1], vocabulary, d, by_direction=step.by_direction
     )
     plan = HeadPlan(
         step.split,
@@ -80,17 +82,18 @@ def cross_entropy_head(
         layer_step.take_route(),
         step.scratch,
         layer_step.keep("weight"),
+        layer_step.preconditioner("weight"),
     )
     return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
 
 
 def head_strategy(
-    split: Split, positions: int, vocabulary: int, d: int, accumulating: bool = False
+    split: Split, positions: int, vocabulary: int, d: int, by_direction: bool = False
 ) -> Strategy:
     """The cheapest strategy, but for gram where it would hold more validation logits than a part has."""
     if split.m * positions > PART_POSITIONS:
         return "instantiate"
-    return choose_strategy(split, positions, vocabulary, d, accumulating)
+    return choose_strategy(split, positions, vocabulary, d, by_direction)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class HeadPlan:
     route: TiedRoute | None
     scratch: Scratch
     keep: Keep | None
+    preconditioner: Preconditioner | None
 
 
 Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
@@ -276,6 +280,7 @@ class _ValidationGradient:
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         self.split, self.strategy, self.scratch = plan.split, plan.strategy, plan.scratch
+        self.preconditioner = plan.preconditioner if plan.split.m > 0 else None  # None: nothing left to do
         if plan.keep is None or plan.keep.first:
             self.direction = total.new_empty(plan.split.directions, *total.shape)
         else:
@@ -294,6 +299,8 @@ class _ValidationGradient:
         self.fresh[j] = False
 
     def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
+        precondition_tiles(self.direction, self.preconditioner, self.scratch)  # all validation rows are in
+        self.preconditioner = None
         if self.strategy == "project":
             return project(residuals, rows, self.direction, total, fresh)
         k = self.split.directions

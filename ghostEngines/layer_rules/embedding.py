@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..contraction import Keep, Split, accumulation_dtype
+from ..preconditioner import Preconditioner
 from ..step import LayerStep, TiedRoute
 from .functions import as_shape, without_autocast
 from .registry import register_rule
@@ -38,6 +39,7 @@ def embedding(layer: nn.Embedding, layer_step: LayerStep, input: Tensor) -> Any:
         layer.padding_idx,
         layer_step.tied is not None,
         layer_step.keep("weight"),
+        layer_step.preconditioner("weight"),
     )
     if layer_step.tied is not None:
         rows = tokens.reshape(len(tokens), -1)
@@ -63,7 +65,9 @@ class ProbedEmbedding(torch.autograd.Function):
         padding_idx: int | None,
         tied: bool,
         keep: Keep | None,
+        preconditioner: Preconditioner | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        ctx.preconditioner = preconditioner
         ctx.split, ctx.padding_idx, ctx.vocabulary, ctx.keep = split, padding_idx, len(weight), keep
         ctx.save_for_backward(tokens)
         length, d = tokens[0].numel(), weight.shape[1]
@@ -89,31 +93,35 @@ class ProbedEmbedding(torch.autograd.Function):
                 backprops = backprops.masked_fill((tokens == ctx.padding_idx)[..., None], 0)
             grad_weight = backprops.new_zeros(ctx.vocabulary, d) if whole is None else whole
             grad_weight.index_add_(0, tokens[:n].flatten(), backprops[:n].flatten(0, 1))
+            val_backprops = backprops[n:]
+            if ctx.preconditioner is not None:  # of which only the direction is made
+                val_backprops = ctx.preconditioner.apply(val_backprops.clone(), tokens[n:])
+            joint = tokens, val_backprops, split, ctx.vocabulary
             if gathered is None:
-                at_tokens, _ = direction_at(tokens, backprops, split, ctx.vocabulary, ctx.keep)
+                at_tokens, _ = direction_at(*joint, ctx.keep)
             elif split.m > 0:
-                at_tokens, direction = direction_at(tokens, backprops, split, ctx.vocabulary, None)
+                at_tokens, direction = direction_at(*joint, None)
                 at_tokens += gathered
                 if ctx.keep is not None:  # the head's direction becomes that of the whole weight
                     whole_direction = ctx.keep.kept[ctx.keep.name][0]  # (V, d)
-                    whole_direction.index_add_(0, tokens[n:].flatten(), backprops[n:].flatten(0, 1))
+                    whole_direction.index_add_(0, tokens[n:].flatten(), val_backprops.flatten(0, 1))
             else:
                 at_tokens = gathered  # from that direction
             dots = torch.einsum("nld,knld->nk", backprops[:n], at_tokens)
             if picked is not None and split.m > 0:
                 dots = dots + picked.flatten(1) @ direction.flatten(1).mT
-        return None, grad_weight, dots, None, None, None, None
+        return None, grad_weight, dots, *(None,) * 5
 
 
 def direction_at(
-    tokens: Tensor, backprops: Tensor, split: Split, vocabulary: int, keep: Keep | None
+    tokens: Tensor, val_backprops: Tensor, split: Split, vocabulary: int, keep: Keep | None
 ) -> tuple[Tensor, Tensor]:
-    """tokens (n+m, L), backprops (n+m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and by
-    slot (k, U, d)."""
+    """tokens (n+m, L), val_backprops (m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and
+    by slot (k, U, d)."""
     n = split.n
 
     def make() -> tuple[Tensor, Tensor]:
-        return validation_gradient(tokens[n:], backprops[n:], split, vocabulary)
+        return validation_gradient(tokens[n:], val_backprops, split, vocabulary)
 
     direction, slots = make() if keep is None else keep.direction(make)
     seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..contraction import Keep, Split, accumulation_dtype, contract_gradients
+from ..preconditioner import Preconditioner
 from ..step import LayerStep, Normalisation
 from .functions import without_autocast
 from .registry import register_rule
@@ -17,8 +18,9 @@ def layer_norm(layer: nn.LayerNorm, layer_step: LayerStep, input: Tensor) -> Any
     """input (n+m, ..., *normalized_shape) -> the same shape."""
     step, shape, eps = layer_step.enter(input), layer.normalized_shape, layer.eps
     keeps = layer_step.keep("weight"), layer_step.keep("bias")
+    scales = layer_step.preconditioner("weight"), layer_step.preconditioner("bias")
     output = ProbedLayerNorm.apply(
-        input, layer.weight, layer.bias, layer_step.probe, shape, eps, step.split, *keeps
+        input, layer.weight, layer.bias, layer_step.probe, shape, eps, step.split, *keeps, *scales
     )
     made = Normalisation(input.detach(), layer.weight, layer.bias, shape, eps, output.dtype, output._version)
     step.remember_normalisation(output, made)
@@ -40,8 +42,10 @@ class ProbedLayerNorm(torch.autograd.Function):
         split: Split,
         keep_weight: Keep | None,
         keep_bias: Keep | None,
+        weight_preconditioner: Preconditioner | None,
+        bias_preconditioner: Preconditioner | None,
     ) -> Tensor:
-        ctx.keep_weight, ctx.keep_bias = keep_weight, keep_bias
+        ctx.of_weight, ctx.of_bias = (keep_weight, weight_preconditioner), (keep_bias, bias_preconditioner)
         # Runs under the caller's autocast, whose choice of dtype differs between devices.
         output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.split, ctx.shape = split, shape
@@ -66,12 +70,12 @@ class ProbedLayerNorm(torch.autograd.Function):
                 grad_x = grad_x.to(x.dtype)
             if needs_weight:
                 per_sample = sum_positions(torch.sub(wide_x, mean).mul_(rstd).mul_(g), shape)
-                grad_weight, weight_dots = contract_gradients(per_sample, ctx.split, ctx.keep_weight)
+                grad_weight, weight_dots = contract_gradients(per_sample, ctx.split, *ctx.of_weight)
                 dots.append(weight_dots)
             if needs_bias:
-                grad_bias, bias_dots = contract_gradients(sum_positions(g, shape), ctx.split, ctx.keep_bias)
+                grad_bias, bias_dots = contract_gradients(sum_positions(g, shape), ctx.split, *ctx.of_bias)
                 dots.append(bias_dots)
-        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), *(None,) * 5
+        return grad_x, grad_weight, grad_bias, torch.stack(dots).sum(0), *(None,) * 7
 
 
 def sum_positions(per_position: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from ..contraction import (
     contract_gradients,
     direction_of,
 )
+from ..preconditioner import Preconditioner
 from ..step import LayerStep, Normalisation, routed_tensors
 from .functions import as_shape, compute_dtype, without_autocast
 from .registry import register_rule
@@ -56,6 +57,8 @@ def _run(layer: nn.Linear | Conv1D, layer_step: LayerStep, x: Tensor, weight: Te
         step.scratch,
         layer_step.keep("weight"),
         layer_step.keep("bias"),
+        layer_step.preconditioner("weight"),
+        layer_step.preconditioner("bias"),
     )
 
 
@@ -86,8 +89,11 @@ class ProbedLinear(torch.autograd.Function):
         scratch: Scratch,
         keep_weight: Keep | None,
         keep_bias: Keep | None,
+        weight_preconditioner: Preconditioner | None,
+        bias_preconditioner: Preconditioner | None,
     ) -> Tensor:
         ctx.keep_weight, ctx.keep_bias = keep_weight, keep_bias
+        ctx.preconditioners = weight_preconditioner, bias_preconditioner
         ctx.split, ctx.strategy, ctx.transposed, ctx.scratch = split, strategy, transposed, scratch
         x = x.to(dtype)
         kept: tuple[Tensor | None, ...] = (x, None, None)
@@ -123,18 +129,22 @@ class ProbedLinear(torch.autograd.Function):
             )
             if needs_weight:
                 left, right = (activations, backprops) if ctx.transposed else (backprops, activations)
-                keep = ctx.keep_weight
-                grad_weight, weight_dots = contract(left, right, split, ctx.strategy, ctx.scratch, keep)
+                keep, (preconditioner, _) = ctx.keep_weight, ctx.preconditioners
+                grad_weight, weight_dots = contract(
+                    left, right, split, ctx.strategy, ctx.scratch, keep, preconditioner
+                )
                 dots.append(weight_dots)
                 if train_tokens is not None:
-                    gathered, picked = routed_gradients(left, right, train_tokens, val_tokens, split, keep)
+                    gathered, picked = routed_gradients(
+                        left, right, train_tokens, val_tokens, split, keep, preconditioner
+                    )
                     grad_weight, whole = None, grad_weight
             if needs_bias:
                 sums = backprops.sum(1, dtype=torch.promote_types(backprops.dtype, torch.float32))  # (n+m, p)
-                grad_bias, bias_dots = contract_gradients(sums, split, ctx.keep_bias)
+                grad_bias, bias_dots = contract_gradients(sums, split, ctx.keep_bias, ctx.preconditioners[1])
                 dots.append(bias_dots)
         probe = torch.stack(dots).sum(0)
-        return grad_x, grad_weight, grad_bias, probe, gathered, picked, whole, *(None,) * 10
+        return grad_x, grad_weight, grad_bias, probe, gathered, picked, whole, *(None,) * 12
 
 
 def normalise(
@@ -162,6 +172,7 @@ def routed_gradients(
     val_tokens: Tensor,
     split: Split,
     keep: Keep | None,
+    preconditioner: Preconditioner | None,
 ) -> tuple[Tensor, Tensor]:
     """What a head whose weight is tied to an embedding returns through the `TiedRoute`.
 
@@ -170,7 +181,8 @@ def routed_gradients(
     n = split.n
     picked = (left[:n, :, val_tokens].mT @ right[:n]).to(accumulation_dtype(left.dtype))
     if keep is None:
-        return gather(left[n:], right[n:], train_tokens, split), picked
+        gathered = gather(left[n:], right[n:], train_tokens, split)
+        return gathered if preconditioner is None else preconditioner.apply(gathered, train_tokens), picked
     return keep.kept[keep.name][:, train_tokens], picked
 
 
