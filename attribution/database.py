@@ -42,7 +42,8 @@ class ScoreDatabase:
             domain_number (the sample id's high bits), weighted_value (the value times its step's weight)
     steps   one row per run and step of the window: run, step, lr, clip_factor, train_loss (mean), val_loss,
             predicted (Σ values; null: the step gave none), absolute (Σ |values|), measured (fall of the
-            validation loss to the next step; null in a run's last), rows, expected (global batch size), weight
+            validation loss to the next step; null in a run's last), rows, expected (the global batch size),
+            weight
 
     `run` counts the runs as given, from 0. Weights by `normalise`: "none" 1, "absolute" 1 / Σ|values| of the
     step, "predicted" 1 / |Σ values|.
@@ -93,6 +94,10 @@ class ScoreDatabase:
         """The result, which is in memory. doing: what the bar says."""
         return self._run(lambda: self.connection.sql(sql, params=list(parameters)).to_arrow_table(), doing)
 
+    def create(self, table: str, sql: str, doing: str) -> None:
+        """The result as a table, which may be larger than memory."""
+        self._run(lambda: self.connection.execute(f"CREATE TABLE {table} AS {sql}"), doing)
+
     def write(self, sql: str, path: Path, doing: str) -> None:
         """The result as a Parquet file, which is never in memory as a whole."""
         copy = f"COPY ({sql}) TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd)"
@@ -123,7 +128,7 @@ class ScoreDatabase:
     def _create_tables(self) -> None:
         rows = " UNION ALL BY NAME ".join(self._rows_of(number) for number in range(len(self.runs)))
         self.connection.execute(f"CREATE VIEW all_rows AS {rows}")
-        self._run(lambda: self.connection.execute(_steps_sql(self._normalise)), "reading steps")
+        self.create("steps", _steps_sql(self._normalise), "reading steps")
         columns = f"r.* EXCLUDE (in_window), r.sample_id >> {BLOCK_BITS} AS domain_number"
         source = "all_rows r"
         if self._normalise == "none":  # spares the join with as many rows as there are steps
@@ -136,16 +141,14 @@ class ScoreDatabase:
     def _rows_of(self, number: int) -> str:
         """The rows of a run's window, and of the step after it: its val_loss tells what the last step did."""
         run, (first, last) = self.runs[number], self.windows[number]
-        files = ", ".join(quoted(escape(path)) for path in run.files)  # globs, by which DuckDB finds files
         return f"""
             SELECT {number}::INTEGER AS run, step <= {last} AS in_window, *
-            FROM read_parquet([{files}], hive_partitioning = false) WHERE step BETWEEN {first} AND {last + 1}
+            FROM {parquet(*run.files)} WHERE step BETWEEN {first} AND {last + 1}
         """
 
 
 def _steps_sql(normalise: Normalise) -> str:
     return f"""
-        CREATE TABLE steps AS
         WITH sums AS (
             SELECT
                 run, step, any_value(in_window) AS in_window,
@@ -160,6 +163,12 @@ def _steps_sql(normalise: Normalise) -> str:
         SELECT * EXCLUDE (in_window), {WEIGHTS[normalise]} AS weight
         FROM following WHERE in_window ORDER BY run, step
     """
+
+
+def parquet(*paths: Path) -> str:
+    """The rows of these files, in SQL. DuckDB takes paths for patterns, and folders named a=b for columns."""
+    files = ", ".join(quoted(escape(path)) for path in paths)
+    return f"read_parquet([{files}], hive_partitioning = false)"
 
 
 def quoted(text: object) -> str:

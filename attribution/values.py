@@ -5,129 +5,29 @@
 
 A sample's value is the sum of its values over the steps in which it was used: the first-order In-Run Data
 Shapley value (Wang et al., arXiv 2406.11011). Of several runs, the mean of the runs' sums, with 0 for a run
-that did not use the sample. What the files of a folder of values hold is written at FILES.
+that did not use the sample. values_folder.FILES says what the files hold.
 """
 
-import fcntl
-import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attribution.command_line import argument_parser, run_command, run_options
 from attribution.completeness import Window
-from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, quoted
-from attribution.documents import DOCUMENT_SCHEMA, write_documents
+from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet, quoted
+from attribution.documents import write_documents
+from attribution.efficiency import efficiency
 from attribution.scored_run import AttributionError, ScoredRun
+from attribution.screen import plain_console, print_domains, print_efficiency, print_extremes
+from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
 from data_processing.shards import write_json_atomically
+from data_processing.tokenizers import get_tokenizer
 from dataloader import BLOCK_BITS
 
-FORMAT = {"format": "attribution values", "format_version": 1}
-MANIFEST = "values.json"  # the format, how the values were made, and of which runs
-FILES = {
-    # sorted by sample_id
-    "samples": {
-        "sample_id": "int64",
-        "domain": "string",
-        "block": "int64",
-        "value": "double",  # null: no step gave it one
-        "steps": "int32",  # how many did, of all runs
-        "first_step": "int64",  # in which it was used
-        "last_step": "int64",
-    },
-    # those that a used sample touches, sorted by domain and document
-    "documents": {field.name: str(field.type) for field in DOCUMENT_SCHEMA},
-    # those that a used sample is of, the highest mean value first
-    "domains": {
-        "domain": "string",
-        "samples": "int64",  # distinct
-        "uses": "int64",  # that gave a value
-        "value": "double",  # sum
-        "mean_value": "double",  # of the samples
-        "share_negative": "double",  # of the samples
-        "share_of_absolute": "double",  # of the sum of the samples' |value|
-    },
-    # not normalised, whatever `normalise` says
-    "steps": {
-        "run": "int32",  # in the order of the runs
-        "step": "int64",
-        "lr": "double",
-        "clip_factor": "double",
-        "train_loss": "double",  # mean of the step's samples
-        "val_loss": "double",  # before the step
-        "predicted": "double",  # Σ values: the fall of val_loss that they predict; null: the step has none
-        "absolute": "double",  # Σ |values|
-        "measured": "double",  # val_loss minus that of the next step; null in the last
-        "rows": "int64",
-    },
-}
-
-
-@dataclass(frozen=True)
-class Values:
-    """A folder of values. manifest: what its values.json holds."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Reads the manifest and the files' schemas.
-
-        Raises:
-            AttributionError: not a folder of values, one of another version, or a file of it is missing or
-            not the one that was written.
-        """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        for name, columns in FILES.items():
-            path = folder / f"{name}.parquet"
-            if not path.is_file():
-                raise AttributionError(
-                    f"{path} is missing; make the values again: python -m attribution.values"
-                )
-            with pq.ParquetFile(path) as file:
-                seen = {field.name: str(field.type) for field in file.schema_arrow}
-                rows = file.metadata.num_rows
-            if seen != columns or rows != manifest["rows"][name]:
-                raise AttributionError(
-                    f"{path} has {rows} rows of {seen}, not {manifest['rows'][name]} of {columns}; make the "
-                    "values again: python -m attribution.values"
-                )
-        return cls(folder, manifest)
-
-    def path(self, name: str) -> Path:
-        """The file of "samples", "documents", "domains" or "steps"."""
-        assert name in FILES, name
-        return self.folder / f"{name}.parquet"
-
-    def read(self, name: str) -> pa.Table:
-        """The whole table: of samples and documents as large as the data."""
-        return pq.read_table(self.path(name))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """AttributionError if the folder has none of this version."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise AttributionError(
-            f"{folder} is not a folder of values: it has no {MANIFEST}; make one with python -m "
-            "attribution.values"
-        ) from error
-    except ValueError as error:
-        raise AttributionError(f"{path} is not JSON ({error}): make the values again") from error
-    seen = {key: manifest.get(key) for key in FORMAT} if isinstance(manifest, dict) else manifest
-    if seen != FORMAT:
-        raise AttributionError(f"{path} is of {seen}, this program reads {FORMAT}: make the values again")
-    return manifest
+EXTREMES = 3  # samples shown at either end
 
 
 def write_values(
@@ -168,6 +68,29 @@ def write_values(
         }
         write_json_atomically(unfinished / MANIFEST, manifest)
     return Values.open(folder)
+
+
+def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path | None) -> None:
+    """To standard output: domains, the most extreme samples with their first words, the efficiency check, and
+    where the files are. runs, pile_data_dir: that the values were made of."""
+    screen = plain_console()
+    blocks = runs[0].blocks(pile_data_dir)
+    normalise = values.manifest["normalise"]
+    unit = (
+        "predicted fall of the validation loss, in nats"
+        if normalise == "none"
+        else f"normalised: {normalise}"
+    )
+    screen.print(f"Value by domain ({unit})")
+    print_domains(screen, values.read("domains"))
+    highest, lowest = values.extremes("samples", EXTREMES)
+    titles = {"\nmost helpful samples": highest, "\nmost harmful samples, the worst first": lowest}
+    print_extremes(screen, titles, blocks, get_tokenizer(blocks.tokenizer))
+    screen.print()
+    print_efficiency(screen, efficiency(values.read("steps")), [run.folder.name for run in runs])
+    screen.print()
+    for name in FILES:
+        screen.print(f"{values.manifest['rows'][name]:>12,} {name:10s} {values.path(name)}", soft_wrap=True)
 
 
 def description(run: ScoredRun, window: tuple[int, int]) -> dict[str, Any]:
@@ -214,7 +137,7 @@ def write_tables(database: ScoreDatabase, folder: Path) -> None:
             domain, count(*) AS samples, sum(steps)::BIGINT AS uses, sum(value) AS value,
             avg(value) AS mean_value, count_if(value < 0) / count(value) AS share_negative,
             sum(abs(value)) / sum(sum(abs(value))) OVER () AS share_of_absolute
-        FROM read_parquet({quoted(samples)}) GROUP BY domain ORDER BY mean_value DESC NULLS LAST, domain
+        FROM {parquet(samples)} GROUP BY domain ORDER BY mean_value DESC NULLS LAST, domain
     """
     database.write(domains, folder / "domains.parquet", "summing domains")
     columns = ", ".join(FILES["steps"])
@@ -233,43 +156,21 @@ def check_finite(database: ScoreDatabase) -> None:
         )
 
 
-@contextmanager
-def being_written(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, of this process alone, that takes its place at the end; after an
-    exception it is removed. What an older program left there is removed, too.
-
-    Raises:
-        AttributionError: there is something else than values, or another process writes them.
-    """
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        read_manifest(folder)
-    folder = folder.resolve()
-    unfinished, older = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "older"))
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with locked(unfinished):
-        for entry in unfinished.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield unfinished
-        except BaseException:
-            shutil.rmtree(unfinished)
-            raise
-        if older.exists():
-            shutil.rmtree(older)
-        if folder.exists():
-            folder.rename(older)
-        unfinished.rename(folder)
-        if older.exists():
-            shutil.rmtree(older)
+def main(argv: list[str]) -> None:
+    parser = argument_parser("attribution.values", "Values of the samples, documents and domains of a run.")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="[RESULT_DIR/values, of the first run]")
+    arguments = parser.parse_args(argv)
+    options = run_options(arguments)
+    values = write_values(
+        options.runs,
+        arguments.output or options.runs[0].folder / "values",
+        normalise=options.normalise,
+        steps=options.steps,
+        memory_limit=options.memory_limit,
+        pile_data_dir=options.pile_data_dir,
+    )
+    print_values(values, options.runs, options.pile_data_dir)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise AttributionError(f"{folder}: another process writes values there; wait for it") from error
-    finally:
-        os.close(descriptor)
+if __name__ == "__main__":
+    sys.exit(run_command("attribution.values", main, sys.argv[1:]))

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import torch
-from pyarrow import acero
 from torch import Tensor
 
 from .score_files import (
@@ -36,7 +35,7 @@ from .score_files import (
     sync,
 )
 
-__all__ = ["SCORE_SCHEMA", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores", "summed_values"]
+__all__ = ["SCORE_SCHEMA", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores"]
 
 
 @dataclass(frozen=True)
@@ -320,33 +319,3 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
     return ds.dataset(
         paths, schema=score_schema(origin["granularity"]).with_metadata(origin), format="parquet"
     )
-
-
-def summed_values(folder: str | os.PathLike[str]) -> pa.Table:
-    """Each sample's value summed over the steps so far, the most helpful sample first.
-
-    Columns: sample_id, domain, block, value, steps (how many gave it a value; a sample without any has a null
-    and comes last). The scores are streamed: memory grows with the samples, not with the steps.
-    """
-    keys = {
-        "sample_id": pc.field("sample_id"),
-        "domain": pc.field("domain").cast(pa.string()),  # each file numbers its domains in its own way
-        "block": pc.field("block"),
-    }
-    columns = {**keys, "value": pc.field("value")}
-    sums = [
-        ("value", "hash_sum", None, "value"),
-        ("value", "hash_count", pc.CountOptions("only_valid"), "steps"),
-    ]
-    order = [("value", "descending"), ("sample_id", "ascending")]
-    nodes = [
-        (
-            "scan",
-            acero.ScanNodeOptions(open_scores(folder), columns=list(columns), require_sequenced_output=True),
-        ),
-        ("project", acero.ProjectNodeOptions(list(columns.values()), list(columns))),
-        ("aggregate", acero.AggregateNodeOptions(sums, list(keys))),
-        ("order_by", acero.OrderByNodeOptions(order)),
-    ]
-    plan = acero.Declaration.from_sequence([acero.Declaration(name, options) for name, options in nodes])
-    return plan.to_table(use_threads=False)  # in one order: the same sums every time

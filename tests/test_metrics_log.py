@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostEngines.metrics_log import SCORE_SCHEMA, ScoreError, ScoreWriter, open_scores, summed_values
+from ghostEngines.metrics_log import SCORE_SCHEMA, ScoreError, ScoreWriter, open_scores
 from ghostEngines.score_files import FILE_NAME, recover, score_schema
 
 RUN = {"run": "a", "block_size": "8"}
@@ -148,7 +148,8 @@ def test_lists_of_scores(folder: Path, granularity: str, total: list[float]) -> 
         for step, null in enumerate((False, True, False)):
             writer.append(
                 step=step, sample_ids=[1, 2], domains=["a", "b"], blocks=[0, 1], dot_products=scores,
-                train_losses=torch.ones(2), val_loss=2.0, lr=0.5, clip_factor=1.0, global_batch_size=2, null=null,
+                train_losses=torch.ones(2), val_loss=2.0, lr=0.5, clip_factor=1.0, global_batch_size=2,
+                null=null,
             )  # fmt: skip
     table = pd.read_parquet(folder)
     assert table.dot_product.dropna().tolist() == total * 2
@@ -161,7 +162,6 @@ def test_lists_of_scores(folder: Path, granularity: str, total: list[float]) -> 
         *scores.tolist(),
     ]
     assert open_scores(folder).schema.equals(score_schema(granularity))
-    assert summed_values(folder)["value"].to_pylist() == [total[1] / 2, total[0] / 2]
     with pytest.raises(ScoreError, match="granularity"):
         ScoreWriter(folder, rank=0, metadata={})
 
@@ -535,7 +535,7 @@ def test_another_run_is_an_error_for_writer_and_reader(folder: Path, tmp_path: P
 def test_a_foreign_file_is_an_error_and_stays(folder: Path, name: str) -> None:
     write(folder, range(1))
     (folder / name).write_text("precious")
-    for function in (open_writer, open_scores, summed_values, recover):
+    for function in (open_writer, open_scores, recover):
         with pytest.raises(ScoreError, match=f"{name} is not a file of scores"):
             function(folder)
     assert (folder / name).read_text() == "precious"
@@ -590,37 +590,3 @@ def test_open_scores_streams_and_filters(folder: Path) -> None:
     assert scores.schema.metadata[b"run"] == b"a"
     assert scores.count_rows() == 16
     assert scores.to_table(filter=pc.field("step") == 3)["dot_product"].to_pylist() == pytest.approx([3, 3.1])
-
-
-def test_summed_values(folder: Path) -> None:
-    for rank in (0, 1):
-        with open_writer(folder, rank=rank) as writer:
-            for step in range(9):
-                append(writer, step, null=step % 3 == 2 and rank == 0)
-                writer.flush()
-    with open_writer(folder, rank=2) as writer:
-        append(writer, 9, sample_ids=[7, 8], domains=["Github", "Github"], blocks=[7, 8], null=True)
-    got = summed_values(folder)
-    assert got.column_names == ["sample_id", "domain", "block", "value", "steps"]
-    table = read(folder).astype({"domain": str})
-    want = table.groupby(["sample_id", "domain", "block"]).value.agg(["sum", "count"]).reset_index()
-    want = want[want["count"] > 0].sort_values("sum", ascending=False)
-    scored = got.slice(0, len(want)).to_pandas()
-    assert scored.sample_id.tolist() == want.sample_id.tolist()
-    assert scored.domain.tolist() == want.domain.tolist()
-    assert scored.block.tolist() == want.block.tolist()
-    np.testing.assert_allclose(scored.value, want["sum"], rtol=1e-12)
-    assert scored.steps.tolist() == want["count"].tolist()
-    assert scored.value.is_monotonic_decreasing
-    never = got.slice(len(want)).to_pylist()
-    assert [(row["sample_id"], row["value"], row["steps"]) for row in never] == [(7, None, 0), (8, None, 0)]
-
-
-def test_sums_are_the_same_every_time(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with open_writer(folder, rows_per_file=100) as writer:
-        for step in range(40):
-            append(writer, step, n=50, dot_products=torch.randn(50, generator=generator, dtype=torch.float64))
-            writer.flush()
-    first = summed_values(folder)
-    assert all(summed_values(folder).equals(first) for _ in range(5))

@@ -20,9 +20,9 @@ from transformers import GPT2LMHeadModel
 
 import main
 import training_loop
+from attribution.screen import first_words
 from data_processing.tokenizers import get_tokenizer
 from ghostEngines.metrics_log import open_scores
-from summary import first_words
 
 STEPS, N, M, T = 20, 3, 2, 8
 FLAGS = {

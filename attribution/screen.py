@@ -1,0 +1,74 @@
+"""What a person sees in the terminal: domains, the most helpful and the most harmful samples, the efficiency
+check."""
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attribution.efficiency import Efficiency
+from data_processing.tokenizers import Tokenizer
+from dataloader import BlockDataset
+
+FIRST_TOKENS = 200  # decoded for the first words
+FIRST_CHARACTERS = 100
+
+
+def plain_console() -> Console:
+    """Standard output, as plain text."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def first_words(text: str) -> str:
+    """The beginning of a text in a line, without what could steer a terminal."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(printable.split())[:FIRST_CHARACTERS]
+
+
+def print_extremes(
+    screen: Console, extremes: Mapping[str, pa.Table], blocks: BlockDataset, tokenizer: Tokenizer
+) -> None:
+    """A line for each sample, with its first words. extremes: title -> rows with domain, block, value."""
+    for title, rows in extremes.items():
+        table = Table.grid(padding=(0, 2))
+        for row in rows.to_pylist():
+            tokens = blocks.tokens(row["domain"], row["block"])
+            words = Text(first_words(tokenizer.decode(tokens[:FIRST_TOKENS].tolist())), no_wrap=True)
+            words.overflow = "ellipsis"
+            table.add_row(f"{row['value']:+.3e}", f"{row['domain']}, block {row['block']}", words)
+        screen.print(title, soft_wrap=True)
+        screen.print(table)
+
+
+def print_domains(screen: Console, domains: pa.Table) -> None:
+    """domains: as in a folder of values."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("domain", overflow="fold")
+    for name in ("samples", "uses", "value", "mean value", "negative", "of |value|"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in domains.to_pylist():
+        numbers = (
+            f"{row['samples']:,}",
+            f"{row['uses']:,}",
+            *map(_number, (row["value"], row["mean_value"])),
+        )
+        shares = map(_percent, (row["share_negative"], row["share_of_absolute"]))
+        table.add_row(Text(first_words(row["domain"])), *numbers, *shares)
+    screen.print(table)
+
+
+def print_efficiency(screen: Console, found: Sequence[Efficiency], names: Sequence[str]) -> None:
+    """names: of the runs."""
+    screen.print("Fall of the validation rows' loss, predicted by the step's values and measured:")
+    for each in found:
+        screen.print(f"{names[each.run]}, {each}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3e}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
