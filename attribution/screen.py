@@ -21,10 +21,14 @@ def plain_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
+def printable(text: str) -> str:
+    """A text in a line, without what could steer a terminal or turn the direction of writing."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def first_words(text: str) -> str:
-    """The beginning of a text in a line, without what could steer a terminal."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(printable.split())[:FIRST_CHARACTERS]
+    """The beginning of a text in a line."""
+    return printable(text)[:FIRST_CHARACTERS]
 
 
 def print_extremes(

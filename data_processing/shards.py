@@ -1,6 +1,6 @@
 """The shard format: tokens of one domain of one split on disk, written once and memory-mapped ever after.
 
-    {data_dir}/{split}/{domain}.bin    uint16 little-endian token ids, END_OF_TEXT after every document
+    {data_dir}/{split}/{domain}.bin    uint16 little-endian token ids, END_OF_TEXT after every whole document
     {data_dir}/{split}/{domain}.idx    int64 little-endian, the position in .bin at which each document starts
     {data_dir}/{split}/{domain}.json   magic, format version, names, counts, largest id, checksums
 
@@ -90,6 +90,7 @@ class ShardWriter:
         self.num_tokens = 0
         self.num_documents = 0
         self._max_token_id = 0
+        self._last_token = EOT
         self._checksums = {"checksum": hashlib.sha256(), "index_checksum": hashlib.sha256()}
         self._files: dict[str, BinaryIO] = {}
 
@@ -128,20 +129,33 @@ class ShardWriter:
 
         The document starts follow from the END_OF_TEXTs, because ordinary encoding never makes that id.
         """
-        assert tokens.dtype == TOKEN_TYPE, tokens.dtype
         ends = np.flatnonzero(tokens == EOT) + 1
         starts = np.concatenate(([0], ends[:-1]))
         assert len(ends) > 0, "a document without END_OF_TEXT"
         assert ends[-1] == len(tokens), "the last document is without END_OF_TEXT"
         assert np.all(ends - starts > 1), "an empty document"
+        self.extend_cut(tokens, starts)
+
+    def extend_cut(self, tokens: npt.NDArray[np.uint16], starts: npt.NDArray[np.int64]) -> None:
+        """Adds tokens in which documents begin at `starts`, (k,) ascending: what is left after parts were
+        taken out. Such a document may lack its END_OF_TEXT, unless it is the shard's last, or be nothing but
+        that; it may go on in the next call.
+
+        Raises ShardError for an id that is beyond the vocabulary.
+        """
+        assert tokens.dtype == TOKEN_TYPE, tokens.dtype
+        assert len(tokens) > 0, "no tokens"
+        assert np.all(np.diff(starts, prepend=-1, append=len(tokens)) > 0), "starts out of order, or outside"
+        assert self.num_tokens > 0 or starts[:1].tolist() == [0], "the shard's first document starts at 0"
         largest = int(tokens.max())
         if largest >= VOCAB:
             raise ShardError(f"token id {largest} is beyond the vocabulary of {VOCAB} ids")
         self._write("bin", "checksum", tokens.tobytes())
         self._write("idx", "index_checksum", (starts + self.num_tokens).astype(INDEX_TYPE).tobytes())
         self._max_token_id = max(self._max_token_id, largest)
+        self._last_token = int(tokens[-1])
         self.num_tokens += len(tokens)
-        self.num_documents += len(ends)
+        self.num_documents += len(starts)
 
     def _write(self, suffix: str, checksum: str, data: bytes) -> None:
         self._files[suffix].write(data)
@@ -150,6 +164,7 @@ class ShardWriter:
     def _commit(self) -> None:
         if self.num_documents == 0:
             raise ShardError(f"{self._path('json')}: no document was written; a shard has at least one")
+        assert self._last_token == EOT, "the shard's last document is without END_OF_TEXT"
         for suffix, file in self._files.items():
             file.close()
             self._partial(suffix).rename(self._path(suffix))

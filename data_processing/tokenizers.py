@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; a character that is cut shows as U+FFFD. TokenizerError for an unknown id."""
 
+    def token_bytes(self) -> list[bytes]:
+        """(EOT,): the bytes of each id below END_OF_TEXT; empty for an id that this tokenizer never makes."""
+
 
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of that name. Raises TokenizerError if there is none, or its vocabulary cannot be had."""
@@ -98,6 +101,9 @@ class Gpt2:
         except (KeyError, OverflowError) as error:
             raise TokenizerError(f"tokenizer gpt2 has no id {error}") from error
 
+    def token_bytes(self) -> list[bytes]:
+        return [self._encoding.decode_single_token_bytes(token_id) for token_id in range(EOT)]
+
 
 def _gpt2_from(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Gpt2:
     return Gpt2(
@@ -143,3 +149,6 @@ class Gpt2Bytes:
                 f"tokenizer gpt2_bytes has no id {error}: its ids are 0 to 255 and {EOT}"
             ) from error
         return data.decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return [self._bytes.get(token_id, b"") for token_id in range(EOT)]

@@ -50,6 +50,38 @@ def test_extend_and_append_write_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == appended.with_name(path.name).read_bytes()
 
 
+def test_cut_documents_begin_where_they_are_said_to(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+        shard.extend_cut(np.array([1, 2, 3, EOT, 4], "<u2"), np.array([0, 2, 4]))
+        shard.extend_cut(np.array([5, EOT], "<u2"), np.array([], np.int64))  # the document goes on
+        shard.append([6])
+        shard.extend_cut(np.array([EOT], "<u2"), np.array([0]))
+    shard = open_shard(tmp_path / "A.json", verify_checksum=True)
+    assert shard.tokens.tolist() == [1, 2, 3, EOT, 4, 5, EOT, 6, EOT, EOT]
+    assert shard.document_starts.tolist() == [0, 2, 4, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts", "message"),
+    [
+        ([1, EOT], [1], "first document starts at 0"),
+        ([1, EOT], [], "first document starts at 0"),
+        ([1, 2, EOT], [0, 2, 1], "out of order"),
+        ([1, EOT], [0, 2], "out of order"),
+        ([1, EOT], [-1, 0], "out of order"),
+        ([], [], "no tokens"),
+        ([1, EOT, 2], [0, 2], "without END_OF_TEXT"),
+    ],
+)
+def test_documents_that_no_reader_would_take_are_not_written(
+    tmp_path: Path, tokens: list[int], starts: list[int], message: str
+) -> None:
+    writer = ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2")
+    with pytest.raises(AssertionError, match=message), writer as shard:
+        shard.extend_cut(np.array(tokens, "<u2"), np.array(starts, np.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("document", [[], [EOT], [-1], [70_000], [1.5], [[1, 2]]])
 def test_a_document_that_is_no_list_of_token_ids_is_an_error(tmp_path: Path, document: list) -> None:
     with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:

@@ -57,6 +57,16 @@ def test_gpt2_bytes_round_trip(text: str) -> None:
     assert tokenizer.decode([*tokenizer.encode(text).tolist(), EOT]) == text + "<|endoftext|>"
 
 
+@pytest.mark.parametrize("name", ["gpt2_bytes", pytest.param("gpt2", marks=needs_vocabulary)])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_are_those_of_the_text(name: str, text: str) -> None:
+    tokenizer = get_tokenizer(name)
+    table = tokenizer.token_bytes()
+    assert len(table) == EOT
+    assert b"".join(table[token_id] for token_id in tokenizer.encode(text)) == text.encode()
+    assert table.count(b"") == {"gpt2": 0, "gpt2_bytes": EOT - 256}[name]
+
+
 def test_a_cut_character_decodes_to_a_replacement() -> None:
     tokenizer = get_tokenizer("gpt2_bytes")
     assert tokenizer.decode(tokenizer.encode("a😀")[:3].tolist()) == "a\ufffd"
