@@ -2,7 +2,10 @@
 holds: it reads the columns it needs in pieces, on all cores, and what does not fit goes to the disk.
 
     with ScoreDatabase(runs, normalise="absolute", steps=(100, None)) as database:
-        database.query("SELECT domain, sum(weighted_value) FROM scores GROUP BY domain", "summing domains")
+        database.query("SELECT domain, fsum(weighted_value) FROM scores GROUP BY domain", "summing domains")
+
+Two cores add in an order that changes, so plain sums change in their last digits. fsum, which carries what
+rounding took away (Kahan), gives the same number every time.
 """
 
 import re
@@ -153,8 +156,8 @@ def _steps_sql(normalise: Normalise) -> str:
             SELECT
                 run, step, any_value(in_window) AS in_window,
                 any_value(lr) AS lr, any_value(clip_factor) AS clip_factor,
-                avg(train_loss) AS train_loss, any_value(val_loss) AS val_loss,
-                sum(value) AS predicted, sum(abs(value)) AS absolute,
+                favg(train_loss) AS train_loss, any_value(val_loss) AS val_loss,
+                fsum(value) AS predicted, fsum(abs(value)) AS absolute,
                 count(*) AS rows, any_value(global_batch_size) AS expected
             FROM all_rows GROUP BY run, step
         ), following AS (

@@ -37,7 +37,7 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
     in the same order; memory grows neither with samples nor with documents."""
     by_name = {shard.domain: shard for shard in shards}
     with (
-        pq.ParquetWriter(target, DOCUMENT_SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(target, DOCUMENT_SCHEMA, compression="zstd", use_dictionary=["domain"]) as writer,
         pq.ParquetFile(samples) as file,
     ):
         buffer: list[pa.Table] = []
@@ -108,7 +108,7 @@ class DocumentSums:
     def _table(self, sums: dict[str, npt.NDArray]) -> pa.Table:
         first, end = bounds(self._shard, sums["document"])
         columns = {
-            "domain": pa.array([self._shard.domain] * len(first), pa.string()),
+            "domain": pa.repeat(pa.scalar(self._shard.domain), len(first)),
             "document": sums["document"],
             "first_token": first,
             "tokens": end - first,

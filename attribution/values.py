@@ -110,7 +110,7 @@ def sample_sums(database: ScoreDatabase) -> str:
     """SQL: sample_id, value, steps, first_step, last_step of each sample, in no order."""
     return f"""
         SELECT
-            sample_id, sum(weighted_value) / {len(database.runs)} AS value,
+            sample_id, fsum(weighted_value) / {len(database.runs)} AS value,
             count(weighted_value)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step
         FROM scores GROUP BY sample_id
     """
@@ -134,9 +134,9 @@ def write_tables(database: ScoreDatabase, folder: Path) -> None:
     database.write(samples_sql(database, sums), samples, "summing samples")
     domains = f"""
         SELECT
-            domain, count(*) AS samples, sum(steps)::BIGINT AS uses, sum(value) AS value,
-            avg(value) AS mean_value, count_if(value < 0) / count(value) AS share_negative,
-            sum(abs(value)) / sum(sum(abs(value))) OVER () AS share_of_absolute
+            domain, count(*) AS samples, sum(steps)::BIGINT AS uses, fsum(value) AS value,
+            favg(value) AS mean_value, count_if(value < 0) / nullif(count(value), 0) AS share_negative,
+            fsum(abs(value)) / nullif(sum(fsum(abs(value))) OVER (), 0) AS share_of_absolute
         FROM {parquet(samples)} GROUP BY domain ORDER BY mean_value DESC NULLS LAST, domain
     """
     database.write(domains, folder / "domains.parquet", "summing domains")
