@@ -13,6 +13,7 @@ per-sample loop; wrong ones are not timed.
     gram, project, instantiate   the same with one contraction strategy forced on every layer
     regular_nm_eager, graddotprod_eager   with --compile: the same two not compiled
     pairwise, per_layer    the same with the full matrix of scores, and with a score for each layer
+    adamw                  the same with direction "adamw" (in place of sqrt(v) + eps, ones: the same numbers)
     loop                   the dot products by hand: one backward pass for each row
     vmap                   the dot products from torch.func per-sample gradients
 """
@@ -46,6 +47,7 @@ ENGINE_OPTIONS = {
     "instantiate": {"strategy": "instantiate"},
     "pairwise": {"granularity": "pairwise"},
     "per_layer": {"granularity": "per_layer"},
+    "adamw": {"direction": "adamw"},
 }
 EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
@@ -58,6 +60,7 @@ RATIOS = (
     ("loop", "graddotprod"),
     ("pairwise", "graddotprod"),
     ("per_layer", "graddotprod"),
+    ("adamw", "graddotprod"),
 )
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relative to their norms
 
@@ -149,7 +152,13 @@ def make_regular(setup: Setup, model: CausalLM, rows: slice) -> Callable[[], Non
 
 def make_engine(setup: Setup, model: CausalLM, **options: object) -> Callable[[], Tensor]:
     engine = GradDotProdEngine(model, setup.m, **options)
-    engine.attach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1.0, fused=True)
+    if engine.direction == "adamw":  # which divides by sqrt(0) + 1 after a step of zero gradients
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.attach(optimizer)
 
     def step() -> Tensor:
         with setup.autocast():

@@ -1,0 +1,127 @@
+"""How well do values predict what happens to the validation loss, in both directions, under SGD and AdamW?
+
+    PILE_SAMPLE_DIR=... python -m benchmarks.fidelity --work_dir /tmp/fidelity
+
+Trains GPT2-Tiny on the sample with SGD, with AdamW, and with AdamW and --direction adamw, several seeds each,
+and compares the predicted fall of the validation rows' loss, Σ values, with the measured one: correlation and
+measured / predicted over windows of steps. In the runs with --direction adamw also what share of Σ values
+comes from parameters' entries with sqrt(v̂) < 1e-6, those of tokens not seen for long, where P is large."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from attribution.database import ScoreDatabase
+from attribution.efficiency import WINDOWS, efficiency_over, falls, window_sums
+from attribution.scored_run import ScoredRun
+from benchmarks.experiment import experiment_parser, sample_shards, side_by_side, train
+
+RARE = 1e-6
+NOTE_EVERY = 50
+RUNS: dict[str, dict[str, object]] = {
+    "SGD, gradient": {"optimizer": "SGD", "learning_rate": 0.3, "weight_decay": 0.0},
+    "AdamW, gradient": {"learning_rate": 1e-3},
+    "AdamW, adamw": {"learning_rate": 1e-3, "direction": "adamw"},
+}
+
+
+def watched(notes: str, flags: list[str]) -> None:
+    """Runs main.py in this process; before every 50th step notes the rare entries' part in Σ values."""
+    import main
+    import training_loop
+
+    step = training_loop.Trainer._step
+
+    def noting(self: Any, number: int) -> None:
+        if number > 0 and number % NOTE_EVERY == 0:
+            with open(notes, "a") as file:
+                file.write(json.dumps({"step": number, **rare_part(self, number)}) + "\n")
+        step(self, number)
+
+    training_loop.Trainer._step = noting
+    sys.exit(main.main(flags))
+
+
+def rare_part(trainer: Any, step: int) -> dict[str, float]:
+    """Of <∇ of the step's train rows, P∘∇L_val>: total, what of it comes from entries with sqrt(v̂) < RARE,
+    and how many of the entries those are."""
+    parameters = list(trainer.model.parameters())
+
+    def gradient(batch: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(trainer.model(batch.x, batch.y).mean(), parameters)
+
+    with trainer.manager.detached():
+        batch = trainer.data.train.batch(step)
+        gradients = zip(parameters, gradient(batch), gradient(trainer.data.validation), strict=True)
+        total = rare = entries = 0.0
+        group = trainer.optimizer.param_groups[0]
+        for parameter, train_gradient, val_gradient in gradients:
+            state = trainer.optimizer.state[parameter]
+            root = (state["exp_avg_sq"].double() / (1 - group["betas"][1] ** state["step"].double())).sqrt()
+            parts = train_gradient.double() * val_gradient.double() / (root + group["eps"])
+            total += parts.sum().item()
+            rare += parts[root < RARE].sum().item()
+            entries += (root < RARE).sum().item()
+    return {"total": total, "rare": rare, "entries": entries / sum(p.numel() for p in parameters)}
+
+
+def run_one(work_dir: Path, name: str, seed: int, max_steps: int) -> ScoredRun:
+    notes = work_dir / f"{name}-{seed}.jsonl"
+    command = ("-m", "benchmarks.fidelity", "--watched", notes) if "adamw" in name else ("main.py",)
+    folder = train(
+        work_dir, f"{name}-{seed}", command=command, pile_data_dir=work_dir / "shards", block_size=64,
+        batch_size=8, val_batch_size=4, max_steps=max_steps, eval_interval=max_steps, seed=seed, **RUNS[name],
+    )  # fmt: skip
+    return ScoredRun.open(folder)
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["--watched"]:
+        watched(argv[1], argv[2:])
+    args = experiment_parser("benchmarks.fidelity", __doc__.split("\n")[0]).parse_args(argv)
+    sample_shards(args.work_dir / "shards")
+    places = [(name, seed) for seed in range(args.seeds) for name in RUNS]
+    runs = side_by_side(
+        args.jobs, [partial(run_one, args.work_dir, *each, args.max_steps) for each in places]
+    )
+    table = Table("run", "seed", "steps", "windows", "correlation", "measured / predicted")
+    pooled: dict[str, list[np.ndarray]] = {name: [] for name in RUNS}
+    for (name, seed), run in sorted(zip(places, runs, strict=True), key=lambda each: each[0]):
+        with ScoreDatabase([run]) as database:
+            steps = database.query("SELECT * FROM steps ORDER BY step", "reading steps")
+        ((_, predicted, measured),) = falls(steps)
+        for window in WINDOWS:
+            found = efficiency_over(0, predicted, measured, window)
+            table.add_row(
+                name,
+                str(seed),
+                str(window),
+                str(found.count),
+                f"{found.correlation:+.3f}",
+                f"{found.ratio:.3f}",
+            )
+        pooled[name].append(np.stack([window_sums(each, WINDOWS[-1]) for each in (predicted, measured)]))
+    console = Console(width=110, highlight=False)
+    console.print(table)
+    for name, windows in pooled.items():
+        correlation = np.corrcoef(np.concatenate(windows, axis=1))[0, 1]
+        console.print(f"{name}: all windows of {WINDOWS[-1]} steps together: correlation {correlation:+.3f}")
+    for notes in sorted(args.work_dir.glob("*.jsonl")):
+        for line in notes.read_text().splitlines():
+            note = json.loads(line)
+            console.print(
+                f"{notes.stem}, step {note['step']}: sqrt(v̂) < {RARE:g} in {note['entries']:.1%} of the "
+                f"entries, {note['rare'] / note['total']:+.1%} of Σ values"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

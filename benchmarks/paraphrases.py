@@ -1,0 +1,132 @@
+"""Do edited copies of the validation rows rank above all other training samples?
+
+    PILE_SAMPLE_DIR=... python -m benchmarks.paraphrases --work_dir /tmp/paraphrases
+
+Copies of the validation rows, lightly and heavily edited, are put among the training data, as documents of
+one block each. GPT2-Tiny is trained for two epochs, with pairwise scores; what counts is the second epoch. A
+copy's rank is its place among all samples: by the value for all validation rows together, and by the value
+for the row that it is a copy of."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from attribution.database import ScoreDatabase
+from attribution.scored_run import ScoredRun
+from benchmarks.experiment import (
+    experiment_parser,
+    head_of,
+    link_splits,
+    sample_shards,
+    side_by_side,
+    train,
+    write_split,
+)
+from data_processing.shards import EOT, list_shards
+from data_processing.tokenizers import Tokenizer, get_tokenizer
+from dataloader import BlockDataset, validation_batch
+
+BLOCK, BATCH, ROWS = 64, 8, 8
+EDITS = {"light": 0.1, "heavy": 0.4}  # share of the words that are left out or change places
+DOMAIN = "Edited copies"
+
+
+def edited(text: str, share: float, random: np.random.Generator) -> str:
+    """Of so many words, half are left out and half change places with the next one."""
+    words, kept = text.split(" "), []
+    while words:
+        word, draw = words.pop(0), random.random()
+        if draw < share / 2:
+            continue
+        if draw < share and words:
+            word, words[0] = words[0], word
+        kept.append(word)
+    return " ".join(kept)
+
+
+def document(tokens: npt.NDArray[np.uint16], share: float, random: np.random.Generator, tokenizer: Tokenizer):
+    """(BLOCK,) an edited copy with its END_OF_TEXT, filled up from its own beginning if it is too short."""
+    text = tokenizer.decode([token for token in tokens.tolist() if token != EOT])
+    copy = np.resize(tokenizer.encode(edited(text, share, random)), BLOCK - 1)
+    return np.append(copy, np.uint16(EOT))
+
+
+def data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list[tuple[str, int]]:
+    """About `blocks` blocks of the sample, and the copies as their own domain. Its blocks: level, row."""
+    val = BlockDataset.open(source, "val", BLOCK)
+    batch = validation_batch(val, ROWS, seed)
+    random, tokenizer = np.random.default_rng(seed), get_tokenizer("gpt2")
+    places, copies = [], []
+    for level, share in EDITS.items():
+        for row in range(ROWS):
+            tokens = val.tokens(batch.domains[row], int(batch.blocks[row]))
+            copies.append(document(tokens, share, random, tokenizer))
+            places.append((level, row))
+    if not folder.exists():
+        shards = list_shards(source, "train")
+        total = sum(shard.num_tokens for shard in shards)
+        parts = {
+            shard.domain: head_of(shard, max(blocks * BLOCK * shard.num_tokens // total, BLOCK + 1))
+            for shard in shards
+        }
+        filler = copies[-1]  # the last block's last target is the token after it
+        write_split(folder, "train", parts | {DOMAIN: np.concatenate([*copies, filler])})
+        link_splits(source, folder, ("val", "test"))
+    return places
+
+
+def one_seed(work_dir: Path, max_steps: int, seed: int) -> pd.DataFrame:
+    """A row for each copy: level, rank, rank for its own row, samples."""
+    folder, epoch = work_dir / f"copies-{seed}", max_steps // 2
+    places = data_with_copies(work_dir / "shards", folder, seed, epoch * BATCH)
+    run = train(
+        work_dir, f"copies-{seed}", pile_data_dir=folder, block_size=BLOCK, batch_size=BATCH, seed=seed,
+        val_batch_size=ROWS, score_granularity="pairwise", max_steps=max_steps, eval_interval=max_steps,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    with ScoreDatabase([ScoredRun.open(run)], steps=(epoch, None), normalise="absolute") as database:
+        rows = ", ".join(
+            f"sum(weight * lr * clip_factor * pairwise[{row + 1}] / global_batch_size) AS row{row}"
+            for row in range(ROWS)
+        )
+        samples = database.query(
+            f"""SELECT domain, block, sum(weighted_value) AS value, {rows}
+            FROM scores JOIN (SELECT run, step, weight FROM steps) USING (run, step) GROUP BY ALL""",
+            "summing samples",
+        ).to_pandas()
+    ranks = samples.rank(ascending=False, numeric_only=True)
+    copies = samples.index[samples.domain.astype(str) == DOMAIN]
+    found = [
+        {
+            "seed": seed,
+            "edits": places[samples.block[index]][0],
+            "rank": ranks.value[index],
+            "rank for its own row": ranks[f"row{places[samples.block[index]][1]}"][index],
+            "samples": len(samples),
+        }
+        for index in copies
+        if samples.block[index] < len(places)
+    ]
+    return pd.DataFrame(found)
+
+
+def main(argv: list[str]) -> None:
+    args = experiment_parser("benchmarks.paraphrases", __doc__.split("\n")[0]).parse_args(argv)
+    sample_shards(args.work_dir / "shards")
+    calls = [partial(one_seed, args.work_dir, args.max_steps, seed) for seed in range(args.seeds)]
+    found = pd.concat(side_by_side(args.jobs, calls))
+    measures = {
+        "rank": ["mean", "median"],
+        "rank for its own row": ["mean", "median"],
+        "samples": "mean",
+    }
+    for by in (["edits", "seed"], ["edits"]):
+        print(found.groupby(by).agg(measures), end="\n\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
