@@ -165,7 +165,9 @@ class TrainingConfig:
         may_change=True,
     )
     tf32: bool = flag(
-        False, "float32 matrix products in TF32 on GPUs that have it: faster, ten bits of mantissa"
+        False,
+        "float32 matrix products, those of dot products too, in TF32 on GPUs that have it: faster, ten bits "
+        "of mantissa",
     )
 
     # Results

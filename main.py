@@ -19,7 +19,7 @@ from dataloader import to_device
 from distributed import World, distributed_world
 from evaluation import check_evaluation, evaluate
 from finite_guard import NonFiniteLoss
-from ghostEngines.contraction import TILE_NUMEL, Split, Strategy
+from ghostEngines.contraction import GPU_NUMEL, SIDE, TILE_NUMEL, Split, Strategy
 from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
@@ -201,6 +201,8 @@ def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
     return {
         "contraction_by_layer": plan,
         "tile_numel": TILE_NUMEL,
+        "tile_side": SIDE,
+        "gpu_numel": GPU_NUMEL,
         "head_part_positions": PART_POSITIONS,
         "head_softmax_positions": SOFTMAX_POSITIONS,
     }

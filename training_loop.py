@@ -204,12 +204,12 @@ class Trainer:
         """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it, the
         factor (), and whether the step must be left out ()."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        of_losses = self.guard.spoil(gradients[0], losses, self.manager.dot_products())
+        signals = self.guard.spoil(gradients[0], losses, self.manager.dot_products())
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):  # of a model that is divided among processes
             norm = norm.full_tensor()
-        skipped = self.guard.record(step, batches, losses, of_losses, norm)
+        skipped = self.guard.record(step, batches, losses, signals, norm)
         if self.config.grad_clip == 0:
             return norm, torch.ones_like(norm), skipped
         factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)

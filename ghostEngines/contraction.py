@@ -116,6 +116,11 @@ class Keep:
         """What `make` makes with the first micro-batch, as kept."""
         if self.first:
             self.kept[self.name] = make()
+        elif self.name not in self.kept:
+            raise RuntimeError(
+                f"'{self.name}' has a gradient in a later micro-batch, and had none in the first, whose "
+                "validation rows would have made its direction: run every layer in every micro-batch"
+            )
         found: T = self.kept[self.name]
         return found
 

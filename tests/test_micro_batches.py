@@ -133,3 +133,25 @@ def test_another_number_of_rows_is_refused() -> None:
         model(x[:3])
     engine.joint_loss(per_sample_losses(model, x[3:], y[3:])).backward()  # and the right one goes on
     engine.prepare_gradients()
+
+
+def test_a_layer_that_runs_in_a_later_micro_batch_only_is_an_error() -> None:
+    """The first one's validation rows would have made its direction."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.late, self.runs = nn.Linear(2, 2), nn.Linear(2, 2), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.always(x)
+            return self.late(hidden) if self.runs else hidden
+
+    model = Late()
+    with GradDotProdEngine(model, 1, micro_batches=2) as engine:
+        engine.joint_loss(model(torch.ones(3, 2)).sum(1)).backward()
+        engine.prepare_gradients()
+        model.runs = True
+        loss = engine.joint_loss(model(torch.ones(2, 2)).sum(1))
+        with pytest.raises(RuntimeError, match=r"'late.weight' has a gradient in a later micro-batch"):
+            loss.backward()

@@ -314,6 +314,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     assert saved_is(run, seen[0])
 
 
+def test_a_dot_product_that_is_not_finite_stops_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dot_products = GradDotProdEngine.dot_products
+    monkeypatch.setattr(
+        GradDotProdEngine,
+        "dot_products",
+        lambda engine: dot_products(engine).masked_fill(torch.tensor([True, False]), math.inf),
+    )
+    run = start(data, tmp_path, run_name="a")
+    assert run.status == 1
+    assert "step 0: a dot product with the validation gradient is not finite" in caplog.text
+
+
 @pytest.mark.parametrize("eval_only", [False, True])
 def test_an_evaluation_that_is_not_finite(
     eval_only: bool, data: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
