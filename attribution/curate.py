@@ -31,11 +31,11 @@ from attribution.command_line import argument_parser, run_command, run_options
 from attribution.completeness import Window
 from attribution.curated_folder import check_output, other_splits, plan, whole_folder, write_splits
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
-from attribution.documents import write_documents
-from attribution.drop_rule import Choice, DropRule, Unit, choose
+from attribution.drop_rule import Choice, DropRule, choose
 from attribution.scored_run import ScoredRun
 from attribution.screen import first_words, plain_console
-from attribution.values import check_finite, description, write_tables
+from attribution.units import Unit, write_units
+from attribution.values import description
 from data_processing.shards import Shard, list_shards, write_json_atomically
 
 FORMAT = {"format": "attribution curation", "format_version": 1}
@@ -98,15 +98,9 @@ def choose_units(
     database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, rule: DropRule, dropped: Path
 ) -> Choice:
     """Writes the file `dropped`; the values that this takes are in a folder beside it for as long."""
-    check_finite(database)
-    block_size = database.runs[0].block_size
     with tempfile.TemporaryDirectory(prefix=".values-", dir=dropped.parent) as folder:
-        write_tables(database, Path(folder))
-        units = Path(folder, "samples.parquet")
-        if unit == "documents":
-            units = Path(folder, "documents.parquet")
-            write_documents(Path(folder, "samples.parquet"), shards, block_size, units)
-        return choose(database, units, unit, rule, block_size, dropped)
+        units = write_units(database, shards, unit, Path(folder))
+        return choose(database, units, unit, rule, database.runs[0].block_size, dropped)
 
 
 def print_curation(output: Path, manifest: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from attribution.cut_shards import Ranges, cut
 from attribution.documents import bounds
-from attribution.drop_rule import Choice, Unit, dropped_numbers
+from attribution.drop_rule import Choice, dropped_numbers
 from attribution.progress import progress_bar
 from attribution.scored_run import AttributionError
+from attribution.units import Unit
 from attribution.values_folder import being_written
 from data_processing.shards import TOKEN_TYPE, Shard, ShardWriter, list_shards
 from ghostEngines.score_files import sync

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +13,9 @@ import pyarrow.dataset as ds
 
 from attribution.database import ScoreDatabase, parquet, quoted
 from attribution.scored_run import AttributionError
+from attribution.units import NUMBER, Unit
 
-Unit = Literal["samples", "documents"]
-# The columns that name a unit, within its domain, and in the order that decides between equal values.
-NUMBER = {"samples": "block", "documents": "document"}
+# The columns whose order decides between equal values.
 ORDER = {"samples": "sample_id", "documents": "domain, document"}
 COLUMNS = {
     "samples": "domain, sample_id, block, value",

@@ -1,0 +1,26 @@
+"""What has a value: samples, and the documents whose text they hold."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from attribution.database import ScoreDatabase
+from attribution.documents import write_documents
+from attribution.values import check_finite, write_tables
+from data_processing.shards import Shard
+
+Unit = Literal["samples", "documents"]
+NUMBER = {"samples": "block", "documents": "document"}  # the column that names a unit within its domain
+
+
+def write_units(database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, folder: Path) -> Path:
+    """Writes a file of `folder` with the values of all samples, or documents, as in a folder of values, and
+    returns it. Raises as `check_finite`."""
+    check_finite(database)
+    write_tables(database, folder)
+    samples = folder / "samples.parquet"
+    if unit == "samples":
+        return samples
+    documents = folder / "documents.parquet"
+    write_documents(samples, shards, database.runs[0].block_size, documents)
+    return documents
