@@ -123,10 +123,11 @@ class ScoreDatabase:
                 raise
             except duckdb.OutOfMemoryException as error:
                 raise AttributionError(
-                    f"--memory_limit {self._memory_limit} is too low for {doing}: give more ({error})"
+                    f"--memory_limit {self._memory_limit} is too low for {doing}: give more "
+                    f"({first_line(error)})"
                 ) from error
-            except duckdb.IOException as error:
-                raise AttributionError(f"{doing}: {error}") from error
+            except duckdb.IOException as error:  # a full disk, a file that went away
+                raise AttributionError(f"{doing}: {first_line(error)}") from error
 
     def _create_tables(self) -> None:
         rows = " UNION ALL BY NAME ".join(self._rows_of(number) for number in range(len(self.runs)))
@@ -177,3 +178,8 @@ def parquet(*paths: Path) -> str:
 def quoted(text: object) -> str:
     """As a string in SQL."""
     return "'" + str(text).replace("'", "''") + "'"
+
+
+def first_line(error: Exception) -> str:
+    """Without what DuckDB suggests to those who write SQL."""
+    return str(error).splitlines()[0]

@@ -5,10 +5,11 @@ import sys
 from tqdm import tqdm
 
 SECONDS = 2  # what is done earlier shows no bar
+FILE_SECONDS = 10  # between two lines in a file, where nothing is overwritten
 
 
 def progress_bar(doing: str, total: float, unit: str = "it") -> tqdm:
-    """In a file, where nothing is overwritten, a line every 10 seconds."""
+    """To standard error."""
     in_terminal = sys.stderr.isatty()
     return tqdm(
         desc=doing,
@@ -17,5 +18,5 @@ def progress_bar(doing: str, total: float, unit: str = "it") -> tqdm:
         unit_scale=True,
         delay=SECONDS,
         dynamic_ncols=in_terminal,
-        mininterval=0.1 if in_terminal else 10,
+        mininterval=0.1 if in_terminal else FILE_SECONDS,
     )

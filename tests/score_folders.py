@@ -1,0 +1,78 @@
+"""Folders as runs with scores leave them, made without training: what the tests of `attribution` read."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dataloader import BlockDataset
+from ghostEngines.metrics_log import ScoreWriter
+
+T = 8  # block size
+
+
+def write_run(
+    folder: Path,
+    data: Path,
+    *,
+    steps: int = 12,
+    seed: int = 0,
+    ranks: int = 2,
+    null_steps: Collection[int] = (),
+    zero_steps: Collection[int] = (),
+    granularity: str = "total",
+    split: str = "train",
+    flush_every: int = 2,
+) -> Path:
+    """Steps of 3 random samples for each rank, with random scores. null_steps: that the optimizer skipped;
+    zero_steps: with learning rate 0."""
+    folder.mkdir(parents=True)
+    config = {
+        "method": "GradDotProd",
+        "run_name": folder.name,
+        "resolved_from": {},
+        "pile_data_dir": str(data),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    domain = split.partition(":")[2]
+    blocks = BlockDataset.open(data, "train", T, (domain,) if domain else None)
+    metadata = {
+        "run_configuration": json.dumps({"seed": seed}), "validation_sha256": "0", "block_size": str(T),
+        "split": split, "shard_sha256": json.dumps(blocks.checksums), "layers": "[]",
+        "domains": json.dumps(blocks.all_domains),
+    }  # fmt: skip
+    random = np.random.default_rng(seed)
+    val_losses = random.random(steps)
+    for rank in range(ranks):
+        writer = ScoreWriter(
+            folder / "grad_dotprods", rank=rank, metadata=metadata, granularity=granularity, rows_per_file=1
+        )
+        for step in range(steps):
+            domains = random.choice(blocks.domains, 3).tolist()
+            places = [int(random.integers(blocks.blocks_per_domain[domain])) for domain in domains]
+            scores = random.standard_normal((3, 2))
+            writer.append(
+                step=step,
+                sample_ids=[blocks.sample_id(*place) for place in zip(domains, places, strict=True)],
+                domains=domains,
+                blocks=places,
+                dot_products=torch.tensor(scores if granularity != "total" else scores.sum(1)),
+                train_losses=torch.tensor(random.random(3)),
+                val_loss=val_losses[step],
+                lr=0.0 if step in zero_steps else 0.1 / (1 + step),
+                clip_factor=0.5,
+                global_batch_size=3 * ranks,
+                null=step in null_steps,
+            )
+            if (step + 1) % flush_every == 0:
+                writer.flush()
+        writer.close()
+    return folder
+
+
+def scores_of(folder: Path) -> pd.DataFrame:
+    """All rows, as a user reads them."""
+    return pd.read_parquet(folder / "grad_dotprods").astype({"domain": str})

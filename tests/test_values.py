@@ -1,0 +1,547 @@
+"""Values of samples, documents and domains, against pandas and a loop over tokens; and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from run_helpers import DOMAINS, write_shards
+from score_folders import T, scores_of, write_run
+
+import attribution.documents
+import attribution.progress
+from attribution.command_line import parse_steps, run_command
+from attribution.database import ScoreDatabase
+from attribution.documents import write_documents
+from attribution.efficiency import efficiency
+from attribution.scored_run import AttributionError, ScoredRun, same_samples
+from attribution.values import main, write_values
+from attribution.values_folder import FILES, Values, being_written
+from data_processing.shards import ShardWriter, domain_file_name, list_shards
+from dataloader import BlockDataset
+
+NULL_STEP, ZERO_STEP = 5, 0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
+    """Two runs, in folders whose names must do no harm."""
+    results = tmp_path_factory.mktemp("results") / "lr=0.1 [a] it's*"
+    return [
+        write_run(results / f"{seed}", data, seed=seed, null_steps=[NULL_STEP], zero_steps=[ZERO_STEP])
+        for seed in (1, 2)
+    ]
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, folders: list[Path]) -> Path:
+    """A copy of a run, to be spoiled."""
+    return Path(shutil.copytree(folders[0], tmp_path / "run"))
+
+
+def values_of(tmp_path: Path, *folders: Path, **options) -> Values:
+    return write_values([ScoredRun.open(folder) for folder in folders], tmp_path / "values", **options)
+
+
+def weighted(table: pd.DataFrame, normalise: str) -> pd.Series:
+    """Each row's value, divided as `normalise` says; 0 where there is nothing to divide by."""
+    by_step = table.groupby("step").value
+    divisor = {
+        "none": table.value * 0 + 1,
+        "absolute": by_step.transform(lambda values: values.abs().sum()),
+        "predicted": by_step.transform(lambda values: abs(values.sum())),
+    }[normalise]
+    return (table.value / divisor).where((divisor != 0) | table.value.isna(), 0.0)
+
+
+def want_samples(folders: list[Path], normalise: str, first: int, last: int) -> pd.DataFrame:
+    tables = []
+    for folder in folders:
+        table = scores_of(folder)
+        tables.append(table.assign(weighted=weighted(table, normalise)))
+    rows = pd.concat(tables).query("@first <= step <= @last")
+    sums = rows.groupby(["sample_id", "domain", "block"]).agg(
+        value=("weighted", lambda values: values.sum(min_count=1) / len(folders)),
+        steps=("weighted", "count"),
+        first_step=("step", "min"),
+        last_step=("step", "max"),
+    )
+    return sums.reset_index().sort_values("sample_id")
+
+
+# ---- the numbers
+
+
+@pytest.mark.parametrize("normalise", ["none", "absolute", "predicted"])
+@pytest.mark.parametrize(("runs", "window"), [(1, (None, None)), (2, (None, None)), (2, (3, 9)), (1, (5, 5))])
+def test_values_of_samples(
+    folders: list[Path], tmp_path: Path, runs: int, window: tuple[int | None, int | None], normalise: str
+) -> None:
+    values = values_of(tmp_path, *folders[:runs], normalise=normalise, steps=window)
+    got = values.read("samples").to_pandas()
+    first, last = (0, 11) if window == (None, None) else window
+    want = want_samples(folders[:runs], normalise, first, last)
+    assert want.value.isna().any() and (runs == 1 or want.steps.max() > 1)
+    pd.testing.assert_frame_equal(
+        got, want, check_dtype=False, check_index_type=False, check_like=False, rtol=1e-12
+    )
+    assert values.manifest["normalise"] == normalise
+    assert [run["steps"] for run in values.manifest["runs"]] == [[first, last]] * runs
+
+
+def documents_by_token(samples: pd.DataFrame, starts: dict[str, np.ndarray]) -> pd.DataFrame:
+    """A T-th of a sample's value for each of its targets, token by token; null if no sample has a value."""
+    rows = []
+    for sample in samples.itertuples():
+        for token in range(sample.block * T + 1, (sample.block + 1) * T + 1):
+            document = int((starts[sample.domain] <= token).sum()) - 1
+            rows.append((sample.domain, document, sample.block, sample.value / T))
+    tokens = pd.DataFrame(rows, columns=["domain", "document", "block", "value"])
+    groups = tokens.groupby(["domain", "document"])
+    sums = groups.value.sum(min_count=1)
+    return pd.DataFrame({"value": sums, "blocks": groups.block.nunique()}).reset_index()
+
+
+def document_starts(data: Path, domain: str) -> np.ndarray:
+    return np.fromfile(data / "train" / f"{domain_file_name(domain)}.idx", "<i8")
+
+
+def test_values_of_documents(folders: list[Path], data: Path, tmp_path: Path) -> None:
+    values = values_of(tmp_path, *folders, normalise="absolute")
+    samples, got = (values.read(name).to_pandas() for name in ("samples", "documents"))
+    want = documents_by_token(samples, {domain: document_starts(data, domain) for domain in DOMAINS})
+    pd.testing.assert_frame_equal(got[list(want)], want, check_dtype=False, rtol=1e-11)
+    assert got.value.sum() == pytest.approx(samples.value.sum(), rel=1e-11)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 1 << 14])
+def test_short_documents_and_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Documents of 2 to 30 tokens, so that a sample has text of many, and one of many samples' text."""
+    random = np.random.default_rng(0)
+    samples, starts, ends = [], {}, {}
+    (tmp_path / "train").mkdir()
+    for domain in ("a", "b", "c"):
+        with ShardWriter(tmp_path / "train", domain, split="train", tokenizer="gpt2_bytes") as shard:
+            for length in random.integers(1, 30, 40):
+                shard.append(random.integers(0, 256, length))
+        starts[domain] = document_starts(tmp_path, domain)
+        ends[domain] = np.append(starts[domain][1:], shard.num_tokens)
+        used = np.flatnonzero(random.random((shard.num_tokens - 1) // T) < 0.7)
+        nulls = random.random(len(used)) < 0.3
+        values = np.where(nulls, np.nan, random.standard_normal(len(used)))
+        samples.append(pd.DataFrame({"domain": domain, "block": used, "value": values}))
+    table = pd.concat(samples[::2])  # "b" was not used
+    table.to_parquet(tmp_path / "samples.parquet")
+    monkeypatch.setattr(attribution.documents, "BATCH", batch)
+    monkeypatch.setattr(attribution.documents, "ROW_GROUP", 10)
+    write_documents(
+        tmp_path / "samples.parquet", list_shards(tmp_path, "train"), T, tmp_path / "documents.parquet"
+    )
+    got = pd.read_parquet(tmp_path / "documents.parquet")
+    want = documents_by_token(table, starts)
+    assert want.value.isna().any() and want.blocks.max() > 2 and (want.blocks == 1).any()
+    pd.testing.assert_frame_equal(got[list(want)], want, check_dtype=False, rtol=1e-11, atol=1e-15)
+    for row in got.itertuples():
+        assert row.first_token == starts[row.domain][row.document]
+        assert row.first_token + row.tokens == ends[row.domain][row.document]
+
+
+def test_values_of_domains_and_steps(folders: list[Path], tmp_path: Path) -> None:
+    values = values_of(tmp_path, *folders)
+    samples = values.read("samples").to_pandas()
+    groups = samples.groupby("domain").value
+    want = pd.DataFrame(
+        {
+            "samples": samples.groupby("domain").size(),
+            "uses": samples.groupby("domain").steps.sum(),
+            "value": groups.sum(),
+            "mean_value": groups.mean(),
+            "share_negative": groups.agg(lambda each: (each < 0).sum() / each.count()),
+            "share_of_absolute": groups.agg(lambda each: each.abs().sum()) / samples.value.abs().sum(),
+        }
+    ).sort_values("mean_value", ascending=False)
+    got = values.read("domains").to_pandas()
+    pd.testing.assert_frame_equal(got, want.reset_index(), check_dtype=False, rtol=1e-11)
+
+    steps = values.read("steps").to_pandas()
+    assert len(steps) == 24 and (steps.rows == 6).all()
+    for run, folder in enumerate(folders):
+        rows, own = scores_of(folder).groupby("step"), steps[steps.run == run].set_index("step")
+        np.testing.assert_allclose(own.predicted, rows.value.sum(min_count=1), rtol=1e-12)
+        np.testing.assert_allclose(own.absolute, rows.value.agg(lambda each: each.abs().sum(min_count=1)))
+        np.testing.assert_allclose(own.train_loss, rows.train_loss.mean(), rtol=1e-12)
+        losses = rows.val_loss.first()
+        np.testing.assert_array_equal(
+            own.measured, [*(losses[:-1].to_numpy() - losses[1:].to_numpy()), np.nan]
+        )
+        for name in ("lr", "clip_factor", "val_loss"):
+            np.testing.assert_array_equal(own[name], rows[name].first())
+
+
+def test_the_step_after_the_window_tells_what_its_last_one_did(folders: list[Path], tmp_path: Path) -> None:
+    everything = values_of(tmp_path, folders[0]).read("steps").to_pandas()
+    window = values_of(tmp_path, folders[0], steps=(3, 6)).read("steps").to_pandas()
+    pd.testing.assert_frame_equal(window, everything[3:7].reset_index(drop=True))
+    assert window.measured.notna().all()
+
+
+def test_steps_that_gave_no_values(tmp_path: Path, data: Path) -> None:
+    """Of a run that only ever skipped, or had learning rate 0."""
+    run = write_run(tmp_path / "null", data, steps=2, null_steps=[0, 1])
+    values = values_of(tmp_path, run, normalise="predicted")
+    domains = values.read("domains").to_pandas()
+    assert domains.mean_value.isna().all() and domains.share_of_absolute.isna().all()
+    assert domains.uses.tolist() == [0] * len(domains) and domains.share_negative.isna().all()
+    run = write_run(tmp_path / "zero", data, steps=2, zero_steps=[0, 1])
+    assert (values_of(tmp_path, run, normalise="absolute").read("samples").to_pandas().value == 0).all()
+
+
+def test_sums_are_the_same_every_time(tmp_path: Path, data: Path) -> None:
+    run = write_run(tmp_path / "long", data, steps=300, flush_every=100)
+    first = values_of(tmp_path, run).read("samples")
+    assert all(values_of(tmp_path, run).read("samples").equals(first) for _ in range(3))
+
+
+# ---- the efficiency check
+
+
+def test_efficiency_against_numpy() -> None:
+    random = np.random.default_rng(0)
+    predicted, noise = random.random(220), random.standard_normal(220)
+    measured = 3 * predicted + noise
+    predicted[10], measured[-1] = np.nan, np.nan  # a step that was skipped, the last step
+    steps = pa.table(
+        {"run": np.full(220, 7), "predicted": pa.array(predicted), "measured": pa.array(measured)}
+    )
+    both = np.delete(np.arange(220), [10, 219])
+    each, windows = efficiency(steps)
+    assert (each.run, each.window, each.count) == (7, 1, 218)
+    assert each.correlation == pytest.approx(np.corrcoef(predicted[both], measured[both])[0, 1])
+    assert each.ratio == pytest.approx(measured[both].sum() / predicted[both].sum())
+    sums = [[column[both][i : i + 50].sum() for i in (0, 50, 100, 150)] for column in (predicted, measured)]
+    assert (windows.window, windows.count) == (50, 4)
+    assert windows.correlation == pytest.approx(np.corrcoef(sums)[0, 1])
+    assert windows.ratio == pytest.approx(sum(sums[1]) / sum(sums[0]))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "shown"),
+    [
+        ([1.0, 2.0], "correlation -, measured / predicted 2"),
+        ([0.0] * 4, "correlation -, measured / predicted -"),
+    ],
+)
+def test_efficiency_of_too_little(predicted: list[float], shown: str) -> None:
+    steps = pa.table(
+        {"run": [0] * len(predicted), "predicted": predicted, "measured": [2 * each for each in predicted]}
+    )
+    each, windows = efficiency(steps)
+    assert shown in str(each) and "not so many steps" in str(windows)
+
+
+# ---- what is not as it should be
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = run_command("attribution.values", main, [str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    def spoil(run: Path) -> None:
+        found = list((run / "grad_dotprods").glob(pattern))
+        assert found
+        for path in found:
+            path.unlink()
+
+    return spoil
+
+
+def change(pattern: str, edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    """Another table in a file of scores."""
+
+    def spoil(run: Path) -> None:
+        (path,) = (run / "grad_dotprods").glob(pattern)
+        pq.write_table(edit(pq.ParquetFile(path).read()), path)
+
+    return spoil
+
+
+def with_metadata(**metadata: str) -> Callable[[pa.Table], pa.Table]:
+    changes = {key.encode(): value.encode() for key, value in metadata.items()}
+    return lambda table: table.replace_schema_metadata({**table.schema.metadata, **changes})
+
+
+def with_infinity(table: pa.Table) -> pa.Table:
+    values = pa.array([np.inf, *table["value"].to_pylist()[1:]], pa.float64())
+    return table.set_column(table.schema.get_field_index("value"), table.schema.field("value"), values)
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def spoil(run: Path) -> None:
+        config = json.loads((run / "config.json").read_text()) | changes
+        (run / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no settings": (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
+    "a saved model": (lambda run: (run / "config.json").write_text("{}"), "is not of a run"),
+    "settings that are no JSON": (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
+    "a Regular run": (edit_config(method="Regular"), "method Regular, which has no scores"),
+    "no folder of scores": (lambda run: shutil.rmtree(run / "grad_dotprods"), "is not a folder of scores"),
+    "no files": (remove("*"), "has no scores yet"),
+    "the first file": (remove("step-000000000000*"), "no scores of steps 0 to 1: files are missing"),
+    "files in the middle": (remove("step-00000000000[46]-*"), "no scores of steps 4 to 7: files are missing"),
+    "a file of one process": (
+        remove("step-000000000006-*.rank-00001*"), "scores of 3 samples in step 6, .* has 6: a process"
+    ),
+    "the last files": (
+        lambda run: (remove("*-00000000001*")(run), (run / "checkpoints/step_000012").mkdir(parents=True)),
+        "a checkpoint after 12 steps, but no scores of steps 10 to 11",
+    ),
+    "another version": (
+        change("*0004-*.rank-00000*", with_metadata(format_version="9")), "has format_version '9'"
+    ),
+    "another run's file": (
+        change("*0004-*.rank-00000*", with_metadata(run_configuration='{"seed": 9}')),
+        "a folder holds the scores of one run",
+    ),
+    "not finite": (
+        change("*0004-*.rank-00000*", with_infinity), "values in step 4 that are not finite.*--steps :3"
+    ),
+    "no Parquet": (
+        lambda run: next((run / "grad_dotprods").glob("*0004-*")).write_text("x"), "is not a Parquet file"
+    ),
+    "no shards": (edit_config(pile_data_dir="/nowhere"), "no shards of split 'train' in /nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_an_error(damage: str, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, message = DAMAGES[damage]
+    spoil(damaged)
+    status, out, err = command(capsys, damaged)
+    assert status == 2 and out == "" and "Traceback" not in err
+    assert re.search(message, err), err
+    assert err.startswith("attribution.values: error: ")
+    assert not (damaged / "values").exists() and not list(damaged.glob(".values*"))
+
+
+@pytest.mark.parametrize("suffix", [".json", "*"])
+def test_a_missing_shard(
+    damaged: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    for path in (copy / "train").glob(f"Alpha{suffix}"):
+        path.unlink()
+    status, _, err = command(capsys, damaged, "--pile_data_dir", copy)
+    assert status == 2
+    assert (
+        "has no Alpha.json beside it" if suffix == ".json" else f"{copy}/train has no shard of 'Alpha'"
+    ) in err
+
+
+def test_another_shard(
+    folders: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(data, tmp_path / "data"))
+    for path in (other / "train").glob("Alpha*"):
+        path.unlink()
+    with ShardWriter(other / "train", "Alpha", split="train", tokenizer="gpt2_bytes") as shard:
+        shard.append(np.ones(5000, np.int64))
+    status, _, err = command(capsys, folders[0], "--pile_data_dir", other)
+    assert status == 2 and "Alpha.json is not the shard that" in err
+
+
+def test_runs_of_different_data(folders: list[Path], data: Path, tmp_path: Path) -> None:
+    of_one_domain = ScoredRun.open(write_run(tmp_path / "alpha", data, steps=2, split="train:Alpha"))
+    both = ScoredRun.open(folders[0])
+    with pytest.raises(
+        AttributionError, match="runs of different data: their split is train and train:Alpha"
+    ):
+        same_samples([of_one_domain, both])
+    with pytest.raises(AttributionError, match="named twice"):
+        same_samples([both, ScoredRun.open(folders[1]), ScoredRun.open(folders[0])])
+    assert set(of_one_domain.checksums) == {"Alpha"} and of_one_domain.domains == DOMAINS
+    assert values_of(tmp_path, of_one_domain.folder).read("domains")["domain"].to_pylist() == ["Alpha"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "5"], "--steps '5': give FIRST:LAST"),
+        (["--steps", "a:b"], "--steps 'a:b': give FIRST:LAST"),
+        (["--steps", "7:3"], "--steps 7:3: ends before it begins"),
+        (["--steps", "3:99"], "--steps 3:99: .* has scores of steps 0 to 11"),
+        (["--steps", "12:"], "--steps 12:: .* has scores of steps 0 to 11"),
+        (["--memory_limit", "much"], "--memory_limit 'much': give a number and a unit"),
+        (["--memory_limit", "1MB"], "--memory_limit 1MB is too low"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    arguments: list[str], message: str, damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = command(capsys, damaged, *arguments)
+    assert status == 2 and re.search(message, err) and err.count("\n") == 1, err
+    assert not list(damaged.glob("*values*"))
+
+
+def test_parse_steps() -> None:
+    assert [parse_steps(text) for text in (":", "3:", ":4", "3:4")] == [
+        (None, None),
+        (3, None),
+        (None, 4),
+        (3, 4),
+    ]
+
+
+# ---- the folder of values, and the command
+
+
+def test_an_older_folder_is_replaced_and_nothing_else(
+    damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(capsys, damaged, "--steps", "0:3")[0] == 0
+    assert command(capsys, damaged)[0] == 0
+    folder = damaged / "values"
+    assert len(Values.open(folder).read("steps")) == 12
+    assert sorted(os.listdir(folder)) == sorted(["values.json", *(f"{name}.parquet" for name in FILES)])
+    remove("step-000000000004*")(damaged)
+    assert command(capsys, damaged)[0] == 2
+    assert len(Values.open(folder).read("steps")) == 12, "the older values stay"
+    assert sorted(path.name for path in damaged.iterdir()) == ["config.json", "grad_dotprods", "values"]
+    (damaged / "thesis").mkdir()
+    (damaged / "thesis" / "chapter").write_text("precious")
+    status, _, err = command(capsys, damaged, "--output", damaged / "thesis")
+    assert status == 2 and "thesis is not a folder of values" in err
+    assert (damaged / "thesis" / "chapter").read_text() == "precious"
+
+
+def test_a_folder_that_is_not_whole(folders: list[Path], tmp_path: Path) -> None:
+    folder = values_of(tmp_path, folders[0]).folder
+    table = pq.read_table(folder / "samples.parquet")
+    pq.write_table(table[:-1], folder / "samples.parquet")
+    with pytest.raises(AttributionError, match=r"samples.parquet has \d+ rows of .* not \d+ of"):
+        Values.open(folder)
+    pq.write_table(table, folder / "samples.parquet")
+    Values.open(folder)
+    (folder / "documents.parquet").unlink()
+    with pytest.raises(AttributionError, match=r"documents.parquet is missing"):
+        Values.open(folder)
+    manifest = json.loads((folder / "values.json").read_text())
+    (folder / "values.json").write_text(json.dumps(manifest | {"format_version": 9}))
+    with pytest.raises(AttributionError, match="'format_version': 9"):
+        Values.open(folder)
+    with pytest.raises(AttributionError, match="is not a folder of values"):
+        Values.open(tmp_path)
+
+
+def test_two_processes_do_not_write_one_folder(folders: list[Path], tmp_path: Path) -> None:
+    with being_written(tmp_path / "values") as unfinished:
+        with pytest.raises(AttributionError, match="another process writes values there"):
+            values_of(tmp_path, folders[0])
+        assert unfinished.is_dir()
+        shutil.copytree(values_of(tmp_path / "other", folders[0]).folder, unfinished, dirs_exist_ok=True)
+    Values.open(tmp_path / "values")
+
+
+def test_the_table(
+    folders: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = tmp_path / "values"
+    status, out, err = command(capsys, *folders, "--output", folder)
+    assert (status, err) == (0, "")
+    values = Values.open(folder)
+    rows = [line.split("  ")[0] for line in out.splitlines()[2:4]]
+    assert rows == values.read("domains")["domain"].to_pylist()
+    samples = values.read("samples").to_pandas().dropna().sort_values("value", ascending=False)
+    shown = [line for line in out.splitlines() if ", block " in line]
+    want = [*samples.iloc[:3].itertuples(), *samples.iloc[:-4:-1].itertuples()]
+    for row, line in zip(want, shown, strict=True):
+        assert line.startswith(f"{row.value:+.3e}  {row.domain}, block {row.block}  ")
+    for each in efficiency(values.read("steps")):
+        assert f"{folders[each.run].name}, {each}" in out
+    for name in FILES:
+        assert str(folder / f"{name}.parquet") in out
+
+
+# ---- runs, and the database
+
+
+def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Path) -> None:
+    run = ScoredRun.open(folders[0])
+    assert (run.block_size, run.split, run.granularity, run.domains) == (T, "train", "total", DOMAINS)
+    assert [path.name for path in run.files] == sorted(os.listdir(folders[0] / "grad_dotprods"))
+    want = BlockDataset.open(data, "train", T)
+    more = Path(shutil.copytree(data, tmp_path / "data"))
+    with ShardWriter(more / "train", "Aardvarks", split="train", tokenizer="gpt2_bytes") as shard:
+        shard.append(np.ones(50, np.int64))
+    for blocks in (run.blocks(), run.blocks(more)):  # a domain more does not change the ids
+        assert blocks.blocks_per_domain == want.blocks_per_domain
+        assert blocks.sample_id("Beta [b]", 3) == want.sample_id("Beta [b]", 3)
+
+
+def test_the_tables_of_the_database(tmp_path: Path, data: Path, folders: list[Path]) -> None:
+    pairwise = write_run(tmp_path / "pairwise", data, granularity="pairwise", steps=3)
+    with ScoreDatabase([ScoredRun.open(pairwise), ScoredRun.open(folders[0])], steps=(1, 2)) as database:
+        sql = "SELECT * FROM scores ORDER BY run, step, rank, sample_id"
+        rows = database.query(sql, "reading").to_pandas()
+        rest = database.query("SELECT count(*) AS n FROM steps WHERE run = ?", "counting", [1]).to_pylist()
+    assert rest == [{"n": 2}]
+    want = [scores_of(folder).query("1 <= step <= 2") for folder in (pairwise, folders[0])]
+    want = pd.concat(want, keys=[0, 1], names=["run"]).reset_index("run")
+    want = want.sort_values(["run", "step", "rank", "sample_id"])
+    for name in ("run", "step", "sample_id", "domain", "block", "dot_product", "value", "train_loss"):
+        assert rows[name].tolist() == want[name].tolist()
+    assert [list(each) for each in rows.pairwise[rows.run == 0]] == [
+        list(each) for each in want.pairwise[want.run == 0]
+    ]
+    assert rows.pairwise[rows.run == 1].isna().all()
+    assert rows.weighted_value.equals(rows.value)
+    assert rows.domain_number.tolist() == [DOMAINS.index(domain) for domain in rows.domain]
+
+
+ENDLESS = "SELECT sum(hash(a.range + b.range) % 7) AS s FROM range(1000000) a, range(1000000) b"
+
+
+def test_what_takes_long_shows_a_bar_and_can_be_interrupted(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attribution.progress, "SECONDS", 0.2)
+    monkeypatch.setattr(attribution.progress, "FILE_SECONDS", 0.1)
+    with ScoreDatabase([ScoredRun.open(folders[0])], spill_folder=tmp_path) as database:
+        timer = threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            database.query(ENDLESS, "adding hashes")
+        assert database.query("SELECT 1 AS x", "going on").to_pylist() == [{"x": 1}]
+        assert os.listdir(tmp_path)
+    assert not os.listdir(tmp_path)
+    assert "adding hashes" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_command(damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attribution.values.write_documents", interrupted)
+    assert command(capsys, damaged)[0] == 130
+    assert not list(damaged.glob("*values*"))
