@@ -24,7 +24,7 @@ from attribution.progress import progress_bar
 from attribution.scored_run import AttributionError, ScoredRun
 from data_processing.shards import EOT, Shard, ShardWriter, domain_file_name, list_shards, open_shard
 
-T = 16
+T = 8
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def tiny_run(folder: Path, **flags: object) -> ScoredRun:
     """Of one step, on two domains of 5 and 2 blocks."""
     for split in ("train", "val", "test"):
         (folder / "shards" / split).mkdir(parents=True)
-        for domain, length in (("A", 90), ("B", 40)):
+        for domain, length in (("A", 42), ("B", 20)):
             with ShardWriter(
                 folder / "shards" / split, domain, split=split, tokenizer="gpt2_bytes"
             ) as writer:
@@ -229,7 +229,7 @@ def test_a_domain_can_vanish_and_untrained_ones_stay(tmp_path: Path, capsys: pyt
     capsys.readouterr()
     command.print_curation(tmp_path / "new", manifest)
     out = capsys.readouterr().out
-    assert "domain B is left out as a whole: fewer than the 17 tokens of a block would stay" in out
+    assert "domain B is left out as a whole: fewer than the 9 tokens of a block would stay" in out
     assert "samples that no step gave a value are kept: 5\n" in out
 
 

@@ -4,10 +4,12 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
+import run_helpers
 from run_helpers import DOMAINS, Run, start, write_shards
 
 from attribution import query, text_search
@@ -21,7 +23,7 @@ from attribution.units import write_units
 from data_processing.shards import EOT, Shard, ShardError, ShardWriter, open_shard
 from data_processing.tokenizers import get_tokenizer
 
-T = 64
+T = 32
 VALIDATION_ROWS = 3
 TRAINED = DOMAINS[1]
 
@@ -87,10 +89,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("query")
     flags = {"block_size": T, "batch_size": 16, "max_steps": 6, "warmup_step": 0, "learning_rate": 0.03}
     scores = {"score_granularity": "pairwise", "val_batch_size": VALIDATION_ROWS}
-    train_set = f"train:{TRAINED}"
-    return start(
-        write_shards(folder / "shards"), folder, run_name="run", train_set=train_set, **flags, **scores
-    )
+    with patch.dict(run_helpers.DOCUMENTS, train=6):
+        data = write_shards(folder / "shards")
+    return start(data, folder, run_name="run", train_set=f"train:{TRAINED}", **flags, **scores)
 
 
 @pytest.fixture(scope="module")
@@ -200,39 +201,28 @@ def test_pairs_add_up_to_what_pandas_adds(trained: Run, database: ScoreDatabase)
         )
 
 
-def test_a_text_is_told_of_with_its_documents(shards: list[Shard], ask: Callable[..., str]) -> None:
+def test_a_text_is_told_of_with_its_documents(
+    shards: list[Shard], ask: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = get_tokenizer("gpt2_bytes")
     texts = {
         (shard.domain, document): tokenizer.decode(shard.tokens[first:].tolist()).split("<|endoftext|>")[0]
         for shard in shards
         for document, first in enumerate(shard.document_starts.tolist())
     }
-    for number, text in enumerate(("Straße na", "ve 2024 [bold] ", texts[TRAINED, 7][30:90])):
+    monkeypatch.setattr(query, "SHOWN_DOCUMENTS", 4)
+    for text in ("Straße na", "of :tada: ", texts[TRAINED, 5][30:90]):
         expected = [key for key, whole in texts.items() if text in whole]
+        shown = expected[:4]
         out = ask("--text", text)
-        assert out.startswith(f"{len(expected)} training documents contain the text"), number
-        told = [line for line in out.splitlines() if ", document " in line]
-        assert [line.split(":")[0] for line in told] == [
-            f"{domain}, document {it}" for domain, it in expected[:10]
-        ]
-        unused = sum(domain != TRAINED for domain, _ in expected[:10])
+        more = ", of which the first 4 are:" if len(expected) > 4 else ""
+        assert out.startswith(f"{len(expected)} training documents contain the text{more}\n")
+        told = [line.split(":")[0] for line in out.splitlines() if ", document " in line]
+        assert told == [f"{domain}, document {number}" for domain, number in shown]
+        unused = sum(domain != TRAINED for domain, _ in shown)
         assert out.count(f"never trained on in steps 0 to 5: it trained on {TRAINED}") == unused
-    assert f" of {shards[1].num_documents} documents with a value, higher than " in out
-
-
-def test_a_document_that_was_not_used_is_told_of_as_such(
-    trained: Run, shards: list[Shard], ask: Callable[..., str]
-) -> None:
-    scores = trained.scores()
-    used = set(scores.loc[scores["step"] == 2, "block"])
-    unused = [it for it in range(shards[1].num_documents) if not used & set(blocks_of(shards[1], it, T))]
-    assert unused
-    first = int(shards[1].document_starts[unused[0]])
-    text = get_tokenizer("gpt2_bytes").decode(shards[1].tokens[first : first + 80].tolist())
-    out = ask("--text", text, "--steps", "2:2")
-    assert f"document {unused[0]}: tokens {first:,} to" in out
-    assert "never trained on in steps 2 to 2\n" in out
-    assert "with a value" not in out
+        assert out.count(" of 6 documents with a value, higher than ") == len(shown) - unused
+    assert shown == [(TRAINED, 5)]
 
 
 def test_a_sample_is_told_of_with_its_text(
@@ -244,7 +234,10 @@ def test_a_sample_is_told_of_with_its_text(
     assert " ".join(text.replace("\x1b", " ").split()) in out
     assert "samples with a value, higher than" in out
     assert len(out.splitlines()) == 6, "two uses"
-    assert "never trained on" in ask("--sample", f"{DOMAINS[0]}:0")
+    scores = trained.scores()
+    unused = min(set(scores["block"]) - set(scores.loc[scores["step"] == 2, "block"]))
+    out = ask("--sample", f"{TRAINED}:{unused}", "--steps", "2:2")
+    assert out.endswith("\nnever trained on in steps 2 to 2\n")
 
 
 def test_a_validation_row_is_told_of_with_its_samples(run: ScoredRun, ask: Callable[..., str]) -> None:
@@ -261,7 +254,7 @@ def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask:
         "sample": lambda sample: find_sample(run, shards, sample),
         "validation": lambda number: validation_row(run, int(number)),
     }
-    nowhere = f"none of the 24 training documents in {shards[0].path.parent} contains it"
+    nowhere = f"none of the 12 training documents in {shards[0].path.parent} contains it"
     for option, value, message in (
         ("text", "", "is everywhere"),
         ("text", "no such words", nowhere),
@@ -269,7 +262,7 @@ def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask:
         ("sample", "Gamma:0", r"there is no domain 'Gamma' in .*, but Alpha, Beta \[b\]$"),
         ("sample", TRAINED, "give DOMAIN:BLOCK"),
         ("sample", f"{TRAINED}:-1", "give DOMAIN:BLOCK"),
-        ("sample", f"{TRAINED}:9999", "blocks of 64 tokens, counted from 0"),
+        ("sample", f"{TRAINED}:9999", "blocks of 32 tokens, counted from 0"),
         ("validation", "3", "has 3 validation rows, counted from 0"),
         ("validation", "-1", "has 3 validation rows, counted from 0"),
     ):
