@@ -41,7 +41,7 @@ def print_extremes(
             tokens = blocks.tokens(row["domain"], row["block"])
             words = Text(first_words(tokenizer.decode(tokens[:FIRST_TOKENS].tolist())), no_wrap=True)
             words.overflow = "ellipsis"
-            table.add_row(f"{row['value']:+.3e}", f"{row['domain']}, block {row['block']}", words)
+            table.add_row(f"{row['value']:+.3e}", f"{printable(row['domain'])}, block {row['block']}", words)
         screen.print(title, soft_wrap=True)
         screen.print(table)
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from attribution.documents import bounds
 from attribution.progress import progress_bar
-from data_processing.shards import EOT, Shard, ShardError
+from data_processing.shards import EOT, TOKEN_TYPE, Shard, ShardError
 from data_processing.tokenizers import Tokenizer
 
 CHUNK_TOKENS = 1 << 20  # decoded at a time: some 4 MB of text, and ten times as much on the way there
@@ -67,9 +67,9 @@ def find_documents(shards: Sequence[Shard], text: str, tokenizer: Tokenizer) -> 
 def _find_in_shard(shard: Shard, pattern: bytes, table: TokenBytes, bar: tqdm) -> Iterator[Place]:
     step = max(CHUNK_TOKENS, len(pattern))
     done = -1  # the last document that was found
-    for first in range(0, shard.num_tokens, step):
+    for first, ids in _chunks(shard, step, step + len(pattern)):
         # A token has at least one byte: what begins among the first `step` tokens ends within these.
-        data, ends = table.join(shard.tokens[first : first + step + len(pattern)])
+        data, ends = table.join(ids)
         begin_before = ends[min(step, len(ends)) - 1]
         found = data.find(pattern)
         while 0 <= found < begin_before:
@@ -85,3 +85,11 @@ def _find_in_shard(shard: Shard, pattern: bytes, table: TokenBytes, bar: tqdm) -
                 break
             found = data.find(pattern, int(ends[document_stop - 1]) if inside else found + 1)
         bar.update(min(step, shard.num_tokens - first))
+
+
+def _chunks(shard: Shard, step: int, length: int) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
+    """Every `step` tokens, the position and the tokens that follow, `length` if there are so many."""
+    with shard.path.with_suffix(".bin").open("rb") as file:  # what a map has read would stay in memory
+        for first in range(0, shard.num_tokens, step):
+            file.seek(first * TOKEN_TYPE.itemsize)
+            yield first, np.fromfile(file, TOKEN_TYPE, length)
