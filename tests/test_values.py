@@ -27,7 +27,9 @@ from attribution.scored_run import AttributionError, ScoredRun, same_samples
 from attribution.values import main, write_values
 from attribution.values_folder import FILES, Values, being_written
 from data_processing.shards import ShardWriter, domain_file_name, list_shards
+from data_processing.tokenizers import get_tokenizer
 from dataloader import BlockDataset
+from validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
 
@@ -39,8 +41,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
-    """Two runs, in folders whose names must do no harm."""
-    results = tmp_path_factory.mktemp("results") / "lr=0.1 [a] it's*"
+    """Two runs, in a folder whose name must do no harm: as a pattern it means the folder of another run."""
+    root = tmp_path_factory.mktemp("results")
+    results = root / "lr=0.1 [a] it's"
+    write_run(root / "lr=0.1 a it's" / "1", data, seed=3)
     return [
         write_run(results / f"{seed}", data, seed=seed, null_steps=[NULL_STEP], zero_steps=[ZERO_STEP])
         for seed in (1, 2)
@@ -497,6 +501,17 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
     for blocks in (run.blocks(), run.blocks(more)):  # a domain more does not change the ids
         assert blocks.blocks_per_domain == want.blocks_per_domain
         assert blocks.sample_id("Beta [b]", 3) == want.sample_id("Beta [b]", 3)
+
+
+def test_records_and_validation_rows(damaged: Path, data: Path) -> None:
+    (damaged / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.5}\n{"step": 1, "train_loss"')
+    batch = BlockDataset.open(data, "val", T).batch([("Alpha", 2), ("Beta [b]", 0)])
+    save_validation_rows(batch, get_tokenizer("gpt2_bytes"), damaged / "validation")
+    run = ScoredRun.open(damaged)
+    assert run.metrics() == [{"step": 0, "train_loss": 1.5}], "a line that is being written is left out"
+    rows = run.validation_rows().to_pandas()
+    assert rows.domain.tolist() == ["Alpha", "Beta [b]"] and rows.block.tolist() == [2, 0]
+    assert [len(tokens) for tokens in rows.tokens] == [T + 1] * 2
 
 
 def test_the_tables_of_the_database(tmp_path: Path, data: Path, folders: list[Path]) -> None:
