@@ -171,7 +171,7 @@ def _steps_sql(normalise: Normalise) -> str:
 
 def parquet(*paths: Path) -> str:
     """The rows of these files, in SQL. DuckDB takes paths for patterns, and folders named a=b for columns."""
-    files = ", ".join(quoted(escape(path)) for path in paths)
+    files = ", ".join(quoted(escape(str(path))) for path in paths)
     return f"read_parquet([{files}], hive_partitioning = false)"
 
 

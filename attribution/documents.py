@@ -8,6 +8,7 @@ of samples.
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,7 +106,7 @@ class DocumentSums:
         """The last document."""
         return self._table(self._open)
 
-    def _table(self, sums: dict[str, npt.NDArray]) -> pa.Table:
+    def _table(self, sums: dict[str, npt.NDArray[Any]]) -> pa.Table:
         first, end = bounds(self._shard, sums["document"])
         columns = {
             "domain": pa.repeat(pa.scalar(self._shard.domain), len(first)),
