@@ -147,13 +147,19 @@ def being_written(folder: Path) -> Iterator[Path]:
     exception it is removed. What an older program left there is removed, too.
 
     Raises:
-        AttributionError: there is something else than values, or another process writes them.
+        AttributionError: there is something else than values; it cannot be written, or another process
+        does.
     """
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         read_manifest(folder)
     folder = folder.resolve()
     unfinished, older = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "older"))
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AttributionError(
+            f"cannot make {folder} ({error.strerror}); name a folder that can be written, with --output"
+        ) from error
     with locked(unfinished):
         for entry in unfinished.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

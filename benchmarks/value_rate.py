@@ -5,7 +5,7 @@
 Makes the folder of a run (score files of the size the writer merges them to, samples in a seeded order) and
 shards that fit it (whose tokens are holes in the files: values need the documents' places alone), then
 runs write_values in a process of its own. --samples: how many distinct ones; as many as rows is the most
-memory can be asked for. Everything lies in a temporary folder (TMPDIR), some 250 bytes a row, and is removed.
+memory can be asked for. Everything lies in a temporary folder (TMPDIR), some 130 bytes a row, and is removed.
 """
 
 import argparse

@@ -436,6 +436,8 @@ def test_an_older_folder_is_replaced_and_nothing_else(
     status, _, err = command(capsys, damaged, "--output", damaged / "thesis")
     assert status == 2 and "thesis is not a folder of values" in err
     assert (damaged / "thesis" / "chapter").read_text() == "precious"
+    status, _, err = command(capsys, damaged, "--output", damaged / "thesis" / "chapter" / "values")
+    assert status == 2 and "cannot make" in err
 
 
 def test_a_folder_that_is_not_whole(folders: list[Path], tmp_path: Path) -> None:
