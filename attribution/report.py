@@ -1,0 +1,142 @@
+"""One HTML file about a run, or several, that a person understands without a manual and opens from the disk.
+
+    python -m attribution.report RESULT_DIR [RESULT_DIR ...] [--normalise none|absolute|predicted]
+        [--steps FIRST:LAST] [--output FILE.html] [--pile_data_dir D] [--memory_limit 4GB]
+
+The same runs and options give the same file but for its date. It has no scripts, and a policy that forbids
+them and the network.
+"""
+
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from attribution import report_texts as texts
+from attribution.charts import distribution, losses
+from attribution.command_line import argument_parser, run_command, run_options
+from attribution.completeness import Window
+from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
+from attribution.domain_charts import FEW_SAMPLES, domain_course, domain_means, domain_shares
+from attribution.efficiency_section import efficiency_section
+from attribution.excerpts import documents, samples, validation_rows
+from attribution.page import page
+from attribution.plots import unit_for
+from attribution.report_tables import domain_bins, domain_spread, histogram, loss_curves, totals
+from attribution.scored_run import AttributionError, ScoredRun
+from attribution.values import write_values
+from attribution.values_folder import Values
+from data_processing.tokenizers import get_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def write_report(
+    runs: Sequence[ScoredRun],
+    output: Path,
+    *,
+    normalise: Normalise = "none",
+    steps: Window = (None, None),
+    memory_limit: str = MEMORY_LIMIT,
+    pile_data_dir: Path | None = None,
+    date: datetime | None = None,
+) -> None:
+    """Writes the file, which appears whole and takes the place of an older one. Its values are made in a
+    hidden folder beside it, which is removed.
+
+    date: that it names; None: now. The other options are those of `write_values`.
+
+    Raises:
+        AttributionError: what `write_values` raises; no step of the runs has values; the output's folder is
+        not there, or the output is a folder.
+        ShardError: what `ScoredRun.shards` raises.
+    """
+    if not output.parent.is_dir() or output.is_dir():
+        raise AttributionError(f"--output {output}: name a file, in a folder that is there")
+    options: dict[str, Any] = {"normalise": normalise, "steps": steps, "memory_limit": memory_limit}
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as folder:
+        values = write_values(runs, Path(folder) / "values", pile_data_dir=pile_data_dir, **options)
+        with ScoreDatabase(runs, spill_folder=Path(folder), **options) as database:
+            content = report_content(database, values, normalise, pile_data_dir)
+        html = page({**content, "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
+        unfinished = Path(folder) / "report.html"
+        unfinished.write_text(html, encoding="utf-8")
+        unfinished.replace(output)
+
+
+def report_content(
+    database: ScoreDatabase, values: Values, normalise: Normalise, pile_data_dir: Path | None
+) -> dict[str, Any]:
+    """All that the page shows but the date. values: of the same runs and options as the database."""
+    runs = database.runs
+    steps = values.read("steps")
+    if steps["predicted"].null_count == len(steps):
+        raise AttributionError(
+            f"no step of {', '.join(str(run.folder) for run in runs)} has values: the optimizer made no "
+            "update in any of them, as with float16 gradients that overflow; there is nothing to report"
+        )
+    unit_name = texts.UNITS[normalise]
+    blocks, shards = runs[0].blocks(pile_data_dir), runs[0].shards(pile_data_dir)
+    tokenizer = get_tokenizer(blocks.tokenizer)
+    return {
+        **texts.introduction(runs, database.windows, steps, normalise),
+        "totals": totals(database, values),
+        **loss_section(runs, steps),
+        **domain_section(database, values, unit_name),
+        "distribution": distribution(histogram(database, values), unit_name),
+        **samples(database, values, unit_name, blocks, tokenizer),
+        **documents(database, values, unit_name, shards, tokenizer),
+        **efficiency_section(runs, steps, normalise),
+        "validation": validation_rows(runs, tokenizer),
+        "settings": texts.settings([run.config for run in runs]),
+    }
+
+
+def loss_section(runs: Sequence[ScoredRun], steps: pa.Table) -> dict[str, Any]:
+    curves, per_point = loss_curves(steps, [run.metrics() for run in runs])
+    return {"losses": losses(curves), "losses_caption": texts.losses_caption(curves, per_point, len(runs))}
+
+
+def domain_section(database: ScoreDatabase, values: Values, unit_name: str) -> dict[str, Any]:
+    rows = values.read("domains").to_pylist()
+    means = domain_spread(database, values)
+    certain = [mean for mean in means if mean.samples >= FEW_SAMPLES]
+    bins = domain_bins(database)
+    return {
+        "domains": rows,
+        "mean_unit": unit_for(max(abs(row["mean_value"] or 0) for row in rows), unit_name),
+        "sum_unit": unit_for(max(abs(row["value"] or 0) for row in rows), unit_name),
+        "best_domain": max(certain, key=lambda mean: mean.mean).domain if certain else None,
+        "domain_means": domain_means(means, unit_name),
+        "domain_shares": domain_shares(bins),
+        "domain_course": domain_course(bins),
+        "bin_steps": int(bins.edges[1] - bins.edges[0]),
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argument_parser("attribution.report", "A report on a run's values, as one HTML file.")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="[RESULT_DIR/report.html, of the first run]"
+    )
+    arguments = parser.parse_args(argv)
+    options = run_options(arguments)
+    output = arguments.output or options.runs[0].folder / "report.html"
+    write_report(
+        options.runs,
+        output,
+        normalise=options.normalise,
+        steps=options.steps,
+        memory_limit=options.memory_limit,
+        pile_data_dir=options.pile_data_dir,
+    )
+    log.info("%s", output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("attribution.report", main, sys.argv[1:]))
