@@ -375,16 +375,16 @@ def test_another_shard(
 
 
 def test_runs_of_different_data(folders: list[Path], data: Path, tmp_path: Path) -> None:
-    of_one_domain = ScoredRun.open(write_run(tmp_path / "alpha", data, steps=2, split="train:Alpha"))
+    of_one_domain = ScoredRun.open(write_run(tmp_path / "beta", data, steps=2, split="train:Beta [b]"))
     both = ScoredRun.open(folders[0])
-    with pytest.raises(
-        AttributionError, match="runs of different data: their split is train and train:Alpha"
-    ):
+    with pytest.raises(AttributionError, match="runs of different data: their split is train and train:Beta"):
         same_samples([of_one_domain, both])
     with pytest.raises(AttributionError, match="named twice"):
         same_samples([both, ScoredRun.open(folders[1]), ScoredRun.open(folders[0])])
-    assert set(of_one_domain.checksums) == {"Alpha"} and of_one_domain.domains == DOMAINS
-    assert values_of(tmp_path, of_one_domain.folder).read("domains")["domain"].to_pylist() == ["Alpha"]
+    assert set(of_one_domain.checksums) == {"Beta [b]"} and of_one_domain.domains == DOMAINS
+    assert values_of(tmp_path, of_one_domain.folder).read("domains")["domain"].to_pylist() == ["Beta [b]"]
+    blocks = of_one_domain.blocks()
+    assert blocks.domains == ("Beta [b]",) and blocks.sample_id("Beta [b]", 3) == (1 << 40) + 3
 
 
 @pytest.mark.parametrize(
