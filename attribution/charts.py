@@ -1,5 +1,5 @@
 """The report's charts of losses, of the samples' values and of the efficiency check, each a pure function
-from numbers to a `Plot`."""
+from numbers to a `Sketch`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ from attribution.plots import (
     HARMFUL,
     HELPFUL,
     INK,
-    Plot,
+    Sketch,
     legend_below,
-    plot,
     step_axis,
     unit_for,
 )
@@ -36,7 +35,7 @@ class Curve:
     evaluated: bool
 
 
-def losses(curves: Sequence[Curve]) -> Plot:
+def losses(curves: Sequence[Curve]) -> Sketch:
     """Losses in nats per token."""
 
     def draw(figure: Figure, narrow: bool) -> None:
@@ -53,7 +52,7 @@ def losses(curves: Sequence[Curve]) -> Plot:
         legend_below(figure, axes, columns=1 if narrow else 2)
 
     alt = "Lines of losses by training step. " + " ".join(map(_ends, curves))
-    return plot(draw, alt, height=4.2, narrow_height=4.8)
+    return Sketch(draw, alt, height=4.2, narrow_height=4.8)
 
 
 def _ends(curve: Curve) -> str:
@@ -75,7 +74,7 @@ class Histogram:
     share_negative: float
 
 
-def distribution(histogram: Histogram, unit_name: str) -> Plot:
+def distribution(histogram: Histogram, unit_name: str) -> Sketch:
     """How many samples have which value."""
     unit = unit_for(float(np.abs(histogram.edges).max()), unit_name)
     edges, negative = histogram.edges * unit.factor, histogram.share_negative
@@ -99,7 +98,7 @@ def distribution(histogram: Histogram, unit_name: str) -> Plot:
         legend_below(figure, axes, columns=1 if narrow else 2)
 
     alt = "Histogram of the samples' values; " + ", ".join(parts) + "."
-    return plot(draw, alt, height=3.8, narrow_height=4.0)
+    return Sketch(draw, alt, height=3.8, narrow_height=4.0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Falls:
     measured: Numbers
 
 
-def efficiency_scatter(panels: dict[str, Falls]) -> Plot:
+def efficiency_scatter(panels: dict[str, Falls]) -> Sketch:
     """Predicted against measured. panels: title -> the falls that are its points, at least one each."""
 
     def draw(figure: Figure, narrow: bool) -> None:
@@ -124,7 +123,7 @@ def efficiency_scatter(panels: dict[str, Falls]) -> Plot:
     alt = "Scatter plot of the predicted against the measured fall of the validation loss: " + ", ".join(
         f"{title}, {len(falls.predicted):,} points" for title, falls in panels.items()
     )
-    return plot(draw, alt + ".", height=4.0, narrow_height=3.5 * len(panels))
+    return Sketch(draw, alt + ".", height=4.0, narrow_height=3.5 * len(panels))
 
 
 def _scatter(figure: Figure, axes: Axes, falls: Falls) -> None:
@@ -143,7 +142,7 @@ def _scatter(figure: Figure, axes: Axes, falls: Falls) -> None:
     axes.set_ylabel(f"measured fall ({up.name})")
 
 
-def efficiency_course(steps: Numbers, falls: Falls) -> Plot:
+def efficiency_course(steps: Numbers, falls: Falls) -> Sketch:
     """Both falls, added up from the first step on, of one run. steps: (n,)"""
     predicted, measured = falls.predicted.cumsum(), falls.measured.cumsum()
     highest = np.abs(predicted).max(), np.abs(measured).max()
@@ -165,4 +164,4 @@ def efficiency_course(steps: Numbers, falls: Falls) -> Plot:
         "Lines of the fall of the validation loss so far, by training step. At the end: predicted "
         f"{predicted[-1]:.4g} nats, measured {measured[-1]:.4g} nats."
     )
-    return plot(draw, alt, height=3.6, narrow_height=3.8)
+    return Sketch(draw, alt, height=3.6, narrow_height=3.8)

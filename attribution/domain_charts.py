@@ -1,4 +1,4 @@
-"""The report's charts of domains, each a pure function from numbers to a `Plot`."""
+"""The report's charts of domains, each a pure function from numbers to a `Sketch`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ from attribution.plots import (
     INK,
     NOTHING,
     OTHERS,
-    Plot,
+    Sketch,
     legend_below,
-    plot,
     shortened,
     step_axis,
     unit_for,
@@ -39,7 +38,7 @@ class DomainMean:
     error: float
 
 
-def domain_means(rows: Sequence[DomainMean], unit_name: str) -> Plot:
+def domain_means(rows: Sequence[DomainMean], unit_name: str) -> Sketch:
     """Mean value per sample, the highest first, with 95 % confidence intervals."""
     rows = sorted(rows, key=lambda row: (-row.samples, row.domain))[:MOST_DOMAINS]
     rows = sorted(rows, key=lambda row: (row.mean, row.domain))
@@ -70,8 +69,8 @@ def domain_means(rows: Sequence[DomainMean], unit_name: str) -> Plot:
 
     ranking = ", ".join(f"{row.domain} {row.mean * unit.factor:+.3g}" for row in reversed(rows))
     alt = f"Bar chart of the mean value per sample by domain, in {unit.name}, highest first: {ranking}."
-    height = 0.9 + 0.27 * len(rows)
-    return plot(draw, alt, height=height, narrow_height=height)
+    height = max(1.8, 0.9 + 0.27 * len(rows))
+    return Sketch(draw, alt, height=height, narrow_height=height)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class DomainBins:
         return self.helpful - self.harmful
 
 
-def domain_shares(bins: DomainBins) -> Plot:
+def domain_shares(bins: DomainBins) -> Sketch:
     """Each domain's part of Σ|values| of a bin, helpful above zero and harmful below: together 100 %."""
     total = bins.absolute.sum(0)
     percent = 100 / np.where(total == 0, np.inf, total)  # (bins,)
@@ -129,10 +128,10 @@ def domain_shares(bins: DomainBins) -> Plot:
     shares = [(bins.domains[number], bins.absolute[number].sum() / whole) for number in order]
     listed = ", ".join(f"{name} {share:.1%}" for name, share in shares)
     alt = f"Stacked bars by training step, helpful above zero, harmful below. Over all steps: {listed}."
-    return plot(draw, alt, height=4.6, narrow_height=5.8)
+    return Sketch(draw, alt, height=4.6, narrow_height=5.8)
 
 
-def domain_course(bins: DomainBins) -> Plot:
+def domain_course(bins: DomainBins) -> Sketch:
     """Mean value of a domain's samples, over the mean |value| of all samples of the same steps."""
     with np.errstate(invalid="ignore", divide="ignore"):
         typical = bins.absolute.sum(0) / bins.uses.sum(0)
@@ -163,5 +162,5 @@ def domain_course(bins: DomainBins) -> Plot:
         "Heat map, one row for each domain, over the training steps: blue where a domain's samples helped on "
         "average, orange where they hurt. The table of domains has the means over all steps."
     )
-    height = 1.8 + 0.25 * len(order)
-    return plot(draw, alt, height=height, narrow_height=height)
+    height = max(2.6, 1.8 + 0.25 * len(order))
+    return Sketch(draw, alt, height=height, narrow_height=height)

@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from attribution.charts import Falls, efficiency_course, efficiency_scatter
 from attribution.database import Normalise
 from attribution.efficiency import WINDOWS, Efficiency, efficiency, falls, window_sums
-from attribution.plots import Plot
 from attribution.scored_run import ScoredRun
 
 STRENGTHS = {0.8: "strong", 0.5: "moderate", 0.2: "weak"}  # from that absolute correlation on
@@ -63,7 +62,7 @@ def efficiency_section(runs: Sequence[ScoredRun], steps: pa.Table, normalise: No
         "runs": shown,
         "raw_note": raw,
         "check_advice": advice + " ".join(ADVICE[kind] for kind in kinds),
-        "checks": _charts(both, names) if len(both) else [],
+        **_charts(both, names),
     }
 
 
@@ -106,18 +105,20 @@ def _correlation(found: Efficiency) -> str:
     return f"the correlation of predicted and measured fall is {shown} ({strength}; {found.count:,} pairs)."
 
 
-def _charts(both: pa.Table, names: Sequence[str]) -> list[tuple[Plot, str]]:
-    """Each with its caption."""
-    titles = [f"windows of {window} steps" if window > 1 else "single steps" for window in WINDOWS]
+def _charts(both: pa.Table, names: Sequence[str]) -> dict[str, Any]:
+    """The sketches by their names, and, as "checks", these names in order, each with a caption."""
     panels = {}
-    for title, window in zip(titles, WINDOWS, strict=True):
+    for window in WINDOWS:
         sums = [[window_sums(each, window) for each in pair] for _, *pair in falls(both)]
-        predicted, measured = (np.concatenate([pair[side] for pair in sums]) for side in (0, 1))
-        if len(predicted):
-            panels[title] = Falls(predicted, measured)
-    charts = [(efficiency_scatter(panels), SCATTER_CAPTION)]
-    for number, predicted, measured in falls(both):
-        steps = both.filter(pc.equal(both["run"], number))["step"].to_numpy()
-        caption = f"{names[number]}: {COURSE_CAPTION}" if len(names) > 1 else COURSE_CAPTION
-        charts.append((efficiency_course(steps, Falls(predicted, measured)), caption))
-    return charts
+        if any(len(predicted) for predicted, _ in sums):
+            title = "single steps" if window == 1 else f"windows of {window} steps"
+            panels[title] = Falls(*(np.concatenate(side) for side in zip(*sums, strict=True)))
+    if not panels:
+        return {"checks": []}
+    sketches = {"check": efficiency_scatter(panels)}
+    captions = {"check": SCATTER_CAPTION}
+    for run, predicted, measured in falls(both):
+        steps = both.filter(pc.equal(both["run"], run))["step"].to_numpy()
+        sketches[f"check_{run}"] = efficiency_course(steps, Falls(predicted, measured))
+        captions[f"check_{run}"] = f"{names[run]}: {COURSE_CAPTION}" if len(names) > 1 else COURSE_CAPTION
+    return {**sketches, "checks": list(captions.items())}

@@ -58,11 +58,19 @@ class Plot:
     height: int
 
 
-def plot(draw: Draw, alt: str, *, height: float, narrow_height: float) -> Plot:
-    """Heights in inches."""
-    wide = _address(draw, WIDE, height, narrow=False)
-    narrow = _address(draw, NARROW, narrow_height, narrow=True)
-    return Plot(alt, wide, narrow, round(WIDE * 96), round(height * 96))
+@dataclass(frozen=True)
+class Sketch:
+    """A plot that is not drawn yet, which takes a while. Heights in inches."""
+
+    draw: Draw
+    alt: str
+    height: float
+    narrow_height: float
+
+    def plot(self) -> Plot:
+        wide = _address(self.draw, WIDE, self.height, narrow=False)
+        narrow = _address(self.draw, NARROW, self.narrow_height, narrow=True)
+        return Plot(self.alt, wide, narrow, round(WIDE * 96), round(self.height * 96))
 
 
 def _address(draw: Draw, width: float, height: float, *, narrow: bool) -> str:

@@ -26,13 +26,15 @@ from attribution.domain_charts import FEW_SAMPLES, domain_course, domain_means, 
 from attribution.efficiency_section import efficiency_section
 from attribution.excerpts import documents, samples, validation_rows
 from attribution.page import page
-from attribution.plots import unit_for
+from attribution.plots import Plot, Sketch, unit_for
+from attribution.progress import progress_bar
 from attribution.report_tables import domain_bins, domain_spread, histogram, loss_curves, totals
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import write_values
 from attribution.values_folder import Values
 from data_processing.tokenizers import get_tokenizer
 
+NEEDED_SETTINGS = ("optimizer", "direction", "val_set", "val_batch_size")
 log = logging.getLogger(__name__)
 
 
@@ -58,12 +60,15 @@ def write_report(
     """
     if not output.parent.is_dir() or output.is_dir():
         raise AttributionError(f"--output {output}: name a file, in a folder that is there")
+    for run in runs:
+        check_settings(run)
     options: dict[str, Any] = {"normalise": normalise, "steps": steps, "memory_limit": memory_limit}
     with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as folder:
         values = write_values(runs, Path(folder) / "values", pile_data_dir=pile_data_dir, **options)
         with ScoreDatabase(runs, spill_folder=Path(folder), **options) as database:
             content = report_content(database, values, normalise, pile_data_dir)
-        html = page({**content, "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
+        shown_date = f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        html = page({**content, "plots": drawn(content), "date": shown_date})
         unfinished = Path(folder) / "report.html"
         unfinished.write_text(html, encoding="utf-8")
         unfinished.replace(output)
@@ -72,7 +77,8 @@ def write_report(
 def report_content(
     database: ScoreDatabase, values: Values, normalise: Normalise, pile_data_dir: Path | None
 ) -> dict[str, Any]:
-    """All that the page shows but the date. values: of the same runs and options as the database."""
+    """All that the page shows but the date, with plots as sketches. values: of the database's runs, with the
+    same options."""
     runs = database.runs
     steps = values.read("steps")
     if steps["predicted"].null_count == len(steps):
@@ -95,6 +101,27 @@ def report_content(
         "validation": validation_rows(runs, tokenizer),
         "settings": texts.settings([run.config for run in runs]),
     }
+
+
+def check_settings(run: ScoredRun) -> None:
+    """AttributionError if config.json lacks a setting that the report speaks of."""
+    missing = [name for name in NEEDED_SETTINGS if name not in run.config]
+    if missing:
+        raise AttributionError(
+            f"{run.folder / 'config.json'} has no {', '.join(missing)}: another version of this program "
+            "trained the run; make its report with that version, or train it again"
+        )
+
+
+def drawn(content: dict[str, Any]) -> dict[str, Plot]:
+    """The plots of all sketches."""
+    sketches = {name: part for name, part in content.items() if isinstance(part, Sketch)}
+    plots = {}
+    with progress_bar("drawing", len(sketches), "plots") as bar:
+        for name, sketch in sketches.items():
+            plots[name] = sketch.plot()
+            bar.update()
+    return plots
 
 
 def loss_section(runs: Sequence[ScoredRun], steps: pa.Table) -> dict[str, Any]:

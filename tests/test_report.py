@@ -7,7 +7,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +25,7 @@ from attribution.command_line import run_command
 from attribution.database import ScoreDatabase
 from attribution.page import in_unit
 from attribution.plots import unit_for
-from attribution.report import main, write_report
+from attribution.report import NEEDED_SETTINGS, main, write_report
 from attribution.report_tables import domain_bins, domain_spread, evaluations, histogram, means, totals
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import write_values
@@ -399,10 +399,19 @@ def test_tables_are_those_of_pandas(made: ScoredRun, tmp_path: Path) -> None:
 
 def test_a_run_without_any_value_has_no_report(made: ScoredRun, tmp_path: Path) -> None:
     data = Path(made.config["pile_data_dir"])
-    skipped = ScoredRun.open(write_run(tmp_path / "skipped", data, steps=2, null_steps=[0, 1]))
+    run = ScoredRun.open(write_run(tmp_path / "skipped", data, steps=2, null_steps=[0, 1]))
+    skipped = replace(run, config={**run.config, **dict.fromkeys(NEEDED_SETTINGS, "any")})
     with pytest.raises(AttributionError, match=r"no step of .*skipped has values"):
         write_report([skipped], tmp_path / "report.html")
     assert not [path for path in tmp_path.iterdir() if path.name != "skipped"]
+
+
+def test_a_run_of_another_version_is_refused(made: ScoredRun, tmp_path: Path) -> None:
+    with pytest.raises(AttributionError, match=r"config\.json has no val_set: another version"):
+        write_report(
+            [replace(made, config={"optimizer": "SGD", "direction": "gradient", "val_batch_size": 1})],
+            tmp_path / "report.html",
+        )
 
 
 def test_an_output_that_cannot_be_written_is_named(made: ScoredRun, tmp_path: Path) -> None:
