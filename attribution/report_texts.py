@@ -10,16 +10,17 @@ from attribution.charts import Curve
 from attribution.database import Normalise
 from attribution.scored_run import ScoredRun
 
-UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step falls"}
+UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step changes"}
 UNIT_SENTENCES: dict[Normalise, str] = {
-    "none": "Values are in nats, the unit of the loss itself: a value of 0.001 nats means that the loss is "
-    "0.001 lower because of this sample.",
+    "none": "Values are in nats, the unit of the loss itself: a value of 0.001 nats predicts that the loss "
+    "falls by 0.001 because of this sample.",
     "absolute": "Values are normalised: those of each step are divided by the sum of their absolute values, "
     "so that late steps, in which the loss changes little, count as much as early ones. Their unit is the "
     "step total: 0.01 is one hundredth of a step’s sum of absolute values.",
-    "predicted": "Values are normalised: those of each step are divided by the fall of the loss that they "
-    "predict together, so that late steps, in which the loss changes little, count as much as early ones. "
-    "Their unit is the step fall: 0.01 is one hundredth of the fall that a step’s values predict together.",
+    "predicted": "Values are normalised: those of each step are divided by the size of the change of the "
+    "loss that they predict together, so that late steps, in which the loss changes little, count as much as "
+    "early ones. Their unit is the step change: 0.01 is one hundredth of what a step’s values predict "
+    "together.",
 }
 ABSENT = "(this run has no such setting)"
 
