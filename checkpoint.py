@@ -135,8 +135,7 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
     final = folder / checkpoint_name(step)
     hidden = folder / f".{final.name}.tmp"
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left)
+    _clear(folder)
     try:
         hidden.mkdir()
         write(hidden)
@@ -150,7 +149,6 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
         for path in hidden.iterdir():
             sync(path)
         sync(hidden)
-        _remove(final)  # only a checkpoint that --resume_from has gone back behind
         hidden.rename(final)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, of PyTorch, of safetensors
         shutil.rmtree(hidden, ignore_errors=True)  # the disk may be full
@@ -166,7 +164,9 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
 
 
 def remove_after(checkpoint: Path) -> None:
-    """Removes the checkpoints of later steps: the run goes on from this one, and makes them again."""
+    """Removes the checkpoints of later steps: the run goes on from this one, and makes them again; and what a
+    run left that was killed as it wrote or removed one."""
+    _clear(checkpoint.parent)
     _point_to(checkpoint)
     for path in list_checkpoints(checkpoint.parent):
         if step_of(path) > step_of(checkpoint):
@@ -174,12 +174,17 @@ def remove_after(checkpoint: Path) -> None:
             _remove(path)
 
 
+def _clear(folder: Path) -> None:
+    """Removes what is neither a whole checkpoint any more, nor one yet."""
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left)
+
+
 def _remove(checkpoint: Path) -> None:
     """Under another name first: what has a checkpoint's name is whole."""
-    if checkpoint.exists():
-        hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-        checkpoint.rename(hidden)
-        shutil.rmtree(hidden)
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _point_to(checkpoint: Path) -> None:

@@ -22,6 +22,7 @@ from command_line import flags_of
 from config_file import ROOT, ConfigError, TrainingConfig
 
 LOCK = ".lock"  # held by the process that works in the folder
+UNFINISHED = ".config.json.tmp"  # config.json while it is written
 PACKAGES = ("torch", "numpy", "transformers", "tiktoken", "pyarrow", "wandb")  # whose versions are recorded
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
     assert not values.keys() & extra.keys(), values.keys() & extra.keys()
     text = json.dumps({**values, **extra}, indent=2, allow_nan=False)
     # Its presence marks the folder as a run, so it appears whole or not at all.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(UNFINISHED)
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 
@@ -206,7 +207,8 @@ def _check_saved_run(config: TrainingConfig) -> None:
 
 
 def _check_is_run(folder: Path) -> None:
-    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK}
+    # of a run that was killed before it had its config.json, no more than these is there
+    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED}
     if folder.is_symlink() or not (empty or _read_run(folder)):
         raise ConfigError(
             f"--overwrite: {folder} is not the folder of a run (it has no config.json of one) and is left as "

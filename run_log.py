@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config_file import ConfigError, TrainingConfig
+from ghostEngines.score_files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def keep_records_before(path: Path, step: int, evaluation_due: bool) -> None:
                 kept.append(line)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("".join(kept), encoding="utf-8")
+    sync(unfinished)  # else a power failure could leave an empty file in the place of the records
     unfinished.replace(path)
+    sync(path.parent)
 
 
 def progress_bar(steps: int, done: int) -> tqdm:

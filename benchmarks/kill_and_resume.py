@@ -1,20 +1,24 @@
-"""Kills a run at random moments with kill -9, resumes it each time, and compares the end with a run that was
-left alone.
+"""Kills a run at random moments, resumes it each time, and compares the end with a run that was left alone.
 
     python -m benchmarks.kill_and_resume --kills 20 --seed 0
 
-Every second kill comes at a random time of the training, the others at a random call of what writes scores
-and checkpoints (a rename, a removal, a sync, the write of a file: before or after it). In the end the model
-and the optimizer's state must be the same to the last bit, the scores the same rows, each once, and the
-records of metrics.jsonl the same but for the times."""
+A kill is a plan: "time 0.52", so many seconds after the beginning, or "drop_rows_from 3 before": before (or
+after) the third call, counted from that function on, of what changes files: a write, a rename, a removal, a
+sync. With a number for the last word, "train 2 4000", that call is a write, and the kernel ends the process
+when a file has that many bytes (SIGXFSZ, to which nothing in the program listens): what is on the disk is
+part of a file. All others are kill -9. A resumption that is to be killed in remove_after goes back to the
+oldest checkpoint.
+
+In the end the model and the optimizer's state must be the same to the last bit, the scores the same rows,
+each once, the records of metrics.jsonl the same but for the times, and nothing half-written left."""
 
 import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,115 +29,151 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from transformers import GPT2LMHeadModel
 
-ROOT = Path(__file__).resolve().parent.parent
+import main as program
+import run_log
+import training_loop
+from benchmarks.launch import flags_of, fork
+from checkpoint import list_checkpoints
+from run_folder import LOCK
+
 SETTINGS = {
     "architecture": "GPT2-Tiny", "device": "cpu", "block_size": 16, "batch_size": 2, "max_steps": 40,
-    "eval_interval": 7, "eval_iter": 1, "checkpoint_interval": 3, "dot_prod_save_interval": 2,
-    "warmup_step": 5, "run_name": "run",
+    "eval_interval": 7, "eval_iter": 1, "checkpoint_interval": 3, "keep_checkpoints": 3,
+    "dot_prod_save_interval": 2, "warmup_step": 5, "run_name": "run",
 }  # fmt: skip
-WRITING = (
+WRITES = (
+    (pq, "write_table"),
+    (GPT2LMHeadModel, "save_pretrained"),
+    (torch, "save"),
+    (Path, "write_text"),
+    (shutil, "copy"),
+)
+CHANGES = (
     (os, "replace"),
     (os, "unlink"),
     (os, "fsync"),
+    (os, "mkdir"),
+    (os, "symlink"),
     (shutil, "rmtree"),
     (Path, "rename"),
-    (torch, "save"),
 )
+# From where calls are counted: the beginning, what a resumption changes, the training.
+PLACES = {
+    "start": (program, "resolve"),
+    "remove_after": (program, "remove_after"),
+    "drop_rows_from": (program, "drop_rows_from"),
+    "keep_records_before": (run_log, "keep_records_before"),
+    "train": (training_loop.Trainer, "run"),
+}
+# How many calls are made, and of how many bytes the largest file is: in 40 steps of training, and elsewhere.
+TRAINING, ELSEWHERE = (300, 2.5e7), (12, 8e3)
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def doomed(plan: str, flags: list[str]) -> int:
+    """Runs main.py in this process, which will be killed as planned."""
+    place, number, *how = plan.split()
+    if place == "time":
+        timer = threading.Timer(float(number), os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+        return program.main(flags)
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+
+    def reached(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, function)
+        arm(int(number), *how)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, reached)
+    return program.main(flags)
 
 
-def killing(function: Callable[..., Any], calls: "Countdown", after: bool) -> Callable[..., Any]:
+def arm(number: int, how: str) -> None:
+    """From now on the call of this number kills."""
+    calls = iter(range(1, sys.maxsize))
+    for owner, name in WRITES if how.isdigit() else WRITES + CHANGES:
+        setattr(owner, name, killing(getattr(owner, name), lambda: next(calls) == number, how))
+
+
+def killing(function: Callable[..., Any], due: Callable[[], bool], how: str) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        due = calls.next()
-        if due and not after:
-            kill()
-        result = function(*args, **kwargs)
-        if due:
-            kill()
-        return result
+        if not due():
+            return function(*args, **kwargs)
+        what = [part.name for part in args if isinstance(part, Path)]
+        print(f"\nkilled in {function.__name__} {' '.join(what)}", file=sys.stderr, flush=True)
+        if how.isdigit():
+            limit_files(int(how))
+        if how != "before":
+            function(*args, **kwargs)
+        return os.kill(os.getpid(), signal.SIGKILL)
 
     return wrapped
 
 
-class Countdown:
-    def __init__(self, number: int) -> None:
-        self.left = number
-
-    def next(self) -> bool:
-        self.left -= 1
-        return self.left == 0
+def limit_files(size: int) -> None:
+    """A write beyond this size ends the process, after what fits."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, for an error instead
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def doomed(plan: str, flags: list[str]) -> None:
-    """Runs main.py in this process, which will be killed as planned: "time 1.25" or "call 17 after"."""
-    import main
-    import training_loop
+class RandomPlans:
+    """(whether the run is resumed, seconds that a whole one takes) -> plan"""
 
-    kind, number, *when = plan.split()
-    train = training_loop.Trainer.run
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
 
-    def run(self: Any) -> None:
-        if kind == "time":
-            timer = threading.Timer(float(number), kill)
-            timer.daemon = True
-            timer.start()
-        else:
-            calls = Countdown(int(number))
-            for owner, name in WRITING:
-                setattr(owner, name, killing(getattr(owner, name), calls, when == ["after"]))
-        train(self)
-
-    training_loop.Trainer.run = run
-    sys.exit(main.main(flags))
+    def __call__(self, resumes: bool, seconds: float) -> str:
+        draw = self.draw
+        if draw.random() < 0.2:
+            return f"time {draw.uniform(0, seconds):.3f}"
+        later = ["remove_after", "drop_rows_from", "keep_records_before"] if resumes else []
+        place = draw.choice(["start", "train", "train", *later])
+        calls, size = TRAINING if place == "train" else ELSEWHERE
+        how = draw.choice(["before", "after", f"{size ** draw.random():.0f}"])
+        return f"{place} {draw.randrange(1, calls // 5 if how.isdigit() else calls)} {how}"
 
 
-def flags_of(settings: dict[str, object]) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+Plans = Callable[[bool, float], str]
 
 
-def start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+def start(action: Callable[..., object], *arguments: object, folder: Path) -> tuple[int | None, str]:
+    """In a process of its own, to its end: (status, what it said on stderr)."""
+    process = fork(action, *arguments, output=folder / "said", environment={})
+    process.join()
+    return process.exitcode, (folder / "said.err").read_text()
 
 
-def plans(seed: int, seconds: float) -> Any:
-    """When each kill comes; seconds: what the whole training takes."""
-    draw = random.Random(seed)
-    while True:
-        yield f"time {draw.uniform(0, seconds):.3f}"
-        yield f"call {draw.randrange(1, 120)} {draw.choice(['before', 'after'])}"
-
-
-def disturbed(folder: Path, kills: int, seed: int, seconds: float, settings: dict[str, object]) -> list[str]:
+def disturbed(
+    folder: Path, kills: int, plans: Plans, seconds: float, settings: dict[str, object]
+) -> list[str]:
     """Runs to the end in spite of so many kills. Returns what happened, a line for each."""
     happened: list[str] = []
-    coming = plans(seed, seconds)
+    flags = flags_of(settings | {"results_dir": folder})
     while True:
-        flags = flags_of(settings | {"results_dir": folder})
-        if any((folder / "run" / "checkpoints").glob("step_*")):
-            flags.append("--resume")
-        elif (folder / "run").exists():
-            flags.append("--overwrite")
+        checkpoints = list_checkpoints(folder / "run" / "checkpoints")
+        resumes = bool(checkpoints)
+        how = ["--resume"] if resumes else ["--overwrite"]
         if len(happened) >= kills:
-            done = start(["main.py", *flags])
-            if done.returncode != 0:
-                raise SystemExit(f"the last part failed:\n{done.stderr}")
+            status, said = start(program.main, flags + how, folder=folder)
+            if status != 0:
+                raise SystemExit(f"after {happened}, the last part failed:\n{said}")
             return happened
-        plan = next(coming)
-        done = start(["-m", "benchmarks.kill_and_resume", "--doomed", plan, *flags])
-        if done.returncode == 0:  # it came to its end before it could be killed: begin again
+        plan = plans(resumes, seconds)
+        if plan.startswith("remove_after"):  # which has nothing to remove after the newest
+            how = ["--resume_from", checkpoints[0].name]
+        status, said = start(doomed, plan, flags + how, folder=folder)
+        if status == 0:  # it came to its end before it could be killed: begin again
             shutil.rmtree(folder / "run")
-        elif done.returncode != -signal.SIGKILL:
-            raise SystemExit(f"after {happened}, {plan}: status {done.returncode}\n{done.stderr}")
+        elif status not in (-signal.SIGKILL, -signal.SIGXFSZ):
+            raise SystemExit(f"after {happened}, {plan}: status {status}\n{said}")
         else:
-            there = sorted(path.name for path in (folder / "run").rglob("step*"))
-            happened.append(f"{plan}: newest {there[-1] if there else 'nothing'}")
+            where = [line for line in said.splitlines() if line.startswith("killed in ")]
+            newest = [path.name for path in list_checkpoints(folder / "run" / "checkpoints")[-1:]]
+            happened.append(f"{plan}: {' '.join(where)}, newest checkpoint {' '.join(newest) or 'none'}")
 
 
 def differences(run: Path, alone: Path) -> list[str]:
@@ -157,7 +197,8 @@ def differences(run: Path, alone: Path) -> list[str]:
         found.append("scores")
     if records(run) != records(alone):
         found.append("metrics.jsonl")
-    return found
+    left = [str(path.relative_to(run)) for path in run.rglob(".*") if path.name != LOCK]
+    return found + left
 
 
 def flat(state: Any) -> Any:
@@ -174,27 +215,28 @@ def records(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
 
 
-def compare(folder: Path, kills: int, seed: int, **settings: object) -> tuple[list[str], list[str]]:
+def compare(folder: Path, kills: int, plans: Plans, **settings: object) -> tuple[list[str], list[str]]:
     """(what happened, differences) of a run that was killed so often; settings: other than SETTINGS."""
     all_settings = SETTINGS | settings
+    for name in ("alone", "disturbed"):
+        (folder / name).mkdir()
     began = time.monotonic()
-    done = start(["main.py", *flags_of(all_settings | {"results_dir": folder / "alone"})])
-    if done.returncode != 0:
-        raise SystemExit(f"the undisturbed run failed:\n{done.stderr}")
-    seconds = max(1.0, time.monotonic() - began - 6)  # importing takes some
-    happened = disturbed(folder / "disturbed", kills, seed, seconds, all_settings)
+    flags = flags_of(all_settings | {"results_dir": folder / "alone"})
+    status, said = start(program.main, flags, folder=folder / "alone")
+    if status != 0:
+        raise SystemExit(f"the undisturbed run failed:\n{said}")
+    seconds = time.monotonic() - began
+    happened = disturbed(folder / "disturbed", kills, plans, seconds, all_settings)
     return happened, differences(folder / "disturbed" / "run", folder / "alone" / "run")
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["--doomed"]:
-        doomed(argv[1], argv[2:])
     parser = argparse.ArgumentParser("benchmarks.kill_and_resume", allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        happened, found = compare(Path(folder), args.kills, args.seed)
+        happened, found = compare(Path(folder), args.kills, RandomPlans(args.seed))
     print("\n".join(happened))
     if found:
         raise SystemExit(f"after {len(happened)} kills, seed {args.seed}: other {', '.join(found)}")

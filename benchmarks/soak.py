@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.launch import ROOT, flags_of, torchrun
+
 NOTE_EVERY, SETTLED, NOTES = 50, 200, 5
 SETTINGS = {
     "architecture": "GPT2-Tiny", "device": "cpu", "block_size": 32, "batch_size": 2, "eval_interval": 100,
@@ -59,10 +60,8 @@ def main(argv: list[str]) -> None:
         parser.error(f"--max_steps {args.max_steps}: at least {SETTLED + 2 * NOTES * NOTE_EVERY}")
     with tempfile.TemporaryDirectory() as folder:
         notes = f"{folder}/notes.jsonl"
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         settings = SETTINGS | {"max_steps": args.max_steps, "results_dir": folder}
-        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", *launch, "-m", "benchmarks.soak", "--watched", notes, *flags]
+        command = torchrun("-m", "benchmarks.soak", "--watched", notes, *flags_of(settings))
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         lines = [json.loads(line) for line in Path(notes).read_text().splitlines()]
     failed = False

@@ -1,6 +1,7 @@
 """What all tests rely on."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -9,3 +10,17 @@ import pytest
 def interruptible() -> None:
     """A Ctrl-C interrupts, also where the tests run as a background job, whose shell has it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny shards, which no test changes."""
+    from run_helpers import write_shards  # imports the program, which most tests do not need
+
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of results for a module's runs, each under a name of its own."""
+    return tmp_path_factory.mktemp("results")

@@ -6,7 +6,8 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 
 import main
+from benchmarks.launch import flags_of, fork, world_of
 from data_processing.shards import ShardWriter, domain_file_name
 from data_processing.tokenizers import get_tokenizer
 from model_setup import CausalLM
@@ -66,11 +68,7 @@ def command(data: Path, results: Path, **flags: object) -> list[str]:
         "pile_data_dir": data, "results_dir": results, "architecture": "GPT2-Tiny", "device": "cpu",
         "block_size": 8, "batch_size": 2, "max_steps": 4, "eval_iter": 1, "warmup_step": 2, "seed": 5,
     } | flags  # fmt: skip
-    return [part for name, value in flags.items() for part in flag(name, value)]
-
-
-def flag(name: str, value: object) -> list[str]:
-    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return flags_of(flags)
 
 
 @dataclass
@@ -143,6 +141,47 @@ def start(data: Path, results: Path, **flags: object) -> Run:
             raise AssertionError("KeyboardInterrupt came out of main()") from error
     run.out, run.err = out.getvalue(), err.getvalue()
     return run
+
+
+class TwoProcesses:
+    """A run of main.py's main() in two processes, as torchrun starts them, but forked from one that has
+    imported everything. before: a function of a module, called first in each; RANK in its environment tells
+    which it is."""
+
+    def __init__(
+        self, data: Path, results: Path, *, before: Callable[[], None] | None = None, **flags: object
+    ) -> None:
+        self.folder = results / str(flags["run_name"])
+        self.said = [results / f"{flags['run_name']}-rank-{rank}" for rank in (0, 1)]
+        self.store, worlds = world_of(2)
+        self.processes = [
+            fork(
+                _main_after, before, command(data, results, **flags), output=said,
+                environment=environment(results) | world,
+            )
+            for said, world in zip(self.said, worlds, strict=True)
+        ]  # fmt: skip
+
+    def ended(self, *statuses: int) -> Run:
+        """Waits for both and checks their exit statuses (without any: both are 0). err: of one, then of the
+        other."""
+        deadline = time.monotonic() + 60
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        found = tuple(process.exitcode for process in self.processes)
+        for process in self.processes:
+            process.kill()
+        out, err = (
+            "".join(Path(f"{each}.{kind}").read_text() for each in self.said) for kind in ("out", "err")
+        )
+        assert found == (statuses or (0, 0)), f"{found}\n{err}"
+        return Run(found[0], self.folder, out, err)
+
+
+def _main_after(before: Callable[[], None] | None, flags: list[str]) -> int:
+    if before is not None:
+        before()
+    return main.main(flags)
 
 
 def python(*arguments: object) -> list[str]:

@@ -3,29 +3,27 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import ROOT, Run, command, environment, python, start, tree, write_shards
+from run_helpers import ROOT, Run, command, environment, start, tree, write_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import checkpoint
+import main
 import training_loop
 from benchmarks.kill_and_resume import compare, differences
+from benchmarks.launch import fork
 from checkpoint import list_checkpoints, read_manifest
 from training_loop import Trainer
 
 FLAGS = {"max_steps": 8, "checkpoint_interval": 3, "eval_interval": 2, "dot_prod_save_interval": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +36,13 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def copied(alone: Run, tmp_path: Path) -> Path:
-    """Results with a copy of that run, at its end."""
-    shutil.copytree(alone.folder, tmp_path / "a", symlinks=True)
+    """Results with a copy of that run, at its end. The large files, which are replaced and never changed, are
+    the same."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if os.path.getsize(source) > 1_000_000 else shutil.copy2)(source, target)
+
+    shutil.copytree(alone.folder, tmp_path / "a", symlinks=True, copy_function=copy)
     return tmp_path
 
 
@@ -66,34 +69,32 @@ def test_checkpoints_by_interval_and_at_the_end(alone: Run) -> None:
     assert read_manifest(newest)["step"] == 8
 
 
-def test_the_newest_are_kept(data: Path, tmp_path: Path) -> None:
-    run = start(data, tmp_path, run_name="a", keep_checkpoints=1, **FLAGS)
-    assert names(run.folder) == ["step_000008"]
-    assert not list((run.folder / "checkpoints").glob(".*"))
-
-
 # ---- going on
 
 
-@pytest.mark.parametrize("steps", [3, 6])
-def test_resuming_is_never_having_stopped(steps: int, alone: Run, data: Path, copied: Path, caplog) -> None:
-    """From the middle: what the run wrote after the checkpoint is computed again, to the last bit."""
+@pytest.mark.parametrize(("steps", "keep"), [(3, 3), (6, 1)])
+def test_resuming_is_never_having_stopped(
+    steps: int, keep: int, alone: Run, data: Path, copied: Path, caplog
+) -> None:
+    """From the middle: what the run wrote after the checkpoint is computed again, to the last bit. Of its
+    checkpoints the newest are kept."""
     for name in names(copied / "a"):
         if int(name[5:]) > steps:
             shutil.rmtree(copied / "a" / "checkpoints" / name)
     with caplog.at_level("INFO"):
-        run = start(data, copied, run_name="a", resume=True, keep_checkpoints=3, **FLAGS)
+        run = start(data, copied, run_name="a", resume=True, keep_checkpoints=keep, **FLAGS)
     assert run.status == 0 and same(run, alone)
     assert f"resuming from {copied}/a/checkpoints/step_00000{steps}" in caplog.text
-    assert names(run.folder) == names(alone.folder)
+    assert names(run.folder) == names(alone.folder)[-keep:]
 
 
 def test_more_steps(alone: Run, data: Path, copied: Path, tmp_path: Path) -> None:
     """With the learning rates of the longer run: the shorter one must have had its --lr_decay_steps."""
-    longer = start(data, tmp_path / "b", run_name="a", **FLAGS | {"max_steps": 10})
+    rarely = FLAGS | {"checkpoint_interval": 100}
+    longer = start(data, tmp_path / "b", run_name="a", **rarely | {"max_steps": 10})
     message = refused(data, copied, max_steps=10)
     assert "--lr_decay_steps is 10, was 8" in message and "--max_steps" not in message
-    flags = FLAGS | {"lr_decay_steps": 10}
+    flags = rarely | {"lr_decay_steps": 10}
     start(data, tmp_path / "c", run_name="a", **flags)
     run = start(data, tmp_path / "c", run_name="a", resume=True, **flags | {"max_steps": 10})
     assert run.metrics().train_loss.tolist() == longer.metrics().train_loss.tolist()
@@ -156,45 +157,41 @@ def test_no_checkpoint_yet(data: Path, copied: Path) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_in_a_step(
-    number: signal.Signals, alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
+def signal_in_step(patch: pytest.MonkeyPatch, index: int, number: int) -> None:
+    """In the step of this index, counted from where the run begins or goes on."""
     forward_backward, calls = Trainer._forward_backward, iter(range(100))
 
     def signalled(self, batch):
         losses = forward_backward(self, batch)
-        if next(calls) == 4:
+        if next(calls) == index:
             os.kill(os.getpid(), number)
         return losses
 
-    monkeypatch.setattr(Trainer, "_forward_backward", signalled)
-    run = start(data, tmp_path, run_name="a", keep_checkpoints=9, **FLAGS)
-    assert run.status == 128 + number
-    assert names(run.folder) == ["step_000003", "step_000004"]
-    assert "--resume --run_name a" in caplog.text
-    monkeypatch.undo()
+    patch.setattr(Trainer, "_forward_backward", signalled)
+
+
+def test_signals_in_steps(
+    alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """One after the other in one run: before there is an optimizer state, after the first step of what was
+    resumed, and in the middle."""
+    for number, index, steps in ((signal.SIGTERM, 0, 0), (signal.SIGINT, 1, 1), (signal.SIGUSR1, 3, 4)):
+        with monkeypatch.context() as patch:
+            signal_in_step(patch, index, number)
+            more = {} if steps == 0 else {"resume": True}
+            run = start(data, tmp_path, run_name="a", keep_checkpoints=9, **more, **FLAGS)
+        assert run.status == 128 + number
+        assert names(run.folder)[-1] == f"step_{steps:06d}"
+        assert f"interrupted after step {steps}" in caplog.text and "--resume --run_name a" in caplog.text
+    assert names(run.folder) == [f"step_00000{steps}" for steps in (0, 1, 3, 4)]
     run = start(data, tmp_path, run_name="a", resume=True, **FLAGS)
     assert run.status == 0 and same(run, alone)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-@pytest.mark.parametrize("at", [0, 5])
-def test_stopped_before_there_is_an_optimizer_state(
-    optimizer: str, at: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the first step; and SGD has none at any time."""
-    flags = FLAGS | {"optimizer": optimizer}
+def test_an_optimizer_without_a_state(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = FLAGS | {"optimizer": "SGD", "checkpoint_interval": 100}
     whole = start(data, tmp_path / "whole", run_name="a", **flags)
-    forward_backward, calls = Trainer._forward_backward, iter(range(100))
-
-    def signalled(self, batch):
-        losses = forward_backward(self, batch)
-        if next(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return losses
-
-    monkeypatch.setattr(Trainer, "_forward_backward", signalled)
+    signal_in_step(monkeypatch, 5, signal.SIGTERM)
     assert start(data, tmp_path, run_name="a", **flags).status == 128 + signal.SIGTERM
     monkeypatch.undo()
     run = start(data, tmp_path, run_name="a", resume=True, **flags)
@@ -224,12 +221,35 @@ def test_sigterm_during_an_evaluation(
     assert same(run, alone)
 
 
-def test_kill_9(tmp_path: Path) -> None:
-    """A few of the kills of benchmarks/kill_and_resume.py."""
+KILLS = {  # plan: where that is
+    "start 1 100": "write_text .config.json.tmp",  # no checkpoint yet: it begins anew
+    "train 1 3000": "write_table",
+    "train 11 9000000": "save_pretrained .step_000006.tmp",
+    "drop_rows_from 1 2000": "write_table",
+    "keep_records_before 1 200": "write_text .metrics.jsonl.tmp",
+    "train 60 before": "",
+    "remove_after 8 before": "unlink",  # within rmtree
+}
+
+
+def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
+    """A few of the kills of benchmarks/kill_and_resume.py, in each of the places where files change."""
     if not (ROOT / "data" / "demo" / ".complete.sha256").exists():
         pytest.skip("the demo shards are not made: ./init.sh")
-    happened, found = compare(tmp_path, 3, seed=5, max_steps=12)
-    assert len(happened) == 3 and found == []
+    plans = iter(KILLS)
+    happened, found = compare(tmp_path, len(KILLS), lambda *_: next(plans), max_steps=12)
+    assert found == []
+    for line, where in zip(happened, KILLS.values(), strict=True):
+        assert f"killed in {where}" in line, happened
+
+
+def test_what_a_killed_run_left_is_removed(data: Path, copied: Path) -> None:
+    """At the latest when it goes on, also if nothing is left to do."""
+    left = copied / "a" / "checkpoints" / ".step_000006.old.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"large")
+    run = start(data, copied, run_name="a", resume=True, **FLAGS)
+    assert run.status == 0 and not left.exists() and len(names(run.folder)) == 3
 
 
 # ---- faults
@@ -238,11 +258,16 @@ def test_kill_9(tmp_path: Path) -> None:
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    replace(path, content)
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+    replace(path, path.read_bytes()[:-1])
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer_state.pt", "manifest.json"])
@@ -262,14 +287,28 @@ def test_the_one_before_a_damaged_checkpoint_by_name(alone: Run, data: Path, cop
     assert read_manifest(copied / "a" / "checkpoints" / "step_000008")["step"] == 8
 
 
+def full_from_step_6(flags: list[str]) -> int:
+    """main(), while no file may grow beyond 20 MB in the second checkpoint."""
+    publish = checkpoint.publish
+
+    def limited(folder, step, *rest):
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, resource.RLIM_INFINITY))
+        return publish(folder, step, *rest)
+
+    checkpoint.publish = limited
+    return main.main(flags)
+
+
 def test_a_full_disk(data: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 20 MB in the second checkpoint: the first one stays, and is gone on from."""
+    """The first checkpoint stays, and is gone on from."""
     flags = command(data, tmp_path, run_name="a", **FLAGS | {"max_steps": 6, "dot_prod_save_interval": 100})
-    limited = subprocess.run(
-        python("-c", FULL, *flags), cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
-    )
-    assert limited.returncode == 1, limited.stderr
-    last = limited.stderr.strip().splitlines()[-1]
+    said = tmp_path / "said"
+    process = fork(full_from_step_6, flags, output=said, environment=environment(tmp_path))
+    process.join(60)
+    error = Path(f"{said}.err").read_text()
+    assert process.exitcode == 1, error
+    last = error.strip().splitlines()[-1]
     assert last.startswith(f"OSError: cannot write {tmp_path}/a/checkpoints/step_000006: ")
     assert last.endswith("the checkpoints that were there before are whole")
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step_000003"]
@@ -277,36 +316,21 @@ def test_a_full_disk(data: Path, tmp_path: Path) -> None:
     assert run.status == 0 and names(run.folder) == ["step_000003", "step_000006"]
 
 
-FULL = """
-import resource, sys
-import checkpoint, main
-publish = checkpoint.publish
-def limited(folder, step, *rest):
-    if step == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, resource.RLIM_INFINITY))
-    return publish(folder, step, *rest)
-checkpoint.publish = limited
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
 def test_two_runs_in_one_folder(data: Path, tmp_path: Path) -> None:
     flags = command(data, tmp_path, run_name="a", **FLAGS | {"max_steps": 100_000})
-    process = subprocess.Popen(
-        python("main.py", *flags), cwd=ROOT, env=environment(tmp_path), stderr=subprocess.DEVNULL
-    )
+    process = fork(main.main, flags, output=tmp_path / "said", environment=environment(tmp_path))
     try:
         deadline = time.monotonic() + 60
         while not names(tmp_path / "a"):
-            assert time.monotonic() < deadline and process.poll() is None
+            assert time.monotonic() < deadline and process.is_alive()
             time.sleep(0.05)
         for how in ("resume", "overwrite"):
             run = start(data, tmp_path, run_name="a", **{how: True}, **FLAGS | {"max_steps": 100_000})
             assert run.status == 2 and "another process is at work in" in run.err
-        assert process.poll() is None
+        assert process.is_alive()
     finally:
         process.kill()
-        process.wait()
+        process.join()
     run = start(data, tmp_path, run_name="a", overwrite=True, **FLAGS)  # the lock went with the process
     assert run.status == 0
 

@@ -3,16 +3,23 @@
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from run_helpers import ROOT, Run, command, environment, start, write_shards
+from run_helpers import ROOT, Run, TwoProcesses, command, environment, start
 from transformers import GPT2LMHeadModel
+
+import checkpoint
+import training_loop
+from benchmarks.launch import torchrun
+from evaluation import evaluate
+from training_loop import Trainer
 
 FLAGS = {
     "model_dtype": "float64",
@@ -27,39 +34,10 @@ FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results")
-
-
-@pytest.fixture(scope="module")
 def alone(data: Path, results: Path) -> Run:
     run = start(data, results, run_name="alone", batch_size=4, **FLAGS)
     assert run.status == 0
     return run
-
-
-def torchrun(data: Path, results: Path, script: Path = ROOT / "main.py", **flags: object) -> subprocess.Popen:
-    """Two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.Popen(
-        [*launcher, str(script), *command(data, results, **flags)],
-        cwd=ROOT,
-        env=environment(results) | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen, results: Path, name: str, status: int = 0) -> Run:
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode == 0) == (status == 0), err
-    return Run(status, results / name, out, err)
 
 
 def assert_same(run: Run, want: Run, tolerance: float = 1e-10) -> None:
@@ -68,10 +46,7 @@ def assert_same(run: Run, want: Run, tolerance: float = 1e-10) -> None:
         assert mine.keys() == other.keys()
         for name in mine.keys() - {"time", "tokens_per_second"}:
             assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=1e-14), name
-    models = [GPT2LMHeadModel.from_pretrained(each.folder / "model") for each in (run, want)]
-    for mine, other in zip(*(model.parameters() for model in models), strict=True):
-        assert mine.dtype == torch.float64
-        assert (mine - other).norm() <= tolerance * other.norm()
+    assert_same_parameters(run, want, tolerance)
     scores = [each.scores().sort_values(["step", "sample_id"]) for each in (run, want)]
     assert (scores[0].groupby("step").size() == 4).all() and not scores[0].duplicated(
         ["step", "sample_id"]
@@ -83,6 +58,13 @@ def assert_same(run: Run, want: Run, tolerance: float = 1e-10) -> None:
         assert np.abs(mine - other).max() <= tolerance * np.abs(other).max(), column
 
 
+def assert_same_parameters(run: Run, want: Run, tolerance: float = 1e-10) -> None:
+    models = [GPT2LMHeadModel.from_pretrained(each.folder / "model") for each in (run, want)]
+    for mine, other in zip(*(model.parameters() for model in models), strict=True):
+        assert mine.dtype == torch.float64
+        assert (mine - other).norm() <= tolerance * other.norm()
+
+
 def test_micro_batches_are_the_large_batch(alone: Run, data: Path, results: Path) -> None:
     run = start(data, results, run_name="micro", batch_size=2, gradient_accumulation_steps=2, **FLAGS)
     assert run.status == 0
@@ -92,9 +74,7 @@ def test_micro_batches_are_the_large_batch(alone: Run, data: Path, results: Path
 def test_regular_micro_batches_train_the_same(alone: Run, data: Path, results: Path) -> None:
     flags = FLAGS | {"method": "Regular", "gradient_accumulation_steps": 4}
     run = start(data, results, run_name="regular", batch_size=1, **flags)
-    models = [GPT2LMHeadModel.from_pretrained(each.folder / "model") for each in (run, alone)]
-    for mine, other in zip(*(model.parameters() for model in models), strict=True):
-        assert (mine - other).norm() <= 1e-10 * other.norm()
+    assert_same_parameters(run, alone)
 
 
 @pytest.mark.parametrize(
@@ -105,24 +85,48 @@ def test_two_processes_are_one(
 ) -> None:
     name = f"{parallel}-{accumulation}"
     flags = FLAGS | {"parallel": parallel, "gradient_accumulation_steps": accumulation}
-    process = torchrun(data, results, run_name=name, batch_size=batch_size, **flags)
-    run = finished(process, results, name)
+    run = TwoProcesses(data, results, run_name=name, batch_size=batch_size, **flags).ended()
     assert_same(run, alone)
     assert set(run.scores()["rank"]) == {0, 1}
     assert run.err.count("after step 3: loss") == 1 and run.out.count("loss on val") == 1  # rank 0 alone
 
 
+@pytest.mark.parametrize(
+    ("granularity", "more"), [("pairwise", {"activation_checkpointing": True}), ("per_layer", {})]
+)
+def test_divided_parameters_and_parts_of_scores(
+    granularity: str, more: dict[str, object], data: Path, results: Path
+) -> None:
+    """And activations made again, with the parameters gathered once more for it."""
+    flags = FLAGS | {"score_granularity": granularity, "max_steps": 2}
+    alone = start(data, results, run_name=granularity, batch_size=4, **flags)
+    flags |= {"parallel": "fsdp", **more}
+    run = TwoProcesses(data, results, run_name=f"fsdp-{granularity}", batch_size=2, **flags).ended()
+    assert_same(run, alone)
+    mine, other = (
+        np.stack(each.scores().sort_values(["step", "sample_id"])[granularity].tolist())
+        for each in (run, alone)
+    )
+    assert mine.shape == (8, {"pairwise": 3, "per_layer": 16}[granularity])
+    assert np.abs(mine - other).max() <= 1e-10 * np.abs(other).max()
+
+
+def test_regular_with_divided_parameters_trains_the_same(alone: Run, data: Path, results: Path) -> None:
+    flags = FLAGS | {"method": "Regular", "parallel": "fsdp", "activation_checkpointing": True}
+    run = TwoProcesses(data, results, run_name="fsdp-regular", batch_size=2, **flags).ended()
+    assert_same_parameters(run, alone)
+
+
 def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Path) -> None:
     """Two processes with DDP make two steps; one goes on with micro-batches, then two with FSDP: the same
     run."""
-    flags = FLAGS | {"lr_decay_steps": 4, "eval_interval": 2}
-    first = torchrun(data, results, run_name="moved", batch_size=2, **flags | {"max_steps": 2})
-    finished(first, results, "moved")
-    again = {"run_name": "moved", "resume": True, **flags}
+    flags = FLAGS | {"run_name": "moved", "lr_decay_steps": 4, "eval_interval": 2}
+    TwoProcesses(data, results, batch_size=2, **flags | {"max_steps": 2}).ended()
+    again = {"resume": True, **flags}
     second = start(data, results, batch_size=2, gradient_accumulation_steps=2, **again | {"max_steps": 3})
     assert second.status == 0
-    third = torchrun(data, results, batch_size=1, gradient_accumulation_steps=2, parallel="fsdp", **again)
-    run = finished(third, results, "moved")
+    third = {"batch_size": 1, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
+    run = TwoProcesses(data, results, **third, **again).ended()
     extra = [record for record in run.records() if record["step"] == 2 and "loss/val" in record]
     assert len(extra) == 1  # the one at the end of the second part
     lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -131,60 +135,117 @@ def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Pat
     assert_same(run, alone)
 
 
-BROKEN = """
-import sys
-import training_loop, main
-original = training_loop.Trainer._step
-def step(self, number):
-    if number == 2 and self.world.rank == 1:
-        {action}
-    original(self, number)
-training_loop.Trainer._step = step
-sys.exit(main.main(sys.argv[1:]))
-"""
+# ---- a process that fails, and signals. What is done to the processes is done by functions of this module.
+
+
+def in_the_second(action: Callable[[], None]) -> None:
+    if os.environ["RANK"] == "1":
+        action()
+
+
+def in_step_2(action: Callable[[], None]) -> None:
+    step = Trainer._step
+    patch.object(
+        Trainer, "_step", lambda self, number: (number == 2 and action(), step(self, number))
+    ).start()
+
+
+def broken() -> None:
+    raise RuntimeError("broken")
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def second_is_broken() -> None:
+    in_the_second(lambda: in_step_2(broken))
+
+
+def second_is_killed() -> None:
+    in_the_second(lambda: in_step_2(killed))
 
 
 @pytest.mark.parametrize(
-    "action", ["raise RuntimeError('broken')", "import os; os.kill(os.getpid(), 9)"], ids=["raises", "killed"]
+    ("before", "status"), [(second_is_broken, 1), (second_is_killed, -9)], ids=["raises", "killed"]
 )
-def test_a_process_that_fails_ends_them_all(action: str, data: Path, tmp_path: Path) -> None:
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN.format(action=action))
-    process = torchrun(data, tmp_path, script, run_name="a", max_steps=100_000)
-    began, workers = time.monotonic(), []
-    while process.poll() is None and len(workers) < 2 and time.monotonic() - began < 60:
-        workers = children(process.pid)
+def test_a_process_that_fails_ends_the_other(
+    before: Callable[[], None], status: int, data: Path, tmp_path: Path
+) -> None:
+    TwoProcesses(data, tmp_path, before=before, run_name="a", max_steps=100_000).ended(1, status)
+
+
+def wait_for_records(folder: Path, running: Callable[[], bool]) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and running()
         time.sleep(0.05)
-    finished(process, tmp_path, "a", status=1)
-    assert time.monotonic() - began < 60
-    assert len(workers) == 2 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
-def children(pid: int) -> list[str]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return found.stdout.split()
+def assert_stopped_at_one_step(run: Run) -> None:
+    """A checkpoint, and the scores of all, up to one step."""
+    (folder,) = (run.folder / "checkpoints").iterdir()
+    steps = checkpoint.step_of(folder)
+    assert run.err.count(f"interrupted after step {steps}") == 1
+    sizes = run.scores().groupby("step").size()
+    assert sizes.index.tolist() == list(range(steps)) and (sizes == 4).all()
+    assert pd.DataFrame(run.records()).step.max() == steps - 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_them_all_at_one_step(
     number: signal.Signals, data: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint, the scores of all, and an exit status that is not 0."""
-    process = torchrun(data, tmp_path, run_name="a", max_steps=100_000)
-    metrics = tmp_path / "a" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    workers = children(process.pid)
-    os.kill(int(workers[-1]), number)
-    run = finished(process, tmp_path, "a", status=1)
-    (checkpoint,) = (run.folder / "checkpoints").iterdir()
-    steps = int(checkpoint.name.removeprefix("step_"))
-    assert f"interrupted after step {steps}" in run.err
-    sizes = run.scores().groupby("step").size()
-    assert sizes.index.tolist() == list(range(steps)) and (sizes == 4).all()
-    assert pd.DataFrame(run.records()).step.max() == steps - 1
+    two = TwoProcesses(data, tmp_path, run_name="a", max_steps=100_000)
+    wait_for_records(two.folder, lambda: all(process.is_alive() for process in two.processes))
+    os.kill(two.processes[1].pid, number)
+    assert_stopped_at_one_step(two.ended(128 + number, 128 + number))
+
+
+def second_gets_a_signal_in_an_evaluation() -> None:
+    """In its second batch: the first process is at another place by then."""
+
+    def signalled(model, data, config, precision, world, between):
+        calls = iter(range(100))
+
+        def signalling() -> None:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            between()
+
+        return evaluate(model, data, config, precision, world, signalling)
+
+    in_the_second(lambda: patch.object(training_loop, "evaluate", signalled).start())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_in_an_evaluation_of_several(parallel: str, alone: Run, data: Path, tmp_path: Path) -> None:
+    """All leave it, and make it when the run goes on."""
+    flags = FLAGS | {"run_name": "a", "parallel": parallel, "batch_size": 2}
+    before = second_gets_a_signal_in_an_evaluation
+    stopped = TwoProcesses(data, tmp_path, before=before, **flags).ended(143, 143)
+    assert stopped.evaluations() == [] and "interrupted after step 2" in stopped.err
+    run = TwoProcesses(data, tmp_path, resume=True, **flags).ended()
+    assert_same(run, alone)
+
+
+def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
+    """To all, which end as above; none is left over."""
+    arguments = torchrun(ROOT / "main.py", *command(data, tmp_path, run_name="a", max_steps=100_000))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path), **pipes)
+    wait_for_records(tmp_path / "a", lambda: launcher.poll() is None)
+    workers = children(launcher.pid)
+    launcher.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and len(workers) == 2
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert_stopped_at_one_step(Run(launcher.returncode, tmp_path / "a", out, err))
+
+
+def children(pid: int) -> list[str]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return found.stdout.split()
 
 
 def test_fsdp_needs_several_processes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from oracle import per_sample
-from run_helpers import DOMAINS, ROOT, Run, command, environment, python, start, tokens_of, tree, write_shards
+from run_helpers import DOMAINS, ROOT, Run, command, environment, python, start, tokens_of, tree
 from transformers import GPT2LMHeadModel
 
 import main
@@ -30,16 +30,6 @@ FLAGS = {
     "learning_rate": 1e-3, "warmup_step": 4, "lr_decay_steps": 20, "eval_interval": 8, "eval_bs": 4,
     "eval_iter": 2, "dot_prod_save_interval": 7,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results")
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from run_helpers import ROOT, Run, command, environment, python, start, tree, write_shards
+from run_helpers import ROOT, Run, command, environment, python, start, tree
 from transformers import GPT2LMHeadModel
 
 import main
 import model_setup
 import training_loop
+from benchmarks.launch import fork
 from data_processing.shards import ShardWriter
 from ghostEngines import GradDotProdEngine
 from interrupts import interrupt_deferred
 from training_loop import Trainer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -491,19 +487,11 @@ def test_ctrl_c_before_the_first_step(data: Path, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "results").exists()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for_lines(run: Run, count: int, is_alive: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < end, "the run does not get there"
+    while lines(run) < count:
+        assert is_alive() and time.monotonic() < end, "the run does not get there"
         time.sleep(0.02)
-
-
-def started(data: Path, tmp_path: Path, **flags: object) -> tuple[subprocess.Popen, Run]:
-    arguments = python("main.py", *command(data, tmp_path, run_name="a", **flags))
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe)
-    return process, Run(-1, tmp_path / "a", "", "")
 
 
 def lines(run: Run) -> int:
@@ -512,9 +500,12 @@ def lines(run: Run) -> int:
 
 
 def test_a_process_that_is_interrupted(data: Path, tmp_path: Path) -> None:
-    flags = {"dot_prod_save_interval": 100_000, "eval_interval": 2}
-    process, run = started(data, tmp_path, max_steps=100_000, **flags)
-    wait_for(lambda: lines(run) >= 3, process)
+    flags = {"max_steps": 100_000, "dot_prod_save_interval": 100_000, "eval_interval": 2}
+    arguments = python("main.py", *command(data, tmp_path, run_name="a", **flags))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe)
+    run = Run(-1, tmp_path / "a", "", "")
+    wait_for_lines(run, 3, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     out, err = (text.decode().replace("\r", "\n") for text in process.communicate(timeout=60))
     assert process.returncode == 130, err
@@ -534,11 +525,13 @@ def test_a_process_that_is_interrupted(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_keeps_what_was_written(data: Path, tmp_path: Path) -> None:
-    process, run = started(data, tmp_path, max_steps=100_000, dot_prod_save_interval=2)
-    wait_for(lambda: lines(run) >= 6, process)
+    flags = command(data, tmp_path, run_name="a", max_steps=100_000, dot_prod_save_interval=2)
+    process = fork(main.main, flags, output=tmp_path / "said", environment=environment(tmp_path))
+    run = Run(-1, tmp_path / "a", "", "")
+    wait_for_lines(run, 6, process.is_alive)
     process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     steps = steps_scored(run)
     assert steps == list(range(len(steps))) and len(steps) % 2 == 0
     assert len(steps) >= lines(run) - 2 >= 4

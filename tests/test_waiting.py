@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import start, write_shards
+from run_helpers import start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostEngines.graddotprod_engine
 import ghostEngines.layer_rules.cross_entropy_head
 import ghostEngines.losses
 from training_loop import Trainer
+from training_state import TrainingState
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
@@ -29,7 +30,12 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 @pytest.mark.parametrize("method", ["GradDotProd", "Regular"])
 def test_a_step_reads_no_values_between_logging_steps(
-    method: str, optimizer: str, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    optimizer: str,
+    accumulation: int,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`require`, which on a GPU is checked by the device itself, is left out."""
     for module in (
@@ -39,6 +45,7 @@ def test_a_step_reads_no_values_between_logging_steps(
     ):
         monkeypatch.setattr(module, "require", lambda condition, message: None)
     monkeypatch.setattr(Trainer, "_waits", Trainer._logs)
+    monkeypatch.setattr(TrainingState, "save", lambda *args: None)
     step, counts = Trainer._step, []
 
     def counted(self: Trainer, number: int) -> None:
@@ -48,7 +55,6 @@ def test_a_step_reads_no_values_between_logging_steps(
 
     monkeypatch.setattr(Trainer, "_step", counted)
     flags = {"method": method, "optimizer": optimizer, "gradient_accumulation_steps": accumulation}
-    data = write_shards(tmp_path / "shards")
     run = start(
         data, tmp_path, run_name="a", max_steps=6, log_interval=3, dot_prod_save_interval=100, **flags
     )
