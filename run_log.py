@@ -53,6 +53,7 @@ class RunLog(SilentLog):
     its last checkpoint, are removed. evaluation_due: so is an evaluation before it, which is made again."""
 
     def __init__(self, config: TrainingConfig, step: int, evaluation_due: bool) -> None:
+        self._first = step
         with ExitStack() as opened:
             self._wandb = None
             if config.wandb_mode != "disabled":
@@ -72,8 +73,8 @@ class RunLog(SilentLog):
         line = json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+        if self._wandb is not None:  # it ignores what comes for an earlier step, so a due evaluation's too
+            self._wandb.log(dict(values), step=max(step, self._first))
 
     def advance(self, shown: str) -> None:
         """One step further on the bar, with what to show beside it."""
@@ -148,7 +149,8 @@ def check_wandb(config: TrainingConfig) -> None:
 
 def start_wandb(config: TrainingConfig) -> Any:
     """The run at Weights & Biases (a folder of the result_dir when offline); when it is resumed, the same
-    one."""
+    one: of steps that it has had already, which are computed again to the same numbers, it keeps the first
+    record."""
     import wandb  # takes a second to import, which a run without it is spared
 
     memory = config.result_dir / "wandb_id"

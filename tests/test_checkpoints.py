@@ -1,5 +1,6 @@
 """Checkpoints: a run that is stopped in any way goes on as if it had not been."""
 
+import inspect
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from run_helpers import ROOT, Run, command, environment, start, tree, write_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -135,6 +137,60 @@ def test_micro_batches_may_change(alone: Run, data: Path, copied: Path) -> None:
     assert run.scores().sample_id.tolist() == alone.scores().sample_id.tolist()
     want = alone.scores().dot_product.to_numpy()
     assert run.scores().dot_product.to_numpy() == pytest.approx(want, abs=1e-4 * abs(want).max())
+
+
+class Wandb:
+    """Stands in for wandb: the runs, and of each what it was started with, and what it got for which step. It
+    takes no record of an earlier step than the last, which online it remembers by the run's id."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.signature, self.runs = inspect.signature(wandb.init), []
+        monkeypatch.setattr(wandb, "init", self.init)
+        monkeypatch.setattr(wandb, "login", lambda: True)
+
+    def init(self, **given: object) -> "Wandb.Run":
+        self.signature.bind(**given)
+        before = [run.step for run in self.runs if given["resume"] and run.given["id"] == given["id"]]
+        self.runs.append(Wandb.Run(given, before[-1] + 1 if before else 0))
+        return self.runs[-1]
+
+    class Run:
+        def __init__(self, given: dict[str, object], step: int) -> None:
+            self.given, self.step, self.steps = given, step, []
+
+        def __enter__(self) -> "Wandb.Run":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.finished = True
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            assert step >= self.step, "it would be ignored"
+            self.step = step
+            self.steps.append((step, "loss/val" in values))
+
+
+def test_weights_and_biases_go_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same run, and the evaluation that the first part could not make."""
+    fake, evaluate = Wandb(monkeypatch), training_loop.evaluate
+    flags = FLAGS | {"max_steps": 4, "wandb_mode": "online", "wandb_project": "tests"}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_loop, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
+        )
+        assert start(data, tmp_path, run_name="a", **flags).status == 143
+    assert start(data, tmp_path, run_name="a", resume=True, **flags).status == 0
+    first, second = fake.runs
+    assert first.steps == [(0, False), (1, False)]
+    assert second.steps == [(2, True), (2, False), (3, False), (3, True)]
+    assert first.given["id"] == second.given["id"] == (tmp_path / "a" / "wandb_id").read_text()
+    for run in fake.runs:
+        assert run.finished and run.given["config"]["max_steps"] == 4
+        for name, value in {"resume": "allow", "mode": "online", "project": "tests", "name": "a"}.items():
+            assert run.given[name] == value
+    start(data, tmp_path, run_name="a", overwrite=True, **flags | {"max_steps": 1, "wandb_mode": "offline"})
+    assert fake.runs[2].given["id"] != first.given["id"], "another run"
+    assert fake.runs[2].given["resume"] is None and fake.runs[2].given["mode"] == "offline"
 
 
 @pytest.mark.parametrize(

@@ -401,10 +401,21 @@ def test_parameters_in_bfloat16(data: Path, results: Path) -> None:
     assert GPT2LMHeadModel.from_pretrained(run.folder / "model").dtype == torch.bfloat16
 
 
+TWO_PARTS = """
+import sys, main
+flags = sys.argv[1:]
+sys.exit(main.main(flags) or main.main([*flags, "--resume", "--max_steps", "3"]))
+"""
+
+
 def test_weights_and_biases_offline(data: Path, tmp_path: Path) -> None:
-    flags = command(data, tmp_path, run_name="a", wandb_mode="offline", max_steps=2, wandb_project="tests")
+    """Each part of a run has a folder of its own there, under one id."""
+    flags = command(
+        data, tmp_path, run_name="a", wandb_mode="offline", wandb_project="tests", max_steps=2,
+        lr_decay_steps=3,
+    )  # fmt: skip
     done = subprocess.run(
-        python("main.py", *flags),
+        python("-c", TWO_PARTS, *flags),
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
@@ -412,8 +423,11 @@ def test_weights_and_biases_offline(data: Path, tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    (record,) = (tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")
+    parts = list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(parts) == 2
     names = ["train_loss", "lr", "tokens_per_second", "dot_product/mean", "loss/val", "dot_product/domain/"]
-    content = record.read_bytes()
-    assert [name for name in names if name.encode() not in content] == []
-    assert b"tests" in content and b"lr_decay_steps" in content
+    for part in parts:
+        content = part.read_bytes()
+        assert [name for name in names if name.encode() not in content] == []
+        assert b"tests" in content and b"lr_decay_steps" in content
+        assert part.parent.name.endswith("-" + (tmp_path / "a" / "wandb_id").read_text())
