@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers import GPT2LMHeadModel
 import checkpoint
 import training_loop
 from benchmarks.launch import torchrun
+from distributed import World
 from evaluation import evaluate
 from training_loop import Trainer
+from training_state import TrainingState
 
 FLAGS = {
     "model_dtype": "float64",
@@ -133,6 +136,24 @@ def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Pat
     kept = [line for line in lines if not ('"step": 2' in line and "loss/val" in line)]
     (run.folder / "metrics.jsonl").write_text("".join(kept))
     assert_same(run, alone)
+
+
+def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without FSDP: the optimizer's state is twice the model's size."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    gathered = []
+    monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args, **kwargs: gathered.append(args))
+    monkeypatch.setattr(checkpoint, "publish", lambda *args: None)
+    state = TrainingState(model, model, optimizer, torch.amp.GradScaler(enabled=False))
+    config = SimpleNamespace(result_dir=Path(), keep_checkpoints=1)
+    for rank, count in ((1, 0), (0, 1)):
+        state.save(config, World(rank, 2), {})
+        assert len(gathered) == count
 
 
 # ---- a process that fails, and signals. What is done to the processes is done by functions of this module.
