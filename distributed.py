@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch import Tensor
 from config_file import ConfigError, TrainingConfig
 
 T = TypeVar("T")
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+# What torchrun sets.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,21 @@ class World:
             raise outcome
         return outcome
 
+    def every(self, action: Callable[[], T]) -> T:
+        """What the action gives to this process; all carry it out. A ValueError that one of them meets is
+        raised by all, as a ConfigError: of several the one with the lowest rank."""
+        if self.size == 1:
+            return action()
+        outcome, error = None, None
+        try:
+            outcome = action()
+        except ValueError as own:
+            error = str(own) if self.rank == 0 else f"process {self.rank}: {own}"
+        errors = [each for each in self.gather(error) if each is not None]
+        if errors:
+            raise ConfigError(errors[0])
+        return cast(T, outcome)
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""
         if self.size == 1:
@@ -65,6 +81,12 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.host)
         return values
+
+
+def first_of_machine() -> bool:
+    """Whether this process tells what all of its machine meet before they know of each other: they have one
+    command line and one environment."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextmanager
@@ -93,10 +115,10 @@ def distributed_world(config: TrainingConfig) -> Iterator[World]:
         yield World(0, 1)
         return
     if config.device == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise ConfigError(f"process {local} of this machine has no GPU, there are {gpus}: start {gpus}")
-        torch.cuda.set_device(local)
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise ConfigError(f"{processes} processes on this machine, which has {gpus} GPUs: start {gpus}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
         # beside NCCL, which would wait for the GPU to tell whether somebody pressed Ctrl-C

@@ -5,9 +5,10 @@ python main.py --batch_size 2 --max_steps 20    (--help lists all flags)
 
 import json
 import logging
+import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from checkpoint import RUN_CONFIG, find_checkpoint, read_manifest, remove_after, step_of
 from config_file import ConfigError, TrainingConfig, describe, resolve
 from dataloader import to_device
-from distributed import World, distributed_world
+from distributed import World, distributed_world, first_of_machine
 from evaluation import check_evaluation, evaluate
 from finite_guard import NonFiniteLoss
 from ghostEngines.contraction import GPU_NUMEL, SIDE, TILE_NUMEL, Split, Strategy
@@ -47,26 +48,44 @@ logger = logging.getLogger("main")
 
 
 def main(argv: list[str]) -> int:
-    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 128
-    and the signal's number after one that stopped the run, so 130 after Ctrl-C."""
+    """Runs what the command line asks for. Returns the exit status: 0; 1 for a loss that is not finite; 2 for
+    what cannot be run as asked; 128 and the signal's number after one that stopped the run, so 130 after
+    Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.disable_progress_bar()
-    config = TrainingConfig.from_command_line(argv)
+    try:
+        return run(read_command_line(argv))
+    except KeyboardInterrupt as error:  # before there was anything to save
+        return stopped_by(error)
+
+
+def read_command_line(argv: list[str]) -> TrainingConfig:
+    """What is wrong in it ends the program, and is said by one process of each machine."""
+    if first_of_machine():
+        return TrainingConfig.from_command_line(argv)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return TrainingConfig.from_command_line(argv)
+
+
+def run(config: TrainingConfig) -> int:
+    """The run of a configuration. Returns the exit status."""
     with ExitStack() as resources:
+        speaks = first_of_machine()
         try:
             config = resolve(config)
             world = resources.enter_context(distributed_world(config))
-            if world.rank > 0:
+            speaks = world.rank == 0
+            if not speaks:
                 logging.getLogger().setLevel(logging.ERROR)
             config = world.gather(config)[0]  # the name of a run has the time in it
             world.first(lambda: check_result_dir(config))
-            data = resources.enter_context(TrainingData.open(config, world))
+            data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
             checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
-            model = prepare_model(config, checkpoint)
-            check_tokens(data.blocks, model.hf.config.vocab_size)
+            model = world.every(lambda: prepare_model(config, checkpoint, data))
             world.first(lambda: open_folder(config, checkpoint, resources))
         except ValueError as error:  # of the user's making: said in a line, without a traceback
-            print(f"main.py: error: {error}", file=sys.stderr)
+            if speaks:
+                print(f"main.py: error: {error}", file=sys.stderr)
             return 2
         logger.info("%s\n", describe(config))
         if config.eval_only:
@@ -80,12 +99,12 @@ def main(argv: list[str]) -> int:
         manager = build_manager(config, model, optimizer, data, world, step)
         stop = resources.enter_context(stop_signals(wait=world.size > 1))
         due = checkpoint is not None and read_manifest(checkpoint)["evaluation_due"]
-        log = resources.enter_context(RunLog(config, step, due) if world.rank == 0 else SilentLog())
-        trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        status = train(trainer)
-        world.wait()  # all scores are on the disk
+        with RunLog(config, step, due) if world.rank == 0 else SilentLog() as log:
+            trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+            status = train(trainer)
+        world.wait()  # all scores are on the disk, and the log is closed; else none ends as if all were well
     if trainer.progress.steps and world.rank == 0:
         print_summary(config, trainer.progress, data)
     return status
@@ -128,9 +147,15 @@ def open_folder(config: TrainingConfig, checkpoint: Path | None, resources: Exit
         remove_after(checkpoint)
 
 
-def prepare_model(config: TrainingConfig, checkpoint: Path | None) -> CausalLM:
+def prepare_model(config: TrainingConfig, checkpoint: Path | None, data: TrainingData) -> CausalLM:
     """The model of the checkpoint; for --eval_only the one that the named run saved; the one of --init_from;
-    or a new one."""
+    or a new one. ValueError if it cannot be read, or has no row for a token id of the data."""
+    model = choose_model(config, checkpoint)
+    check_tokens(data.blocks, model.hf.config.vocab_size)
+    return model
+
+
+def choose_model(config: TrainingConfig, checkpoint: Path | None) -> CausalLM:
     if checkpoint is not None:
         return load_model(checkpoint, config)
     if config.eval_only and config.saved_model is not None:
@@ -213,17 +238,21 @@ def train(trainer: Trainer) -> int:
     try:
         trainer.run()
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         logger.warning(
             "interrupted after step %d: scores and a checkpoint are saved; --resume --run_name %s goes on",
             trainer.progress.steps,
             trainer.config.run_name,
         )
-        return 128 + number  # as a shell says it
+        return stopped_by(error)
     except NonFiniteLoss as error:
         logger.error("main.py: error: %s", error)
         return 1
     return 0
+
+
+def stopped_by(error: KeyboardInterrupt) -> int:
+    """The exit status, as a shell says it."""
+    return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
 def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData, world: World) -> int:
@@ -243,7 +272,4 @@ def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData, w
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # the table shows texts of any language
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # before there was anything to save
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

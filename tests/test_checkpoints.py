@@ -254,6 +254,22 @@ def test_an_optimizer_without_a_state(data: Path, tmp_path: Path, monkeypatch: p
     assert run.status == 0 and same(run, whole)
 
 
+def test_sigterm_while_the_state_comes_back(
+    alone: Run, data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half there is not saved: the checkpoint stays as it is, and serves again."""
+    for name in names(copied / "a")[1:]:
+        shutil.rmtree(copied / "a" / "checkpoints" / name)
+    for place in ("load_optimizer_state", "set_random_state"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, place, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+            run = start(data, copied, run_name="a", resume=True, **FLAGS)
+        assert run.status == 128 + signal.SIGTERM and run.out == ""
+        assert names(run.folder) == ["step_000003"]
+    run = start(data, copied, run_name="a", resume=True, **FLAGS)
+    assert run.status == 0 and same(run, alone)
+
+
 def test_sigterm_during_an_evaluation(
     alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,8 +19,11 @@ from transformers import GPT2LMHeadModel
 import checkpoint
 import training_loop
 from benchmarks.launch import torchrun
+from data_processing.shards import ShardError
 from distributed import World
 from evaluation import evaluate
+from run_log import RunLog
+from training_data import TrainingData
 from training_loop import Trainer
 from training_state import TrainingState
 
@@ -194,6 +197,45 @@ def test_a_process_that_fails_ends_the_other(
     before: Callable[[], None], status: int, data: Path, tmp_path: Path
 ) -> None:
     TwoProcesses(data, tmp_path, before=before, run_name="a", max_steps=100_000).ended(1, status)
+
+
+def log_that_cannot_be_closed() -> None:
+    def close(self: object, *error: object) -> None:
+        raise OSError("no space left")
+
+    patch.object(RunLog, "__exit__", close).start()
+
+
+def test_a_log_that_cannot_be_closed_is_no_good_end_for_any(data: Path, tmp_path: Path) -> None:
+    before = log_that_cannot_be_closed
+    run = TwoProcesses(data, tmp_path, before=before, run_name="a", max_steps=1).ended(1, 1)
+    assert "no space left" in run.err
+
+
+def second_finds_no_shard() -> None:
+    def missing(*args: object) -> None:
+        raise ShardError("val: no shard")
+
+    in_the_second(lambda: patch.object(TrainingData, "open", missing).start())
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "said"),
+    [
+        (None, {"batch_size": 0}, "--batch_size 0: must be at least 1"),  # before they know of each other
+        (None, {"val_set": "val:Gamma"}, "Gamma in "),
+        (None, {"resume": True}, "--resume --run_name a: "),  # which the first alone looks for
+        (second_finds_no_shard, {}, "process 1: val: no shard"),
+    ],
+    ids=["flag", "data", "folder", "in the second"],
+)
+def test_what_cannot_be_run_is_said_once(
+    before: Callable[[], None] | None, flags: dict, said: str, data: Path, tmp_path: Path
+) -> None:
+    run = TwoProcesses(data, tmp_path, before=before, run_name="a", **flags).ended(2, 2)
+    assert run.err.count("error: ") == 1 and said in run.err and "Traceback" not in run.err
+    assert run.err.count("usage") == ("batch_size" in flags) and run.out == ""
+    assert not run.folder.exists()
 
 
 def wait_for_records(folder: Path, running: Callable[[], bool]) -> None:
