@@ -57,6 +57,11 @@ class ScoredRun:
         return int(self.metadata["block_size"])
 
     @property
+    def direction(self) -> str:
+        """What the training gradients were contracted with, "gradient" or "adamw"."""
+        return json.loads(self.metadata["run_configuration"])["direction"]
+
+    @property
     def split(self) -> str:
         """The folder of the training shards."""
         return split_and_domain(self.metadata["split"])[0]
@@ -127,7 +132,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def same_samples(runs: Sequence[ScoredRun]) -> None:
-    """AttributionError unless a sample id means the same in all of these runs, each of them named once."""
+    """AttributionError unless samples' ids and values mean the same in all of these runs, each of them named
+    once."""
     assert runs, "no run"
     for number, run in enumerate(runs[1:], 1):
         if run.folder.resolve() in [other.folder.resolve() for other in runs[:number]]:
@@ -138,3 +144,8 @@ def same_samples(runs: Sequence[ScoredRun]) -> None:
                     f"{run.folder} and {runs[0].folder} are runs of different data: their {key} is "
                     f"{run.metadata[key]:.200} and {runs[0].metadata[key]:.200}; give runs of the same data"
                 )
+        if run.direction != runs[0].direction:
+            raise AttributionError(
+                f"{run.folder} was trained with --direction {run.direction}, {runs[0].folder} with "
+                f"--direction {runs[0].direction}: their values have no common scale; give runs of one"
+            )

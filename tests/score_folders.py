@@ -25,6 +25,7 @@ def write_run(
     zero_steps: Collection[int] = (),
     granularity: str = "total",
     split: str = "train",
+    direction: str = "gradient",
     flush_every: int = 2,
 ) -> Path:
     """Steps of 3 random samples for each rank, with random scores. null_steps: that the optimizer skipped;
@@ -40,7 +41,8 @@ def write_run(
     domain = split.partition(":")[2]
     blocks = BlockDataset.open(data, "train", T, (domain,) if domain else None)
     metadata = {
-        "run_configuration": json.dumps({"seed": seed}), "validation_sha256": "0", "block_size": str(T),
+        "run_configuration": json.dumps({"seed": seed, "direction": direction}),
+        "validation_sha256": "0", "block_size": str(T),
         "split": split, "shard_sha256": json.dumps(blocks.checksums), "layers": "[]",
         "domains": json.dumps(blocks.all_domains),
     }  # fmt: skip

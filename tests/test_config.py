@@ -22,7 +22,8 @@ from config_file import ROOT, TrainingConfig, describe, resolve, split_and_domai
 from run_folder import prepare_result_dir, provenance, save
 
 NOON = datetime(2026, 1, 2, 12, 34, 56, 789_000, tzinfo=UTC)
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("ghostEngines/**/*.py"), *ROOT.glob("data_processing/*.py")]
+PACKAGES = ("ghostEngines", "data_processing", "attribution")
+SOURCES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
 
 
 @pytest.fixture
@@ -445,7 +446,7 @@ def imported(paths: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
     own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
-    return names - own - {"ghostEngines", "data_processing", "benchmarks"} - sys.stdlib_module_names
+    return names - own - {*PACKAGES, "benchmarks"} - sys.stdlib_module_names
 
 
 def required(name: str) -> set[str]:

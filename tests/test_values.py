@@ -381,6 +381,9 @@ def test_runs_of_different_data(folders: list[Path], data: Path, tmp_path: Path)
         same_samples([of_one_domain, both])
     with pytest.raises(AttributionError, match="named twice"):
         same_samples([both, ScoredRun.open(folders[1]), ScoredRun.open(folders[0])])
+    preconditioned = ScoredRun.open(write_run(tmp_path / "adamw", data, steps=2, direction="adamw"))
+    with pytest.raises(AttributionError, match=r"--direction gradient, .* with --direction adamw: their"):
+        same_samples([preconditioned, both])
     assert set(of_one_domain.checksums) == {"Beta [b]"} and of_one_domain.domains == DOMAINS
     assert values_of(tmp_path, of_one_domain.folder).read("domains")["domain"].to_pylist() == ["Beta [b]"]
     blocks = of_one_domain.blocks()
