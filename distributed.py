@@ -117,7 +117,7 @@ def distributed_world(config: TrainingConfig) -> Iterator[World]:
     if config.device == "cuda":
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > gpus:
-            raise ConfigError(f"{processes} processes on this machine, which has {gpus} GPUs: start {gpus}")
+            raise ConfigError(f"this machine has {processes} processes for {gpus} GPU(s): start {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")

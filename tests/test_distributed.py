@@ -18,9 +18,10 @@ from transformers import GPT2LMHeadModel
 
 import checkpoint
 import training_loop
-from benchmarks.launch import torchrun
+from benchmarks.launch import torchrun, world_of
+from config_file import ConfigError
 from data_processing.shards import ShardError
-from distributed import World
+from distributed import World, distributed_world
 from evaluation import evaluate
 from run_log import RunLog
 from training_data import TrainingData
@@ -309,6 +310,21 @@ def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
 def children(pid: int) -> list[str]:
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return found.stdout.split()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_gpus(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them meets it, so that the first can say it for all."""
+    _, worlds = world_of(2)
+    for name, value in worlds[rank].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = SimpleNamespace(device="cuda", parallel="ddp")
+    with (
+        pytest.raises(ConfigError, match=r"has 2 processes for 1 GPU\(s\): start 1"),
+        distributed_world(config),
+    ):
+        pass
 
 
 def test_fsdp_needs_several_processes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
