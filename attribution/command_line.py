@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import duckdb
+
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise
 from attribution.scored_run import AttributionError, ScoredRun
+from attribution.screen import printable
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,18 @@ def parse_steps(text: str) -> Window:
 
 
 def run_command(module: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs `command`; returns the exit status: 0; 2 after an error of the user's making, which is said in a
-    line; 130 after Ctrl-C."""
+    """Runs `command`; returns the exit status: 0; 2 after an error of the user's making, or of the disk,
+    which is said in a line; 141 if nobody reads the output any more; 130 after Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sys.stdout.reconfigure(errors="replace")  # texts of any language
     try:
         command(argv)
-    except ValueError as error:
-        print(f"{module}: error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # head has seen enough; what is left goes nowhere, also at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, duckdb.Error) as error:
+        print(f"{module}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

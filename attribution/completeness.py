@@ -21,6 +21,7 @@ HOLE = """
 UNEVEN = """
     SELECT step, rows, expected FROM steps WHERE run = $run AND rows != expected ORDER BY step LIMIT 1
 """
+DAMAGED = "SELECT step FROM steps WHERE run = $run AND damaged > 0 ORDER BY step LIMIT 1"
 AGAIN = "files are missing; copy the folder again, or repeat the run"
 
 
@@ -55,7 +56,7 @@ def check_steps(
     database: duckdb.DuckDBPyConnection, number: int, run: ScoredRun, window: tuple[int, int]
 ) -> None:
     """AttributionError unless the database's table of steps has every step of the window, with all samples of
-    its global batch. number: the run's in that table."""
+    its global batch, and values that are the product of their factors. number: the run's in that table."""
     first, last = window
     hole = database.execute(HOLE, {"run": number, "first": first, "last": last}).fetchone()
     if hole is not None:
@@ -66,5 +67,11 @@ def check_steps(
         raise AttributionError(
             f"{run.folder} has scores of {rows} samples in step {step}, and its global batch has {expected}: "
             "a process's files are missing, or the run is at work and not all processes have written that "
-            f"step yet (--steps :{step - 1} ends before it)"
+            "step yet" + (f" (--steps :{step - 1} ends before it)" if step > first else "")
+        )
+    damaged = database.execute(DAMAGED, {"run": number}).fetchone()
+    if damaged is not None:
+        raise AttributionError(
+            f"{run.folder} has a value in step {damaged[0]} that is not lr · clip_factor · dot_product / "
+            "global_batch_size: a score file is damaged; copy the folder again, or repeat the run"
         )

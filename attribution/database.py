@@ -46,7 +46,7 @@ class ScoreDatabase:
     steps   one row per run and step of the window: run, step, lr, clip_factor, train_loss (mean), val_loss,
             predicted (Σ values; null: the step gave none), absolute (Σ |values|), measured (fall of the
             validation loss to the next step; null in a run's last), rows, expected (the global batch size),
-            weight
+            damaged (rows whose value is not what its factors say), weight
 
     `run` counts the runs as given, from 0. Weights by `normalise`: "none" 1, "absolute" 1 / Σ|values| of the
     step, "predicted" 1 / |Σ values|.
@@ -159,7 +159,9 @@ def _steps_sql(normalise: Normalise) -> str:
                 any_value(lr) AS lr, any_value(clip_factor) AS clip_factor,
                 favg(train_loss) AS train_loss, any_value(val_loss) AS val_loss,
                 fsum(value) AS predicted, fsum(abs(value)) AS absolute,
-                count(*) AS rows, any_value(global_batch_size) AS expected
+                count(*) AS rows, any_value(global_batch_size) AS expected,
+                count_if(abs(value - lr * clip_factor * dot_product / global_batch_size) > 1e-9 * abs(value))
+                    AS damaged
             FROM all_rows GROUP BY run, step
         ), following AS (
             SELECT *, val_loss - lead(val_loss) OVER (PARTITION BY run ORDER BY step) AS measured FROM sums

@@ -46,6 +46,13 @@ def efficiency(steps: pa.Table) -> list[Efficiency]:
     ]
 
 
+def steps_of_half(steps: pa.Table) -> tuple[int, int]:
+    """The fewest steps that have half of the sum of |values| between them, and how many have values."""
+    absolute = np.sort(steps["absolute"].drop_null().to_numpy())[::-1]
+    half = np.searchsorted(absolute.cumsum(), absolute.sum() / 2) + 1
+    return min(int(half), len(absolute)), len(absolute)
+
+
 def falls(steps: pa.Table) -> Iterator[tuple[int, Numbers, Numbers]]:
     """For each run, predicted and measured falls (s,) of its steps that have both: the last step has no
     measured one, and a step without scores predicts none."""

@@ -41,7 +41,7 @@ def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Plac
 def find_sample(run: ScoredRun, shards: Sequence[Shard], sample: str) -> tuple[Shard, int]:
     """The shard and the block of DOMAIN:BLOCK. AttributionError if there is no such sample."""
     domain, _, number = sample.rpartition(":")
-    if re.fullmatch(r"\d+", number) is None:
+    if re.fullmatch(r"[0-9]+", number) is None:
         raise AttributionError(f"--sample {sample!r}: give DOMAIN:BLOCK, as in '{shards[0].domain}:0'")
     by_name = {shard.domain: shard for shard in shards}
     if domain not in by_name:

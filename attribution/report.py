@@ -8,6 +8,7 @@ them and the network.
 """
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -55,11 +56,11 @@ def write_report(
 
     Raises:
         AttributionError: what `write_values` raises; no step of the runs has values; the output's folder is
-        not there, or the output is a folder.
+        not there, or the output is there and no plain file.
         ShardError: what `ScoredRun.shards` raises.
     """
-    if not output.parent.is_dir() or output.is_dir():
-        raise AttributionError(f"--output {output}: name a file, in a folder that is there")
+    if not output.parent.is_dir() or (os.path.lexists(output) and not output.is_file()):
+        raise AttributionError(f"--output {output}: name a plain file, in a folder that is there")
     for run in runs:
         check_settings(run)
     options: dict[str, Any] = {"normalise": normalise, "steps": steps, "memory_limit": memory_limit}

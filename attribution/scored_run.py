@@ -107,13 +107,24 @@ class ScoredRun:
         return BlockDataset(self.shards(pile_data_dir), self.block_size, tuple(self.checksums))
 
     def validation_rows(self) -> pa.Table:
-        """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to."""
-        return pq.read_table(self.folder / "validation" / "rows.parquet")
+        """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to.
+        AttributionError if the run's folder has lost them."""
+        path = self.folder / "validation" / "rows.parquet"
+        if not path.is_file():
+            raise AttributionError(f"{path} is missing: copy the run's folder again")
+        return pq.read_table(path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, in order. The last line may be unfinished, and is left out then."""
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        """The records of metrics.jsonl, in order. The last line may be unfinished, and is left out then.
+        AttributionError if the file is missing or damaged."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            raise AttributionError(f"{path} is missing: copy the run's folder again")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise AttributionError(f"{path} has a line that is not JSON ({error}); copy it again") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -126,7 +137,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AttributionError(f"{path} is not JSON ({error}): name the folder of a run") from error
-    if not isinstance(config, dict) or not {"method", "run_name", "resolved_from"} <= config.keys():
+    if (
+        not isinstance(config, dict)
+        or not {"method", "run_name", "resolved_from", "pile_data_dir"} <= config.keys()
+    ):
         raise AttributionError(f"{path} is not of a run (a saved model has one, too); name a result_dir")
     return config
 

@@ -42,7 +42,7 @@ def print_extremes(
             words = Text(first_words(tokenizer.decode(tokens[:FIRST_TOKENS].tolist())), no_wrap=True)
             words.overflow = "ellipsis"
             table.add_row(f"{row['value']:+.3e}", f"{printable(row['domain'])}, block {row['block']}", words)
-        screen.print(title, soft_wrap=True)
+        screen.print(title if len(rows) else f"{title}: none", soft_wrap=True)
         screen.print(table)
 
 

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from attribution.command_line import argument_parser, run_command, run_options
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet, quoted
 from attribution.documents import write_documents
-from attribution.efficiency import efficiency
+from attribution.efficiency import efficiency, steps_of_half
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import plain_console, print_domains, print_efficiency, print_extremes
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
@@ -84,9 +85,19 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
     screen.print(f"Value by domain ({unit})")
     print_domains(screen, values.read("domains"))
     highest, lowest = values.extremes("samples", EXTREMES)
-    titles = {"\nmost helpful samples": highest, "\nmost harmful samples, the worst first": lowest}
+    titles = {
+        "\nmost helpful samples": highest.filter(pc.greater(highest["value"], 0)),
+        "\nmost harmful samples, the worst first": lowest.filter(pc.less(lowest["value"], 0)),
+    }
     print_extremes(screen, titles, blocks, get_tokenizer(blocks.tokenizer))
     screen.print()
+    if normalise == "none":
+        half, count = steps_of_half(values.read("steps"))
+        screen.print(
+            f"half of the sum of |values| comes from {half:,} of {count:,} steps; with --normalise absolute "
+            "each step counts the same",
+            soft_wrap=True,
+        )
     print_efficiency(screen, efficiency(values.read("steps")), [run.folder.name for run in runs])
     screen.print()
     for name in FILES:

@@ -105,17 +105,22 @@ def without_blocks(source: Path, folder: Path, block_size: int, dropped: dict[st
 
 def train(work_dir: Path, name: str, command: tuple[object, ...] = ("main.py",), **flags: object) -> Path:
     """The folder of a run of GPT2-Tiny by main.py, or by a command that takes its flags, unless it is there
-    already."""
+    already. SystemExit if what is there is a run with other flags."""
     folder = work_dir / "results" / name
-    if not (folder / "model").exists():
-        settings = {
-            "architecture": "GPT2-Tiny", "device": "cpu", "eval_iter": 8, "eval_bs": 16, "warmup_step": 20,
-            "checkpoint_interval": 1_000_000, "results_dir": work_dir / "results", "run_name": name,
-        } | flags  # fmt: skip
-        switches = ["--overwrite"] if folder.exists() else []
-        python(
-            *command, *switches, *(part for key, value in settings.items() for part in (f"--{key}", value))
-        )
+    settings = {
+        "architecture": "GPT2-Tiny", "device": "cpu", "eval_iter": 8, "eval_bs": 16, "warmup_step": 20,
+        "checkpoint_interval": 1_000_000, "results_dir": work_dir / "results", "run_name": name,
+    } | flags  # fmt: skip
+    if (folder / "model").exists():
+        there = json.loads((folder / "config.json").read_text())
+        for key, value in settings.items():
+            if str(there[key]) != str(value):
+                raise SystemExit(
+                    f"{folder} was made with --{key} {there[key]}, not {value}: empty the --work_dir"
+                )
+        return folder
+    switches = ["--overwrite"] if folder.exists() else []
+    python(*command, *switches, *(part for key, value in settings.items() for part in (f"--{key}", value)))
     return folder
 
 

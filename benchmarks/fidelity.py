@@ -20,12 +20,13 @@ from rich.table import Table
 from torch import Tensor
 
 from attribution.database import ScoreDatabase
-from attribution.efficiency import WINDOWS, efficiency_over, falls, window_sums
+from attribution.efficiency import WINDOWS, falls, window_sums
 from attribution.scored_run import ScoredRun
 from benchmarks.experiment import experiment_parser, sample_shards, side_by_side, train
 
 RARE = 1e-6
-NOTE_EVERY = 50
+SPANS = {"all steps": 0, "from step 50 on": 50}  # in the first steps the loss falls fast
+FIRST_NOTES, NOTE_EVERY = (1, 2, 5, 10, 20), 50
 RUNS: dict[str, dict[str, object]] = {
     "SGD, gradient": {"optimizer": "SGD", "learning_rate": 0.3, "weight_decay": 0.0},
     "AdamW, gradient": {"learning_rate": 1e-3},
@@ -34,14 +35,15 @@ RUNS: dict[str, dict[str, object]] = {
 
 
 def watched(notes: str, flags: list[str]) -> None:
-    """Runs main.py in this process; before every 50th step notes the rare entries' part in Σ values."""
+    """Runs main.py in this process; before some steps notes the rare entries' part in Σ values."""
     import main
     import training_loop
 
+    Path(notes).unlink(missing_ok=True)
     step = training_loop.Trainer._step
 
     def noting(self: Any, number: int) -> None:
-        if number > 0 and number % NOTE_EVERY == 0:
+        if number in FIRST_NOTES or (number > 0 and number % NOTE_EVERY == 0):
             with open(notes, "a") as file:
                 file.write(json.dumps({"step": number, **rare_part(self, number)}) + "\n")
         step(self, number)
@@ -83,6 +85,11 @@ def run_one(work_dir: Path, name: str, seed: int, max_steps: int) -> ScoredRun:
     return ScoredRun.open(folder)
 
 
+def correlation(predicted: np.ndarray, measured: np.ndarray) -> str:
+    """Pearson's; a dash for fewer than three numbers."""
+    return f"{np.corrcoef(predicted, measured)[0, 1]:+.3f}" if len(predicted) >= 3 else "-"
+
+
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--watched"]:
         watched(argv[1], argv[2:])
@@ -92,28 +99,34 @@ def main(argv: list[str]) -> None:
     runs = side_by_side(
         args.jobs, [partial(run_one, args.work_dir, *each, args.max_steps) for each in places]
     )
-    table = Table("run", "seed", "steps", "windows", "correlation", "measured / predicted")
+    columns = [f"{what}, {span}" for what in ("each step", "windows of 50") for span in SPANS]
+    table = Table("run", "seed", *columns, "measured / predicted")
     pooled: dict[str, list[np.ndarray]] = {name: [] for name in RUNS}
     for (name, seed), run in sorted(zip(places, runs, strict=True), key=lambda each: each[0]):
         with ScoreDatabase([run]) as database:
             steps = database.query("SELECT * FROM steps ORDER BY step", "reading steps")
         ((_, predicted, measured),) = falls(steps)
-        for window in WINDOWS:
-            found = efficiency_over(0, predicted, measured, window)
-            table.add_row(
-                name,
-                str(seed),
-                str(window),
-                str(found.count),
-                f"{found.correlation:+.3f}",
-                f"{found.ratio:.3f}",
+        correlations = [
+            correlation(
+                window_sums(predicted, window)[first // window :],
+                window_sums(measured, window)[first // window :],
             )
+            for window in WINDOWS
+            for first in SPANS.values()
+        ]
+        table.add_row(name, str(seed), *correlations, f"{measured.sum() / predicted.sum():.3g}")
         pooled[name].append(np.stack([window_sums(each, WINDOWS[-1]) for each in (predicted, measured)]))
-    console = Console(width=110, highlight=False)
+    console = Console(width=130, highlight=False)
     console.print(table)
     for name, windows in pooled.items():
-        correlation = np.corrcoef(np.concatenate(windows, axis=1))[0, 1]
-        console.print(f"{name}: all windows of {WINDOWS[-1]} steps together: correlation {correlation:+.3f}")
+        for span, first in SPANS.items():
+            predicted, measured = np.concatenate(
+                [each[:, first // WINDOWS[-1] :] for each in windows], axis=1
+            )
+            console.print(
+                f"{name}, {span}: correlation over all {len(predicted)} windows of {WINDOWS[-1]} steps "
+                f"{correlation(predicted, measured)}"
+            )
     for notes in sorted(args.work_dir.glob("*.jsonl")):
         for line in notes.read_text().splitlines():
             note = json.loads(line)

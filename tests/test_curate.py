@@ -328,7 +328,7 @@ def test_what_cannot_be_done_is_an_error_and_leaves_nothing(
     fails("is there already", output=data)
     fails("lies in the shards' own folder", output=data / "new")
     (tmp_path / "file").touch()
-    fails("nothing was written: .*Not a directory", output=tmp_path / "file" / "new")
+    fails("cannot make .*Not a directory", output=tmp_path / "file" / "new")
     damaged = data / "test" / f"{domain_file_name(DOMAINS[0])}.bin"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-2])

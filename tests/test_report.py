@@ -3,6 +3,7 @@ pandas."""
 
 import base64
 import json
+import os
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -136,8 +137,10 @@ def scatter_signs(scores: Path) -> None:
     for path in scores.iterdir():
         table = pq.read_table(path)
         signs = pa.array(np.where(table["block"].to_numpy() < 2, -1.0, 1.0))
-        place, column = table.column_names.index("value"), table.schema.field("value")
-        pq.write_table(table.set_column(place, column, pc.multiply(table["value"], signs)), path)
+        for name in ("value", "dot_product"):
+            place, column = table.column_names.index(name), table.schema.field(name)
+            table = table.set_column(place, column, pc.multiply(table[name], signs))
+        pq.write_table(table, path)
 
 
 @pytest.fixture(scope="module")
@@ -415,9 +418,11 @@ def test_a_run_of_another_version_is_refused(made: ScoredRun, tmp_path: Path) ->
 
 
 def test_an_output_that_cannot_be_written_is_named(made: ScoredRun, tmp_path: Path) -> None:
-    for output in (tmp_path, tmp_path / "nowhere" / "report.html"):
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path, tmp_path / "nowhere" / "report.html", tmp_path / "pipe"):
         with pytest.raises(AttributionError, match=re.escape(f"--output {output}")):
             write_report([made], output)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -22,7 +23,7 @@ import attribution.progress
 from attribution.command_line import parse_steps, run_command
 from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
-from attribution.efficiency import efficiency
+from attribution.efficiency import efficiency, steps_of_half
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
 from attribution.values import main, write_values
 from attribution.values_folder import FILES, Values, being_written
@@ -257,6 +258,13 @@ def test_efficiency_of_too_little(predicted: list[float], shown: str) -> None:
     assert shown in str(each) and "not so many steps" in str(windows)
 
 
+def test_steps_of_half() -> None:
+    steps = pa.table({"absolute": [1.0, None, 5.0, 2.0, 0.0]})
+    assert steps_of_half(steps) == (1, 4)
+    assert steps_of_half(pa.table({"absolute": [1.0, 1.0, 1.0, 1.0]})) == (2, 4)
+    assert steps_of_half(pa.table({"absolute": pa.array([None], pa.float64())})) == (0, 0)
+
+
 # ---- what is not as it should be
 
 
@@ -296,6 +304,11 @@ def with_infinity(table: pa.Table) -> pa.Table:
     return table.set_column(table.schema.get_field_index("value"), table.schema.field("value"), values)
 
 
+def with_another_value(table: pa.Table) -> pa.Table:
+    values = pa.array([table["value"][0].as_py() * (1 + 1e-6), *table["value"].to_pylist()[1:]], pa.float64())
+    return table.set_column(table.schema.get_field_index("value"), table.schema.field("value"), values)
+
+
 def edit_config(**changes: object) -> Callable[[Path], None]:
     def spoil(run: Path) -> None:
         config = json.loads((run / "config.json").read_text()) | changes
@@ -330,11 +343,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not finite": (
         change("*0004-*.rank-00000*", with_infinity), "values in step 4 that are not finite.*--steps :3"
     ),
+    "another value": (change("*0004-*.rank-00000*", with_another_value), "value in step 4 that is not lr"),
     "no Parquet": (
         lambda run: next((run / "grad_dotprods").glob("*0004-*")).write_text("x"), "is not a Parquet file"
     ),
     "no shards": (edit_config(pile_data_dir="/nowhere"), "no shards of split 'train' in /nowhere"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), duckdb.InvalidInputException("ZSTD")]
+)
+def test_what_the_disk_or_the_database_says_is_an_error_in_a_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(argv: list[str]) -> None:
+        raise error
+
+    assert run_command("attribution.values", fails, []) == 2
+    assert capsys.readouterr().err == f"attribution.values: error: {error}\n"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
