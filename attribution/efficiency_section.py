@@ -26,7 +26,9 @@ ADVICE = {
         "AdamW",
         "adamw",
     ): "The values follow AdamW’s scaling of the gradient’s entries (“direction” is “adamw”), but "
-    "not its momentum and weight decay.",
+    "not its momentum and weight decay. That scaling is extreme in the first steps, and for tokens that were "
+    "not seen for long: leave the first steps out (--steps), or let each step count the same (--normalise "
+    "absolute).",
 }
 NOTHING_TO_COMPARE = (
     "No step has a prediction and a loss both before and after it: there is nothing to compare."

@@ -28,6 +28,7 @@ RARE = 1e-6
 SPANS = {"all steps": 0, "from step 50 on": 50}  # in the first steps the loss falls fast
 FIRST_NOTES, NOTE_EVERY = (1, 2, 5, 10, 20), 50
 RUNS: dict[str, dict[str, object]] = {
+    "SGD, small steps": {"optimizer": "SGD", "learning_rate": 0.003, "weight_decay": 0.0},
     "SGD, gradient": {"optimizer": "SGD", "learning_rate": 0.3, "weight_decay": 0.0},
     "AdamW, gradient": {"learning_rate": 1e-3},
     "AdamW, adamw": {"learning_rate": 1e-3, "direction": "adamw"},
