@@ -19,7 +19,7 @@ from attribution.cut_shards import cut
 from attribution.progress import progress_bar
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
-from data_processing.shards import Shard, ShardWriter, list_shards
+from data_processing.shards import EOT, Shard, ShardWriter, list_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "val", "test")
@@ -71,10 +71,10 @@ def write_split(folder: Path, split: str, tokens: dict[str, npt.NDArray[np.uint1
 
 
 def head_of(shard: Shard, tokens: int) -> npt.NDArray[np.uint16]:
-    """The first documents of a shard that have at least so many tokens together; all, if they have not."""
-    after = np.searchsorted(shard.document_starts, tokens)
-    end = shard.document_starts[after] if after < shard.num_documents else shard.num_tokens
-    return np.asarray(shard.tokens[:end])
+    """The first tokens of a shard, the last of which becomes an END_OF_TEXT; all, if there are no more."""
+    head = np.array(shard.tokens[:tokens])
+    head[-1] = EOT
+    return head[:-1] if len(head) > 1 and head[-2] == EOT else head
 
 
 def link_splits(source: Path, folder: Path, splits: tuple[str, ...]) -> None:

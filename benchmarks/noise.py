@@ -5,8 +5,7 @@
 In 16 % of the training blocks the tokens are put in random order. GPT2-Tiny is trained on all of it; the
 AUROC says how well a sample's value tells the noise. Then the 16 % of lowest value are left out
 (attribution.curate), and the model is trained again, for as many steps, on what is left; for comparison, on
-the data without 16 % drawn at random, and without the noise itself. Three seeds, which draw noise, initial
-weights and order."""
+the data without the noise itself. Seeds draw the noise, the initial weights and the order."""
 
 import sys
 from functools import partial
@@ -45,7 +44,7 @@ def noisy_data(source: Path, folder: Path, seed: int, blocks: int) -> pd.DataFra
     random, records, tokens = np.random.default_rng(seed), [], {}
     for shard in shards:
         share = blocks * BLOCK * shard.num_tokens // total
-        tokens[shard.domain] = head_of(shard, max(share, BLOCK + 1)).copy()
+        tokens[shard.domain] = head_of(shard, max(share, BLOCK + 2))
         for block in range((len(tokens[shard.domain]) - 1) // BLOCK):
             noisy = bool(random.random() < NOISE)
             records.append({"domain": shard.domain, "block": block, "noisy": noisy})
@@ -82,15 +81,10 @@ def one_seed(work_dir: Path, max_steps: int, seed: int) -> dict[str, float]:
         curate([run], curated, drop=f"bottom:{NOISE}", normalise=CHOSEN)
     left_out = pd.read_parquet(curated / "dropped.parquet").astype({"domain": str})
     found["noise among what is left out"] = left_out.merge(blocks, on=["domain", "block"]).noisy.mean()
-    sets = {
-        "without the noise": blocks[blocks.noisy],
-        "without as much at random": blocks.sample(len(left_out), random_state=seed),
-    }
-    folders = {"without the lowest": curated}
-    for name, dropped in sets.items():
-        folders[name] = work_dir / f"{name}-{seed}"
-        if not folders[name].exists():
-            without_blocks(noisy, folders[name], BLOCK, by_domain(dropped))
+    clean = work_dir / f"clean-{seed}"
+    if not clean.exists():
+        without_blocks(noisy, clean, BLOCK, by_domain(blocks[blocks.noisy]))
+    folders = {"without the lowest": curated, "without the noise": clean}
     for name, folder in folders.items():
         again = train(work_dir, f"{name}-{seed}", pile_data_dir=folder, method="Regular", **flags)
         found[name] = last_losses(again)["val"]

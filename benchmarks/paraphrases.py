@@ -70,7 +70,7 @@ def data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list
         shards = list_shards(source, "train")
         total = sum(shard.num_tokens for shard in shards)
         parts = {
-            shard.domain: head_of(shard, max(blocks * BLOCK * shard.num_tokens // total, BLOCK + 1))
+            shard.domain: head_of(shard, max(blocks * BLOCK * shard.num_tokens // total, BLOCK + 2))
             for shard in shards
         }
         filler = copies[-1]  # the last block's last target is the token after it
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
     measures = {
         "rank": ["mean", "median"],
         "rank for its own row": ["mean", "median"],
-        "samples": "mean",
+        "samples": ["mean", "count"],
     }
     for by in (["edits", "seed"], ["edits"]):
         print(found.groupby(by).agg(measures), end="\n\n")
