@@ -88,11 +88,13 @@ def link_splits(source: Path, folder: Path, splits: tuple[str, ...]) -> None:
 
 
 def without_blocks(source: Path, folder: Path, block_size: int, dropped: dict[str, list[int]]) -> Path:
-    """The source's training split without these blocks of each domain, as attribution.curate leaves them out,
-    and its other splits."""
+    """The source's training split without these blocks of each domain, as attribution.curate leaves them out
+    (a domain of which less than a block stays as a whole), and its other splits."""
     (folder / "train").mkdir(parents=True)
     for shard in list_shards(source, "train"):
         starts = np.array(sorted(dropped.get(shard.domain, [])), np.int64) * block_size
+        if shard.num_tokens - len(starts) * block_size <= block_size:
+            continue  # less than a block would stay
         ranges = np.stack([starts, starts + block_size], axis=1)
         with (
             ShardWriter(folder / "train", shard.domain, split="train", tokenizer="gpt2") as writer,
