@@ -6,7 +6,7 @@ from typing import Literal
 
 from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
-from attribution.values import check_finite, write_tables
+from attribution.values import write_tables
 from data_processing.shards import Shard
 
 Unit = Literal["samples", "documents"]
@@ -15,8 +15,7 @@ NUMBER = {"samples": "block", "documents": "document"}  # the column that names 
 
 def write_units(database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, folder: Path) -> Path:
     """Writes a file of `folder` with the values of all samples, or documents, as in a folder of values, and
-    returns it. Raises as `check_finite`."""
-    check_finite(database)
+    returns it. Raises as `write_tables`."""
     write_tables(database, folder)
     samples = folder / "samples.parquet"
     if unit == "samples":

@@ -55,7 +55,6 @@ def write_values(
         with ScoreDatabase(
             runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
         ) as database:
-            check_finite(database)
             write_tables(database, unfinished)
             windows = database.windows
         write_documents(
@@ -139,7 +138,8 @@ def samples_sql(database: ScoreDatabase, sums: str) -> str:
 
 
 def write_tables(database: ScoreDatabase, folder: Path) -> None:
-    """All but the documents."""
+    """All but the documents. AttributionError if a step has values that are not finite."""
+    check_finite(database)
     sums = f"{sample_sums(database)} ORDER BY sample_id"
     samples = folder / "samples.parquet"
     database.write(samples_sql(database, sums), samples, "summing samples")
@@ -162,8 +162,8 @@ def check_finite(database: ScoreDatabase) -> None:
     sql = "SELECT run, step FROM steps WHERE NOT isfinite(absolute) ORDER BY step, run LIMIT 1"
     for row in database.query(sql, "looking for values that are not finite").to_pylist():
         raise AttributionError(
-            f"{database.runs[row['run']].folder} has values in step {row['step']} that are not finite; end "
-            f"before it with --steps :{row['step'] - 1}"
+            f"{database.runs[row['run']].folder} has values in step {row['step']} that are not finite"
+            + (f"; end before it with --steps :{row['step'] - 1}" if row["step"] > 0 else "")
         )
 
 

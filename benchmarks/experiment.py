@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from attribution.curated_folder import SUFFIXES
 from attribution.cut_shards import cut
 from attribution.progress import progress_bar
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
+from benchmarks.launch import ROOT, flags_of
 from data_processing.shards import EOT, Shard, ShardWriter, list_shards
 
-ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "val", "test")
 
 
@@ -82,8 +83,8 @@ def link_splits(source: Path, folder: Path, splits: tuple[str, ...]) -> None:
     for split in splits:
         (folder / split).mkdir(parents=True)
         for shard in list_shards(source, split):
-            for suffix in ("bin", "idx", "json"):
-                path = shard.path.with_suffix(f".{suffix}")
+            for suffix in SUFFIXES:
+                path = shard.path.with_suffix(suffix)
                 os.link(path, folder / split / path.name)
 
 
@@ -122,7 +123,7 @@ def train(work_dir: Path, name: str, command: tuple[object, ...] = ("main.py",),
                 )
         return folder
     switches = ["--overwrite"] if folder.exists() else []
-    python(*command, *switches, *(part for key, value in settings.items() for part in (f"--{key}", value)))
+    python(*command, *switches, *flags_of(settings))
     return folder
 
 

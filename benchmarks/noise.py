@@ -58,10 +58,6 @@ def noisy_data(source: Path, folder: Path, seed: int, blocks: int) -> pd.DataFra
     return pd.DataFrame(records)
 
 
-def by_domain(blocks: pd.DataFrame) -> dict[str, list[int]]:
-    return {str(domain): rows.tolist() for domain, rows in blocks.groupby("domain")["block"]}
-
-
 def one_seed(work_dir: Path, max_steps: int, seed: int) -> dict[str, float]:
     """The AUROCs, and the losses on val after each training, by name."""
     noisy = work_dir / f"noisy-{seed}"
@@ -83,7 +79,8 @@ def one_seed(work_dir: Path, max_steps: int, seed: int) -> dict[str, float]:
     found["noise among what is left out"] = left_out.merge(blocks, on=["domain", "block"]).noisy.mean()
     clean = work_dir / f"clean-{seed}"
     if not clean.exists():
-        without_blocks(noisy, clean, BLOCK, by_domain(blocks[blocks.noisy]))
+        shuffled = blocks[blocks.noisy].groupby("domain")["block"].agg(list).to_dict()
+        without_blocks(noisy, clean, BLOCK, shuffled)
     folders = {"without the lowest": curated, "without the noise": clean}
     for name, folder in folders.items():
         again = train(work_dir, f"{name}-{seed}", pile_data_dir=folder, method="Regular", **flags)
