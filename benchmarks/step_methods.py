@@ -1,0 +1,212 @@
+"""The methods that step_time.py compares: each one training step on the same weights and rows.
+
+hf_n, hf_nm            the ordinary Hugging Face model, one training step on n and on n+m rows
+regular_n, regular_nm  this repository's method Regular, likewise
+graddotprod            method GradDotProd: a training step on n rows and the dot products with m
+gram, project, instantiate   the same with one contraction strategy forced on every layer
+regular_nm_eager, graddotprod_eager   with --compile: the same two not compiled
+pairwise, per_layer    the same with the full matrix of scores, and with a score for each layer
+adamw                  the same with direction "adamw" (in place of sqrt(v) + eps, ones: the same numbers)
+loop                   the dot products by hand: one backward pass for each row
+vmap                   the dot products from torch.func per-sample gradients
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from ghostEngines import GradDotProdEngine
+from model_setup import CausalLM, architecture_config, set_up_blocks
+
+ENGINE_OPTIONS = {
+    "graddotprod": {},
+    "gram": {"strategy": "gram"},
+    "project": {"strategy": "project"},
+    "instantiate": {"strategy": "instantiate"},
+    "pairwise": {"granularity": "pairwise"},
+    "per_layer": {"granularity": "per_layer"},
+    "adamw": {"direction": "adamw"},
+}
+EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
+METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
+
+
+@dataclass
+class Setup:
+    """What all methods share: the same weights, the same rows, train rows first."""
+
+    hf: GPT2LMHeadModel
+    ours: CausalLM
+    x: Tensor
+    y: Tensor
+    n: int
+    m: int
+    autocast: Callable[[], torch.autocast]
+    args: argparse.Namespace
+
+    @classmethod
+    def make(cls, args: argparse.Namespace) -> "Setup":
+        torch.manual_seed(0)
+        config = architecture_config(args.architecture)
+        ours = CausalLM(GPT2LMHeadModel(config))
+        plain = architecture_config(args.architecture)
+        plain.activation_function = "gelu_new"  # what Hugging Face's GPT-2 runs
+        hf = GPT2LMHeadModel(plain)
+        hf.load_state_dict(ours.hf.state_dict())
+        if args.activation_checkpointing:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        if args.compile:
+            for block in hf.transformer.h:
+                block.compile()
+        rows = args.batch_size + args.val_batch_size
+        tokens = torch.randint(50257, (rows, args.block_size + 1))
+        x, y = tokens[:, :-1].to(args.device), tokens[:, 1:].to(args.device)
+
+        def autocast() -> torch.autocast:
+            return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+        return cls(
+            hf.to(args.device).train(),
+            ours.to(args.device).train(),
+            x,
+            y,
+            args.batch_size,
+            args.val_batch_size,
+            autocast,
+            args,
+        )
+
+    def own_model(self, name: str) -> CausalLM:
+        """Modules of its own around the shared parameters, for a method to attach to and to compile."""
+        model = copy.deepcopy(self.ours, {id(parameter): parameter for parameter in self.ours.parameters()})
+        compiled = self.args.compile and name not in EAGER
+        set_up_blocks(model, compiled=compiled, checkpointing=self.args.activation_checkpointing)
+        return model
+
+
+@dataclass
+class Method:
+    """step() runs one step and returns the dot products, None for plain training; model holds the gradients
+    after it."""
+
+    model: nn.Module
+    step: Callable[[], Tensor | None]
+    rows: slice
+
+
+def hf_loss(setup: Setup, rows: slice) -> Tensor:
+    with setup.autocast():
+        logits = setup.hf(setup.x[rows], use_cache=False).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), setup.y[rows].flatten())
+
+
+def make_hf(setup: Setup, rows: slice) -> Callable[[], None]:
+    def step() -> None:
+        hf_loss(setup, rows).backward()
+
+    return step
+
+
+def make_regular(setup: Setup, model: CausalLM, rows: slice) -> Callable[[], None]:
+    def step() -> None:
+        with setup.autocast():
+            losses = model(setup.x[rows], setup.y[rows])
+        losses.mean().backward()
+
+    return step
+
+
+def make_engine(setup: Setup, model: CausalLM, **options: object) -> Callable[[], Tensor]:
+    engine = GradDotProdEngine(model, setup.m, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1.0, fused=True)
+    if engine.direction == "adamw":  # which divides by sqrt(0) + 1 after a step of zero gradients
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.attach(optimizer)
+
+    def step() -> Tensor:
+        with setup.autocast():
+            losses = model(setup.x, setup.y)
+        engine.joint_loss(losses).backward()
+        engine.prepare_gradients()
+        return engine.dot_products()
+
+    return step
+
+
+def make_loop(setup: Setup) -> Callable[[], Tensor]:
+    """Validation gradient first, then a backward pass per train row; leaves the training gradient in
+    .grad."""
+    parameters = list(setup.hf.parameters())
+
+    def step() -> Tensor:
+        n, m = setup.n, setup.m
+        total = [torch.zeros_like(p) for p in parameters]
+        direction = [torch.zeros_like(p) for p in parameters]
+        dots = []
+        for row in [*range(n, n + m), *range(n)]:
+            gradients = torch.autograd.grad(hf_loss(setup, slice(row, row + 1)), parameters)
+            if row >= n:
+                torch._foreach_add_(direction, gradients, alpha=1 / m)
+            else:
+                dots.append(
+                    sum(
+                        torch.dot(g.flatten(), d.flatten()) for g, d in zip(gradients, direction, strict=True)
+                    )
+                )
+                torch._foreach_add_(total, gradients, alpha=1 / n)
+        for parameter, gradient in zip(parameters, total, strict=True):
+            parameter.grad = gradient
+        return torch.stack(dots)
+
+    return step
+
+
+def make_vmap(setup: Setup) -> Callable[[], Tensor]:
+    """torch.func: all rows' gradients at once, n+m times the model in memory."""
+    parameters = {name: p.detach() for name, p in setup.hf.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with setup.autocast():
+            logits = torch.func.functional_call(setup.hf, weights, (x[None],), {"use_cache": False}).logits[0]
+        return nn.functional.cross_entropy(logits.float(), y)
+
+    gradients_of = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+
+    def step() -> Tensor:
+        gradients = gradients_of(parameters, setup.x, setup.y)
+        dots = torch.zeros(setup.n, device=setup.x.device)
+        for name, parameter in setup.hf.named_parameters():
+            rows = gradients.pop(name).flatten(1)
+            dots += rows[: setup.n] @ rows[setup.n :].mean(0)
+            parameter.grad = rows[: setup.n].mean(0).view_as(parameter)
+        return dots
+
+    return step
+
+
+def make_methods(setup: Setup, names: list[str]) -> dict[str, Method]:
+    train, both = slice(0, setup.n), slice(0, setup.n + setup.m)
+    methods = {}
+    for name in names:
+        kind = EAGER.get(name, name)
+        if kind in ("hf_n", "hf_nm"):
+            rows = train if kind == "hf_n" else both
+            methods[name] = Method(setup.hf, make_hf(setup, rows), rows)
+        elif kind in ("regular_n", "regular_nm"):
+            rows, model = train if kind == "regular_n" else both, setup.own_model(name)
+            methods[name] = Method(model, make_regular(setup, model, rows), rows)
+        elif kind in ENGINE_OPTIONS:
+            model = setup.own_model(name)
+            methods[name] = Method(model, make_engine(setup, model, **ENGINE_OPTIONS[kind]), train)
+        else:
+            make = make_loop if kind == "loop" else make_vmap
+            methods[name] = Method(setup.hf, make(setup), train)
+    return methods
