@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ghostEngines import contraction
-from ghostEngines.contraction import Scratch, Split, add_gradient, choose_strategy, contract
+from ghostEngines.contraction import Split, add_gradient, choose_strategy, contract
+from ghostEngines.memory import Scratch
 
 WEIGHTS = ((768, 768), (768, 2304), (768, 3072), (3072, 768))
 BATCHES = ((16, 64, 1), (8, 128, 1), (8, 256, 1), (4, 512, 1), (2, 1024, 1), (2, 1024, 4))  # n, T, m

@@ -19,11 +19,12 @@ d the two sides of the weight. All functions here are pure but for `total`, whic
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .memory import Keep, Scratch
 from .preconditioner import Preconditioner
 
 Strategy = Literal["gram", "project", "instantiate"]
@@ -80,49 +81,6 @@ def choose_strategy(split: Split, positions: int, p: int, d: int, by_direction: 
     gram = split.m * positions * (positions * (p + d) - p * d / split.n)
     instantiate = PASSES * p * d * split.directions
     return "gram" if gram < instantiate else "instantiate"
-
-
-class Scratch:
-    """Memory that one contraction after another uses, over all layers and steps: on a CPU the first touch of
-    fresh pages costs more than what is then written to them."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, use: str, numel: int, like: Tensor) -> Tensor:
-        """(numel,) with any content, of the dtype and device of `like`; the next call for the same use may
-        give the same memory."""
-        if torch.compiler.is_compiling():  # the compiler plans the memory of its graph itself
-            return like.new_empty(numel)
-        key = (use, like.dtype, like.device)
-        if key not in self._buffers or len(self._buffers[key]) < numel:
-            self._buffers[key] = like.new_empty(numel)
-        return self._buffers[key][:numel]
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The place of one parameter's direction that is made with the first of several micro-batches and serves
-    them all; kept: of the whole model, by name. It holds the common factor on that micro-batch's loss."""
-
-    kept: dict[str, Any]
-    name: str
-    first: bool
-
-    def direction(self, make: Callable[[], T]) -> T:
-        """What `make` makes with the first micro-batch, as kept."""
-        if self.first:
-            self.kept[self.name] = make()
-        elif self.name not in self.kept:
-            raise RuntimeError(
-                f"'{self.name}' has a gradient in a later micro-batch, and had none in the first, whose "
-                "validation rows would have made its direction: run every layer in every micro-batch"
-            )
-        found: T = self.kept[self.name]
-        return found
 
 
 Tile = tuple[slice, slice]

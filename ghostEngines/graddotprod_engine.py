@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .contraction import STRATEGIES, Scratch, Split, Strategy
+from .contraction import STRATEGIES, Split, Strategy
 from .coverage import (
     check_optimizer,
     check_rows_are_independent,
@@ -28,6 +28,7 @@ from .coverage import (
 )
 from .layer_rules import RULES
 from .losses import require
+from .memory import Scratch
 from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
 from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, LayerStep, Step
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .contraction import Keep, Scratch, Split, Strategy, accumulation_dtype, choose_strategy
+from .contraction import Split, Strategy, accumulation_dtype, choose_strategy
+from .memory import Keep, Scratch
 from .preconditioner import Preconditioner
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from ghostEngines import contraction
 from ghostEngines.contraction import (
     STRATEGIES,
-    Scratch,
     Split,
     add_gradient,
     choose_strategy,
@@ -19,6 +18,7 @@ from ghostEngines.contraction import (
     project,
     tiles,
 )
+from ghostEngines.memory import Scratch
 
 P, D = 7, 5
 GPT2_SMALL = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (50304, 768)]

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
 from ghostEngines import GradDotProdEngine, losses
-from ghostEngines.contraction import STRATEGIES, Scratch, Split, contract
+from ghostEngines.contraction import STRATEGIES, Split, contract
 from ghostEngines.layer_rules import cross_entropy_head
+from ghostEngines.memory import Scratch
 from model_setup import CausalLM, architecture_config
 
 aten = torch.ops.aten

@@ -8,32 +8,17 @@ weights of the loss must therefore be known beforehand: uniform without an engin
 backward pass accepts only a common factor on them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..contraction import (
-    Keep,
-    Scratch,
-    Split,
-    Strategy,
-    Tile,
-    accumulation_dtype,
-    add_gradient,
-    choose_strategy,
-    gram,
-    instantiate,
-    precondition_tiles,
-    project,
-)
+from ..contraction import Split, Strategy, accumulation_dtype, choose_strategy
 from ..losses import IGNORE_INDEX, count_targets, require
-from ..preconditioner import Preconditioner
-from ..step import LayerStep, TiedRoute, routed_tensors
+from ..step import LayerStep, routed_tensors
 from .functions import compute_dtype, without_autocast
-from .linear import gather
+from .head_gradient import HeadPlan, Part, Sink
 from .registry import register_rule
 
 # How many positions' logits are there at a time: enough for full speed of the matrix products.
@@ -96,22 +81,6 @@ def head_strategy(
     return choose_strategy(split, positions, vocabulary, d, by_direction)
 
 
-@dataclass(frozen=True)
-class HeadPlan:
-    """How the head divides its rows and contracts its gradients under an engine."""
-
-    split: Split
-    strategy: Strategy
-    probe: Tensor
-    route: TiedRoute | None
-    scratch: Scratch
-    keep: Keep | None
-    preconditioner: Preconditioner | None
-
-
-Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
-
-
 def run_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, plan: HeadPlan | None
 ) -> Any:
@@ -163,7 +132,7 @@ class FusedHead(torch.autograd.Function):
             position_weights = (row_weights / counts)[:, None, None]
             losses = row_weights.new_zeros(len(rows))
             grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
-            sink = _Sink.make(weight, wide, plan) if needs_weight else None
+            sink = Sink.make(weight, wide, plan) if needs_weight else None
             for part, residuals in _residual_parts(rows, matrix, targets, counts, losses, plan):
                 if grad_hidden is not None:
                     torch.mul(residuals @ matrix, position_weights[part[0]], out=grad_hidden[part])
@@ -200,143 +169,6 @@ class FusedHead(torch.autograd.Function):
             (None,) * 5 if sink is None else sink.finish(common * scales[0], common * scales[-1])
         )
         return grad_hidden, *weight_gradients, *(None,) * 5
-
-
-class _Sink:
-    """Gathers the gradient of the head's weight, part by part, validation rows first.
-
-    Everything in here lacks the factor row_weight / fewest targets, which `finish` applies.
-    """
-
-    def __init__(self, total: Tensor) -> None:
-        self.total = total  # (V, d), of which nothing counts before the first train rows are in
-        self.fresh = True
-
-    @staticmethod
-    def make(weight: Tensor, dtype: torch.dtype, plan: HeadPlan | None) -> "_Sink":
-        total = torch.empty_like(weight, dtype=dtype)
-        return _Sink(total) if plan is None else _AttributingSink(total, plan)
-
-    def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
-        """residuals (g, t, V), rows (g, t, d)"""
-        add_gradient(residuals, rows, self.total, self.fresh)
-        self.fresh = False
-
-    def seal(self) -> None:
-        """All parts are in: let go of what the backward pass does not need."""
-
-    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of weight, probe, gathered, picked and whole."""
-        return self.total.mul_(train_scale), None, None, None, None
-
-
-class _AttributingSink(_Sink):
-    """The same for the train rows, with the dot products and what a tied embedding needs."""
-
-    def __init__(self, total: Tensor, plan: HeadPlan) -> None:
-        super().__init__(total)
-        self.split, self.route, self.keep = plan.split, plan.route, plan.keep
-        self.dots = total.new_zeros(plan.split.n, plan.split.directions)
-        self.validation: _ValidationGradient | _ValidationRows
-        self.validation = (
-            _ValidationRows(plan.split) if plan.strategy == "gram" else _ValidationGradient(total, plan)
-        )
-        if plan.route is not None:
-            self.picked = total.new_zeros(plan.route.picked.shape)
-
-    def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
-        n, (group, _) = self.split.n, part
-        if group.start >= n:
-            self.validation.add(residuals, rows, slice(group.start - n, group.stop - n))
-            return
-        self.dots[group] += self.validation.contract(residuals, rows, self.total, self.fresh)
-        self.fresh = False
-        if self.route is not None:
-            self.picked[group] += residuals[:, :, self.route.val_tokens].mT @ rows
-
-    def seal(self) -> None:
-        if self.route is not None:
-            self.gathered = self.validation.gather(self.route.train_tokens)
-        if self.keep is None:
-            del self.validation
-
-    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weight, *_ = super().finish(train_scale, val_scale)
-        if self.keep is not None:
-            assert isinstance(self.validation, _ValidationGradient)
-            direction = self.validation.direction
-            if self.keep.first:
-                self.keep.direction(lambda: direction.mul_(val_scale))
-            else:
-                val_scale = torch.ones_like(val_scale)  # the direction has it already
-        dots = self.dots.mul_(train_scale * val_scale)
-        if self.route is None:
-            return grad_weight, dots, None, None, None
-        return None, dots, self.gathered.mul_(val_scale), self.picked.mul_(train_scale), grad_weight
-
-
-class _ValidationGradient:
-    """What train rows are contracted with, for strategies that need it: the direction (k, V, d)."""
-
-    def __init__(self, total: Tensor, plan: HeadPlan) -> None:
-        self.split, self.strategy, self.scratch = plan.split, plan.strategy, plan.scratch
-        self.preconditioner = plan.preconditioner if plan.split.m > 0 else None  # None: nothing left to do
-        if plan.keep is None or plan.keep.first:
-            self.direction = total.new_empty(plan.split.directions, *total.shape)
-        else:
-            self.direction = plan.keep.kept[plan.keep.name]
-        self.fresh = [True] * plan.split.directions
-
-    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        if not self.split.pairwise:
-            self._add(residuals, rows, 0)
-            return
-        for i, j in enumerate(range(group.start, group.stop)):
-            self._add(residuals[i : i + 1], rows[i : i + 1], j)
-
-    def _add(self, residuals: Tensor, rows: Tensor, j: int) -> None:
-        add_gradient(residuals, rows, self.direction[j], self.fresh[j])
-        self.fresh[j] = False
-
-    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
-        precondition_tiles(self.direction, self.preconditioner, self.scratch)  # all validation rows are in
-        self.preconditioner = None
-        if self.strategy == "project":
-            return project(residuals, rows, self.direction, total, fresh)
-        k = self.split.directions
-        return instantiate(residuals, rows, self._directions, k, total, fresh, self.scratch)
-
-    def _directions(self, tile: Tile) -> Tensor:
-        return self.direction[:, tile[0], tile[1]]
-
-    def gather(self, tokens: Tensor) -> Tensor:
-        return self.direction[:, tokens]
-
-
-class _ValidationRows:
-    """The same for gram, which needs the validation rows themselves: of each part its rows' numbers,
-    residuals (g, t, V) and rows (g, t, d)."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-        self.parts: list[tuple[slice, Tensor, Tensor]] = []
-
-    def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        self.parts.append((group if self.split.pairwise else slice(None), residuals.clone(), rows))
-
-    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
-        add_gradient(residuals, rows, total, fresh)
-        dots = total.new_zeros(len(rows), self.split.directions)
-        for group, val_residuals, val_rows in self.parts:
-            dots[:, group] += gram(residuals, rows, val_residuals, val_rows, self.split.pairwise)
-        return dots
-
-    def gather(self, tokens: Tensor) -> Tensor:
-        shape = (self.split.directions, *tokens.shape, self.parts[0][2].shape[2])
-        gathered = self.parts[0][2].new_zeros(shape, dtype=accumulation_dtype(self.parts[0][2].dtype))
-        for group, residuals, rows in self.parts:
-            gathered[group] += gather(residuals, rows, tokens, self.split)
-        return gathered
 
 
 def _parts(rows: int, positions: int, split: Split | None) -> Iterator[Part]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..contraction import Keep, Split, accumulation_dtype, contract_gradients
+from ..contraction import Split, accumulation_dtype, contract_gradients
+from ..memory import Keep
 from ..preconditioner import Preconditioner
 from ..step import LayerStep, Normalisation
 from .functions import without_autocast

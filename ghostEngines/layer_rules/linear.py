@@ -8,8 +8,6 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..contraction import (
-    Keep,
-    Scratch,
     Split,
     Strategy,
     accumulation_dtype,
@@ -17,6 +15,7 @@ from ..contraction import (
     contract_gradients,
     direction_of,
 )
+from ..memory import Keep, Scratch
 from ..preconditioner import Preconditioner
 from ..step import LayerStep, Normalisation, routed_tensors
 from .functions import as_shape, compute_dtype, without_autocast
