@@ -31,7 +31,7 @@ class Efficiency:
     def __str__(self) -> str:
         over = "each step" if self.window == 1 else f"windows of {self.window} steps"
         if self.count == 0:
-            return f"{over}: not so many steps with both"
+            return f"{over}: fewer than {self.window} have a predicted and a measured fall"
         correlation = "-" if self.correlation is None else f"{self.correlation:+.3f}"
         ratio = "-" if self.ratio is None else f"{self.ratio:.3g}"
         return f"{over}: correlation {correlation}, measured / predicted {ratio} ({self.count} of them)"

@@ -7,7 +7,6 @@ The same runs and options give the same file but for its date. It has no scripts
 them and the network.
 """
 
-import logging
 import os
 import sys
 import tempfile
@@ -31,12 +30,12 @@ from attribution.plots import Plot, Sketch, unit_for
 from attribution.progress import progress_bar
 from attribution.report_tables import domain_bins, domain_spread, histogram, loss_curves, totals
 from attribution.scored_run import AttributionError, ScoredRun
+from attribution.screen import plain_console
 from attribution.values import write_values
 from attribution.values_folder import Values
 from data_processing.tokenizers import get_tokenizer
 
 NEEDED_SETTINGS = ("optimizer", "direction", "val_set", "val_batch_size")
-log = logging.getLogger(__name__)
 
 
 def write_report(
@@ -163,7 +162,7 @@ def main(argv: list[str]) -> None:
         memory_limit=options.memory_limit,
         pile_data_dir=options.pile_data_dir,
     )
-    log.info("%s", output)
+    plain_console().print(str(output), soft_wrap=True)
 
 
 if __name__ == "__main__":

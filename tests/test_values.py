@@ -255,7 +255,7 @@ def test_efficiency_of_too_little(predicted: list[float], shown: str) -> None:
         {"run": [0] * len(predicted), "predicted": predicted, "measured": [2 * each for each in predicted]}
     )
     each, windows = efficiency(steps)
-    assert shown in str(each) and "not so many steps" in str(windows)
+    assert shown in str(each) and "fewer than 50 have" in str(windows)
 
 
 def test_steps_of_half() -> None:
