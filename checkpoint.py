@@ -131,7 +131,7 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
     """Makes the checkpoint of a step in {result_dir}/checkpoints: `write` puts its files into an empty
     folder, `facts` go into the manifest; then all but the newest `keep` are removed.
 
-    Raises OSError if it cannot be written (disk full, ...); those that were there before are whole."""
+    Raises CheckpointError if it cannot be written (disk full, ...); earlier checkpoints are whole."""
     final = folder / checkpoint_name(step)
     hidden = folder / f".{final.name}.tmp"
     folder.mkdir(exist_ok=True)
@@ -152,7 +152,7 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
         hidden.rename(final)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, of PyTorch, of safetensors
         shutil.rmtree(hidden, ignore_errors=True)  # the disk may be full
-        raise OSError(
+        raise CheckpointError(
             f"cannot write {final}: {error}; the checkpoints that were there before are whole"
         ) from error
     sync(folder)

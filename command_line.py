@@ -7,8 +7,10 @@ from dataclasses import Field, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from foundation.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """The program cannot be run as asked; the message names the flag, the value seen and what to do."""
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from batch_order import BatchOrder, seeded_choice
+from command_line import ConfigError
 from data_processing.shards import VOCAB, Shard, ShardError, list_shards
 
 BLOCK_BITS = 40  # a sample id is the number of the domain, then so many bits of the block's number
@@ -49,7 +50,7 @@ class BlockDataset:
     def __init__(self, shards: Sequence[Shard], block_size: int, domains: tuple[str, ...] | None) -> None:
         """shards: all of the split, sorted; domains: those to use, None for all. Raises as `open` does."""
         if block_size < 1:
-            raise ValueError(f"--block_size {block_size}: at least 1")
+            raise ConfigError(f"--block_size {block_size}: at least 1")
         folder = shards[0].path.parent
         self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
         self.all_domains = list(self._numbers)
@@ -57,7 +58,7 @@ class BlockDataset:
         missing = [domain for domain in self.domains if domain not in self._numbers]
         if missing or not self.domains:
             seen = ", ".join(missing) or "no domain"
-            raise ValueError(f"--domains: {seen} in {folder}; it has {', '.join(self._numbers)}")
+            raise ConfigError(f"--domains: {seen} in {folder}; it has {', '.join(self._numbers)}")
         self._shards = {domain: shards[self._numbers[domain]] for domain in self.domains}
         self.block_size = block_size
         self.tokenizer = shards[0].tokenizer
@@ -75,7 +76,7 @@ class BlockDataset:
     ) -> Self:
         """Opens a split, or some domains of it.
 
-        Raises ShardError if a shard is missing or damaged, ValueError if a domain is not there or has fewer
+        Raises ShardError if a shard is missing or damaged, ConfigError if a domain is not there or has fewer
         tokens than one block needs.
         """
         return cls(list_shards(data_dir, split), block_size, domains)
@@ -86,7 +87,7 @@ class BlockDataset:
             return
         lengths = ", ".join(f"{domain} ({self._shards[domain].num_tokens} tokens)" for domain in short)
         rest = ",".join(domain for domain in self.domains if domain not in short)
-        raise ValueError(
+        raise ConfigError(
             f"--block_size {self.block_size}: a block is {self.block_size + 1} tokens, longer than these "
             f"shards in {folder}: {lengths}. Choose a smaller --block_size"
             + (f', or the domains that are long enough: "{rest}"' if rest else "")
@@ -147,7 +148,7 @@ class BatchLoader:
         micro_batches: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"--batch_size {batch_size}: at least 1")
+            raise ConfigError(f"--batch_size {batch_size}: at least 1")
         assert 0 <= rank < world_size, (rank, world_size)
         self._dataset = dataset
         self._order = BatchOrder(dataset.blocks_per_domain, seed, weights)
@@ -196,9 +197,9 @@ class Prefetch:
 
 
 def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
-    """m distinct blocks, all equally likely, chosen by the seed alone. ValueError if there are fewer."""
+    """m distinct blocks, all equally likely, chosen by the seed alone. ConfigError if there are fewer."""
     if not 1 <= m <= dataset.num_blocks:
-        raise ValueError(
+        raise ConfigError(
             f"--val_batch_size {m}: there are {dataset.num_blocks} validation blocks of {dataset.block_size} "
             f"positions; choose 1 to {dataset.num_blocks}, or a smaller --block_size"
         )
@@ -208,16 +209,16 @@ def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
 def parse_domains(text: str) -> tuple[tuple[str, ...], dict[str, float] | None]:
     """`--domains`: "ArXiv,Wikipedia (en)" -> names and None; "ArXiv:2,Pile-CC:1" -> names and their weights.
 
-    A name may hold anything but commas and colons. Raises ValueError for an empty or repeated name, a weight
+    A name may hold anything but commas and colons. Raises ConfigError for an empty or repeated name, a weight
     that is not finite and above 0, and weights for some names only.
     """
     pairs = [entry.partition(":")[::2] for entry in text.split(",")]
     names = tuple(name.strip() for name, _ in pairs)
     for number, name in enumerate(names):
         if not name:
-            raise ValueError(f'--domains {text!r}: an empty name; say "ArXiv,Pile-CC" or "ArXiv:2,Pile-CC:1"')
+            raise ConfigError(f'--domains {text!r}: an empty name; say "ArXiv,Pile-CC", "ArXiv:2,Pile-CC:1"')
         if name in names[:number]:
-            raise ValueError(f"--domains {text!r}: {name!r} is named twice")
+            raise ConfigError(f"--domains {text!r}: {name!r} is named twice")
     if ":" not in text:
         return names, None
     return names, {name: _weight(text, name, weight) for name, (_, weight) in zip(names, pairs, strict=True)}
@@ -227,9 +228,9 @@ def _weight(text: str, name: str, weight: str) -> float:
     try:
         value = float(weight)
     except ValueError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--domains {text!r}: {name!r} has the weight {weight!r}, not a number; all have one, or none"
         ) from error
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"--domains {text!r}: {name!r} has the weight {weight!r}, not a finite one above 0")
+        raise ConfigError(f"--domains {text!r}: {name!r} has the weight {weight!r}, not a finite one above 0")
     return value

@@ -11,10 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config_file import ConfigError, TrainingConfig
+from foundation.errors import UserError
 
 T = TypeVar("T")
 # What torchrun sets.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+
+
+class SharedError(UserError):
+    """A user error that every process raises with the same message: rank 0 alone reports it."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +51,41 @@ class World:
         return int(value)
 
     def first(self, action: Callable[[], T]) -> T:
-        """What the action gives to rank 0, which alone carries it out. A ConfigError there is raised by
-        all."""
+        """Run the action on rank 0 and return its result on all ranks.
+
+        Raises:
+            UserError: rank 0's own; on several processes a SharedError with its message, in all of them.
+        """
+        if self.size == 1:
+            return action()
         outcome: Any = None
         if self.rank == 0:
             try:
                 outcome = action()
-            except ConfigError as error:
-                outcome = error
+            except UserError as error:
+                outcome = SharedError(str(error))
         outcome = self.gather(outcome)[0]
-        if isinstance(outcome, ConfigError):
+        if isinstance(outcome, SharedError):
             raise outcome
-        return outcome
+        return cast(T, outcome)
 
     def every(self, action: Callable[[], T]) -> T:
-        """What the action gives to this process; all carry it out. A ValueError that one of them meets is
-        raised by all, as a ConfigError: of several the one with the lowest rank."""
+        """Run the action on every rank and return the rank's own result.
+
+        Raises:
+            UserError: the action's own; on several processes a SharedError in all of them, with the message
+                of the lowest rank that met one.
+        """
         if self.size == 1:
             return action()
         outcome, error = None, None
         try:
             outcome = action()
-        except ValueError as own:
+        except UserError as own:
             error = str(own) if self.rank == 0 else f"process {self.rank}: {own}"
         errors = [each for each in self.gather(error) if each is not None]
         if errors:
-            raise ConfigError(errors[0])
+            raise SharedError(errors[0])
         return cast(T, outcome)
 
     def gather(self, value: Any) -> list[Any]:

@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 from checkpoint import RUN_CONFIG, find_checkpoint, read_manifest, remove_after, step_of
 from config_file import ConfigError, TrainingConfig, describe, resolve
 from dataloader import to_device
-from distributed import World, distributed_world, first_of_machine
+from distributed import SharedError, World, distributed_world, first_of_machine
 from evaluation import check_evaluation, evaluate
 from finite_guard import NonFiniteLoss
+from foundation.errors import UserError
 from ghostEngines.contraction import GPU_NUMEL, SIDE, TILE_NUMEL, Split, Strategy
 from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
@@ -72,43 +73,52 @@ def read_command_line(argv: list[str]) -> TrainingConfig:
 
 
 def run(config: TrainingConfig) -> int:
-    """The run of a configuration. Returns the exit status."""
+    """Run a configuration and return the exit status; report a user error in one line."""
+    world = None
     with ExitStack() as resources:
-        speaks = first_of_machine()
         try:
             config = resolve(config)
             world = resources.enter_context(distributed_world(config))
-            speaks = world.rank == 0
-            if not speaks:
-                logging.getLogger().setLevel(logging.ERROR)
-            config = world.gather(config)[0]  # the name of a run has the time in it
-            world.first(lambda: check_result_dir(config))
-            data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
-            checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
-            model = world.every(lambda: prepare_model(config, checkpoint, data))
-            world.first(lambda: open_folder(config, checkpoint, resources))
-        except ValueError as error:  # of the user's making: said in a line, without a traceback
-            if speaks:
+            return run_in(world, config, resources)
+        except UserError as error:
+            # Without a process group every process of a machine meets the same error.
+            if not (world is None or isinstance(error, SharedError)) or first_of_machine():
                 print(f"main.py: error: {error}", file=sys.stderr)
             return 2
-        logger.info("%s\n", describe(config))
-        if config.eval_only:
-            return evaluate_only(config, model, data, world)
-        if world.rank == 0:
-            save(config, config.result_dir / "config.json", provenance() | computation(config, model))
-        world.wait()
-        parallel = parallelise(model, config, world)
-        optimizer = build_optimizer(model, config)
-        step = 0 if checkpoint is None else step_of(checkpoint)
-        manager = build_manager(config, model, optimizer, data, world, step)
-        stop = resources.enter_context(stop_signals(wait=world.size > 1))
-        due = checkpoint is not None and read_manifest(checkpoint)["evaluation_due"]
-        with RunLog(config, step, due) if world.rank == 0 else SilentLog() as log:
-            trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
-            if checkpoint is not None:
-                trainer.resume(checkpoint)
-            status = train(trainer)
-        world.wait()  # all scores are on the disk, and the log is closed; else none ends as if all were well
+
+
+def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
+    """Run as one process of `world` and return the exit status. `resources` are closed by the caller.
+
+    Raises:
+        UserError: what was asked for cannot be done, or a file cannot be read or written.
+    """
+    if world.rank > 0:
+        logging.getLogger().setLevel(logging.ERROR)
+    config = world.gather(config)[0]  # the name of a run has the time in it
+    world.first(lambda: check_result_dir(config))
+    data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
+    checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
+    model = world.every(lambda: prepare_model(config, checkpoint, data))
+    world.first(lambda: open_folder(config, checkpoint, resources))
+    logger.info("%s\n", describe(config))
+    if config.eval_only:
+        return evaluate_only(config, model, data, world)
+    world.first(
+        lambda: save(config, config.result_dir / "config.json", provenance() | computation(config, model))
+    )
+    parallel = parallelise(model, config, world)
+    optimizer = build_optimizer(model, config)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    manager = build_manager(config, model, optimizer, data, world, step)
+    due = checkpoint is not None and read_manifest(checkpoint)["evaluation_due"]
+    stop = resources.enter_context(stop_signals(wait=world.size > 1))
+    with RunLog(config, step, due) if world.rank == 0 else SilentLog() as log:
+        trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        status = train(trainer)
+    world.wait()  # all scores are on the disk, and the log is closed; else none ends as if all were well
     if trainer.progress.steps and world.rank == 0:
         print_summary(config, trainer.progress, data)
     return status

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from config_file import TrainingConfig
+from config_file import ConfigError, TrainingConfig
 from distributed import World
 from ghostEngines import CrossEntropyHead
 
@@ -80,7 +80,7 @@ class CausalLM(nn.Module):
         for block in hf.transformer.h:
             block.mlp = FrugalMLP(block.mlp)
         if hf.config._attn_implementation != "sdpa":
-            raise ValueError(
+            raise ConfigError(
                 f"the model's attention is {hf.config._attn_implementation}, which is not causal by itself: "
                 "load it "
                 'with attn_implementation="sdpa"'
@@ -109,11 +109,11 @@ class CausalLM(nn.Module):
 
 
 def check_dropout(config: GPT2Config) -> None:
-    """ValueError for a configuration with dropout: validation rows would change the masks of the train rows,
+    """ConfigError for a configuration with dropout: validation rows would change the masks of the train rows,
     and the scores would be of a random model."""
     for name in DROPOUT_FIELDS:
         if getattr(config, name) != 0:
-            raise ValueError(f"the model's configuration has {name}={getattr(config, name)}: set it to 0.0")
+            raise ConfigError(f"the model's configuration has {name}={getattr(config, name)}: set it to 0.0")
 
 
 def architecture_config(architecture: str) -> GPT2Config:
@@ -158,7 +158,7 @@ class Precision:
 def build_model(config: TrainingConfig) -> CausalLM:
     """A freshly initialised model on the device, the same for the same seed whatever the method.
 
-    Raises ValueError for a block_size beyond the model's positions.
+    Raises ConfigError for a block_size beyond the model's positions.
     """
     hf_config = architecture_config(config.architecture)
     check_positions(hf_config, config)
@@ -167,10 +167,10 @@ def build_model(config: TrainingConfig) -> CausalLM:
 
 
 def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = False) -> CausalLM:
-    """The model in a folder in Hugging Face format, as a run saves it. Raises ValueError if it is not there
+    """The model in a folder in Hugging Face format, as a run saves it. Raises ConfigError if it is not there
     or not whole, has too few positions, or has dropout, which `drop_dropout` sets to 0."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no saved model in {folder}")
+        raise ConfigError(f"there is no saved model in {folder}")
     try:
         hf_config = GPT2Config.from_pretrained(folder)
         if drop_dropout:
@@ -180,28 +180,28 @@ def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = Fal
                     setattr(hf_config, name, 0.0)
         hf, loaded = GPT2LMHeadModel.from_pretrained(folder, config=hf_config, output_loading_info=True)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the saved model in {folder} cannot be read: {error}") from error
+        raise ConfigError(f"the saved model in {folder} cannot be read: {error}") from error
     if loaded["missing_keys"]:
-        raise ValueError(f"the saved model in {folder} lacks {', '.join(sorted(loaded['missing_keys']))}")
+        raise ConfigError(f"the saved model in {folder} lacks {', '.join(sorted(loaded['missing_keys']))}")
     check_positions(hf.config, config)
     check_sizes(hf.config, config)
     return place(CausalLM(hf), config)
 
 
 def check_sizes(hf_config: GPT2Config, config: TrainingConfig) -> None:
-    """ValueError if a loaded model is not of the architecture that was asked for."""
+    """ConfigError if a loaded model is not of the architecture that was asked for."""
     for name, want in ARCHITECTURES[config.architecture].items():
         if getattr(hf_config, name) != want:
-            raise ValueError(
+            raise ConfigError(
                 f"--architecture {config.architecture} has {name} {want}, the model in the folder "
                 f"{getattr(hf_config, name)}: give the architecture that it has"
             )
 
 
 def check_positions(hf_config: GPT2Config, config: TrainingConfig) -> None:
-    """ValueError if a block has more positions than the model."""
+    """ConfigError if a block has more positions than the model."""
     if config.block_size > hf_config.n_positions:
-        raise ValueError(
+        raise ConfigError(
             f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of "
             f"{config.architecture}"
         )

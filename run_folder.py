@@ -20,6 +20,7 @@ from typing import Any
 
 from command_line import flags_of
 from config_file import ROOT, ConfigError, TrainingConfig
+from foundation.errors import file_errors
 
 LOCK = ".lock"  # held by the process that works in the folder
 UNFINISHED = ".config.json.tmp"  # config.json while it is written
@@ -148,8 +149,9 @@ def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
     text = json.dumps({**values, **extra}, indent=2, allow_nan=False)
     # Its presence marks the folder as a run, so it appears whole or not at all.
     temporary = path.with_name(UNFINISHED)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with file_errors(path, ConfigError):
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def provenance() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config_file import ConfigError, TrainingConfig
+from foundation.errors import file_errors
 from ghostEngines.score_files import sync
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,11 @@ class RunLog(SilentLog):
 
     def __init__(self, config: TrainingConfig, step: int, evaluation_due: bool) -> None:
         self._first = step
-        with ExitStack() as opened:
+        self._path = path = config.result_dir / "metrics.jsonl"
+        with ExitStack() as opened, file_errors(path):
             self._wandb = None
             if config.wandb_mode != "disabled":
                 self._wandb = opened.enter_context(start_wandb(config))
-            path = config.result_dir / "metrics.jsonl"
             if config.resumes:
                 keep_records_before(path, step, evaluation_due)
             self._file = opened.enter_context(path.open("a", encoding="utf-8"))
@@ -71,8 +72,9 @@ class RunLog(SilentLog):
         them."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        with file_errors(self._path):
+            self._file.write(line + "\n")
+            self._file.flush()
         if self._wandb is not None:  # it ignores what comes for an earlier step, so a due evaluation's too
             self._wandb.log(dict(values), step=max(step, self._first))
 
@@ -83,7 +85,8 @@ class RunLog(SilentLog):
 
     def sync(self) -> None:
         """The records so far survive a power failure, as the checkpoint does that follows."""
-        os.fsync(self._file.fileno())
+        with file_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         """A line on the screen, and a record."""

@@ -27,7 +27,7 @@ class TrainingData:
     def open(cls, config: TrainingConfig, world: World) -> "TrainingData":
         """Opens the shards that the configuration names.
 
-        Raises ShardError for shards that are missing or damaged, ValueError for a domain that is not there,
+        Raises ShardError for shards that are missing or damaged, ConfigError for a domain that is not there,
         blocks longer than a shard, too few validation blocks, or shards of different tokenizers."""
         names, weights = (None, None) if config.domains is None else parse_domains(config.domains)
         blocks = {

@@ -46,7 +46,7 @@ class TrainingState:
 
     def save(self, config: TrainingConfig, world: World, facts: dict[str, object]) -> None:
         """A checkpoint of the state after the step that was last recorded. Called by all processes; rank 0
-        writes it. facts: see `checkpoint_facts`. Raises OSError if it cannot be written."""
+        writes it. facts: see `checkpoint_facts`. Raises CheckpointError if it cannot be written."""
         sharded = isinstance(self.parallel, FSDPModule)
         if world.rank > 0 and not sharded:
             return  # rank 0 has all of it; else the parts of all come together

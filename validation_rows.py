@@ -10,6 +10,7 @@ import torch
 
 from data_processing.tokenizers import Tokenizer
 from dataloader import Batch
+from foundation.errors import file_errors
 
 
 def tokens_of(batch: Batch) -> torch.Tensor:
@@ -27,7 +28,6 @@ def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> No
     """Writes {folder}/rows.parquet, one row each with sample_id, domain, block, its T+1 tokens and their
     text."""
     tokens = tokens_of(batch)
-    folder.mkdir()
     table = pa.table(
         {
             "sample_id": pa.array(batch.sample_ids),
@@ -37,4 +37,6 @@ def save_validation_rows(batch: Batch, tokenizer: Tokenizer, folder: Path) -> No
             "text": [tokenizer.decode(row) for row in tokens.tolist()],
         }
     )
-    pq.write_table(table, folder / "rows.parquet")
+    with file_errors(folder):
+        folder.mkdir()
+        pq.write_table(table, folder / "rows.parquet")

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import duckdb
-
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import printable
+from foundation.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def run_command(module: str, command: Callable[[list[str]], None], argv: list[st
     except BrokenPipeError:  # head has seen enough; what is left goes nowhere, also at the interpreter's end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, duckdb.Error) as error:
+    except UserError as error:
         print(f"{module}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

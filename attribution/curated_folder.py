@@ -105,13 +105,10 @@ def check_output(output: Path, source: Path) -> None:
 def whole_folder(output: Path) -> Iterator[Path]:
     """A hidden folder that becomes `output` at the end, safe from a power failure; after an exception it is
     removed. AttributionError if it cannot be written."""
-    try:
-        with being_written(output) as unfinished:
-            yield unfinished
-            for path in [unfinished, *unfinished.rglob("*")]:
-                sync(path)
-    except OSError as error:  # a full disk, or no right to write
-        raise AttributionError(f"--output {output}: nothing was written: {error}") from error
+    with being_written(output) as unfinished:
+        yield unfinished
+        for path in [unfinished, *unfinished.rglob("*")]:
+            sync(path)
 
 
 def other_splits(source: Path, split: str) -> list[Path]:

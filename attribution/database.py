@@ -126,7 +126,8 @@ class ScoreDatabase:
                     f"--memory_limit {self._memory_limit} is too low for {doing}: give more "
                     f"({first_line(error)})"
                 ) from error
-            except duckdb.IOException as error:  # a full disk, a file that went away
+            except (duckdb.IOException, duckdb.InvalidInputException) as error:
+                # a full disk, a file that went away or is damaged
                 raise AttributionError(f"{doing}: {first_line(error)}") from error
 
     def _create_tables(self) -> None:

@@ -34,6 +34,7 @@ from attribution.screen import plain_console
 from attribution.values import write_values
 from attribution.values_folder import Values
 from data_processing.tokenizers import get_tokenizer
+from foundation.errors import file_errors
 
 NEEDED_SETTINGS = ("optimizer", "direction", "val_set", "val_batch_size")
 
@@ -63,7 +64,10 @@ def write_report(
     for run in runs:
         check_settings(run)
     options: dict[str, Any] = {"normalise": normalise, "steps": steps, "memory_limit": memory_limit}
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as folder:
+    with (
+        file_errors(f"--output {output}", AttributionError),
+        tempfile.TemporaryDirectory(prefix=".report-", dir=output.parent) as folder,
+    ):
         values = write_values(runs, Path(folder) / "values", pile_data_dir=pile_data_dir, **options)
         with ScoreDatabase(runs, spill_folder=Path(folder), **options) as database:
             content = report_content(database, values, normalise, pile_data_dir)

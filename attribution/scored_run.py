@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from config_file import split_and_domain
 from data_processing.shards import Shard, list_shards
 from dataloader import BlockDataset
+from foundation.errors import UserError, file_errors
 from ghostEngines.metrics_log import open_scores
 
 
-class AttributionError(ValueError):
+class AttributionError(UserError):
     """What was asked for cannot be had from these runs; the message names what was seen and what to do."""
 
 
@@ -39,12 +40,14 @@ class ScoredRun:
             ScoreError: no scores, those of another version of this program, or of several runs.
         """
         folder = Path(result_dir)
-        config = _read_config(folder)
-        if config["method"] == "Regular":
-            raise AttributionError(
-                f"{folder} is a run of method Regular, which has no scores; train with --method GradDotProd"
-            )
-        scores = open_scores(folder / "grad_dotprods")
+        with file_errors(folder, AttributionError):
+            config = _read_config(folder)
+            if config["method"] == "Regular":
+                raise AttributionError(
+                    f"{folder} is a run of method Regular, which has no scores; train with --method "
+                    "GradDotProd"
+                )
+            scores = open_scores(folder / "grad_dotprods")
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
         return cls(folder, config, metadata, tuple(map(Path, scores.files)))
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from attribution.database import parquet
 from attribution.documents import DOCUMENT_SCHEMA
 from attribution.scored_run import AttributionError
+from foundation.errors import file_errors
 
 FORMAT = {"format": "attribution values", "format_version": 1}
 MANIFEST = "values.json"  # the format, how the values were made, and of which runs
@@ -164,7 +165,8 @@ def being_written(folder: Path) -> Iterator[Path]:
         for entry in unfinished.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
-            yield unfinished
+            with file_errors(f"{folder}: nothing was written", AttributionError):
+                yield unfinished
         except BaseException:
             shutil.rmtree(unfinished)
             raise

@@ -23,11 +23,10 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from data_processing.pile_records import PileError
-from data_processing.shards import ShardError, list_shards
+from data_processing.shards import list_shards
 from data_processing.split_parts import MANIFEST
 from data_processing.tokenize_pile import SPLITS, tokenize
-from data_processing.worker_pool import WorkerError
+from foundation.errors import UserError, file_errors
 
 TOKENIZER = "gpt2_bytes"
 DOMAIN_BYTES = 1_200_000  # at most, so that the corpus is a few megabytes
@@ -37,7 +36,7 @@ SPLIT_BYTES = 16_384  # at least, of each domain: 16 blocks of 1024 for validati
 log = logging.getLogger(__name__)
 
 
-class DemoError(ValueError):
+class DemoError(UserError):
     """This installation has too little text, or the folder holds something else."""
 
 
@@ -216,8 +215,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder for corpus and shards")
     arguments = parser.parse_args(argv)
     try:
-        make_demo(arguments.output_dir)
-    except (DemoError, PileError, ShardError, WorkerError, OSError) as error:
+        with file_errors(f"--output_dir {arguments.output_dir}", DemoError):
+            make_demo(arguments.output_dir)
+    except UserError as error:
         log.error("error: %s", error)
         return 1
     except KeyboardInterrupt:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_processing.shards import ShardError, domain_file_name
+from foundation.errors import UserError
 
 COMPRESSION = {".jsonl": None, ".jsonl.zst": "zstd", ".jsonl.gz": "gzip"}
 BATCH_BYTES = 1 << 20  # of text lines: large against the cost of a message, small against memory
 MAX_LINE_BYTES = 256 << 20  # a longer line is a bad record, of which no more than this is ever held
 
 
-class PileError(ValueError):
+class PileError(UserError):
     """Input that is missing or damaged, or a record that is not a Pile record."""
 
 

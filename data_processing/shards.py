@@ -18,6 +18,8 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from foundation.errors import UserError
+
 MAGIC = "pile-token-shard"
 FORMAT_VERSION = 1
 EOT = 50256  # <|endoftext|>, the last id of GPT-2's vocabulary
@@ -41,7 +43,7 @@ FIELDS = {
 }
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard, or a folder of shards, is missing, damaged or not what it should be."""
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
 from data_processing.pile_records import InputFile, LineBatch, PileError, find_inputs, line_batches
 from data_processing.progress import Progress
-from data_processing.shards import FORMAT_VERSION, ShardError, list_shards
+from data_processing.shards import FORMAT_VERSION, list_shards
 from data_processing.split_parts import (
     BAD_RECORDS,
     MANIFEST,
@@ -36,8 +36,9 @@ from data_processing.split_parts import (
     publish,
     work_folder,
 )
-from data_processing.tokenizers import TOKENIZERS, TokenizerError, get_tokenizer
-from data_processing.worker_pool import WorkerError, WorkerPool
+from data_processing.tokenizers import TOKENIZERS, get_tokenizer
+from data_processing.worker_pool import WorkerPool
+from foundation.errors import UserError, file_errors
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
@@ -251,12 +252,11 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = parse_arguments(argv)
     try:
-        tokenize(**vars(arguments))
-    except (PileError, ShardError, TokenizerError, WorkerError) as error:
+        # Errors of reading the input are PileErrors; what is left is a full disk, or no right to write.
+        with file_errors(f"--output_dir {arguments.output_dir}", PileError):
+            tokenize(**vars(arguments))
+    except UserError as error:
         log.error("error: %s", error)
-        return 1
-    except OSError as error:  # of the input PileError tells; this is a full disk, or no right to write
-        log.error("error: --output_dir %s: %s", arguments.output_dir, error)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted; the same command goes on from the input files that were finished")

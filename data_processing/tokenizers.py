@@ -15,11 +15,12 @@ import numpy.typing as npt
 import tiktoken
 
 from data_processing.shards import EOT
+from foundation.errors import UserError
 
 TOKENIZERS = ("gpt2", "gpt2_bytes")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer is not known, or its vocabulary cannot be had."""
 
 

@@ -18,8 +18,10 @@ from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Any, Self
 
+from foundation.errors import UserError
 
-class WorkerError(RuntimeError):
+
+class WorkerError(UserError):
     """A worker process ended in the middle of a task."""
 
 

@@ -1,7 +1,15 @@
 """Per-sample train-validation gradient dot products inside the backward pass of training, for any loop."""
 
+from .errors import AttachError
 from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule
 from .losses import per_sample_losses
 
-__all__ = ["RULES", "CrossEntropyHead", "GradDotProdEngine", "per_sample_losses", "register_rule"]
+__all__ = [
+    "RULES",
+    "AttachError",
+    "CrossEntropyHead",
+    "GradDotProdEngine",
+    "per_sample_losses",
+    "register_rule",
+]

@@ -10,12 +10,13 @@ from torch.autograd.graph import Node
 from transformers.pytorch_utils import Conv1D
 
 from .contraction import Split, Strategy, choose_strategy
+from .errors import AttachError
 from .layer_rules import RULES, CrossEntropyHead
 from .layer_rules.cross_entropy_head import head_strategy
 
 
 def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with trainable parameters, by name. Raises ValueError for one that no rule covers."""
+    """The layers with trainable parameters, by name. Raises AttachError for one that no rule covers."""
     layers = {}
     for name, module in model.named_modules():
         trainable = [
@@ -24,7 +25,7 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
         if not trainable and not (type(module) in RULES and RULES[type(module)].always):
             continue
         if type(module) not in RULES:
-            raise ValueError(
+            raise AttachError(
                 f"no rule covers module '{name}' of type {type(module).__name__}, whose parameters "
                 f"{', '.join(trainable)} train: there are rules for "
                 f"{', '.join(sorted(kind.__name__ for kind in RULES))}. Freeze the parameters "
@@ -34,19 +35,19 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
         rule = RULES[type(module)]
         unknown = sorted(set(trainable) - set(rule.parameters))
         if unknown:
-            raise ValueError(
+            raise AttachError(
                 f"module '{name}' of type {type(module).__name__} has trainable parameters that its rule "
                 f"does not know: {', '.join(unknown)}. Is the layer reparametrised (weight norm, LoRA)? "
                 "Give it a type and a rule of its own."
             )
         if "forward" in vars(module):
-            raise ValueError(
+            raise AttachError(
                 f"the forward of module '{name}' is overridden on the instance: the rule would bypass it."
             )
         rule.check(module)
         layers[name] = module
     if not any(p.requires_grad for layer in layers.values() for p in layer.parameters(recurse=False)):
-        raise ValueError("the model has no trainable parameter")
+        raise AttachError("the model has no trainable parameter")
     return layers
 
 
@@ -72,7 +73,7 @@ def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
     """Layer name -> name of the tie its weight belongs to, for weights shared by an embedding and an output
     layer.
 
-    Raises ValueError for parameters that are shared in any other way.
+    Raises AttachError for parameters that are shared in any other way.
     """
     owners: dict[nn.Parameter, list[tuple[str, str]]] = {}
     for name, layer in layers.items():
@@ -91,7 +92,7 @@ def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
             or kinds.count(nn.Embedding) != 1
             or not {nn.Linear, CrossEntropyHead} & set(kinds)
         ):
-            raise ValueError(
+            raise AttachError(
                 f"{' and '.join('.'.join(owner) for owner in shared)} are one parameter: only a weight "
                 "shared by one nn.Embedding and one output layer (nn.Linear or CrossEntropyHead) is "
                 "covered. Untie the others."
@@ -108,25 +109,25 @@ def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
-    """ValueError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n rows
+    """AttachError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n rows
     would."""
     for name, module in modules:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.training:
-                raise ValueError(
+                raise AttachError(
                     f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's "
                     "loss then depends on the other rows and has no gradient of its own. Use LayerNorm, or "
                     "put the module into eval mode."
                 )
         elif isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(
+            raise AttachError(
                 f"module '{name}' drops out with p={module.p}: the scores would be of a random model, and "
                 "the training not the one without validation rows. Set its p to 0."
             )
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """ValueError unless the optimizer updates exactly the model's trainable parameters: those are what a
+    """AttachError unless the optimizer updates exactly the model's trainable parameters: those are what a
     score speaks of."""
     trained = {
         id(parameter)
@@ -137,13 +138,13 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     named = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     left_out = [name for key, name in named.items() if key not in trained]
     if left_out:
-        raise ValueError(
+        raise AttachError(
             f"the optimizer does not update {', '.join(left_out)}, which would be counted in the scores all "
             "the same: freeze them (requires_grad_(False)) or give them to the optimizer."
         )
     foreign = len(trained - set(named))
     if foreign:
-        raise ValueError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")
+        raise AttachError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")
 
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"  # the node at which a gradient arrives at a parameter

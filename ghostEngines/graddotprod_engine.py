@@ -26,6 +26,7 @@ from .coverage import (
     find_ties,
     mixing_modules,
 )
+from .errors import AttachError
 from .layer_rules import RULES
 from .losses import require
 from .memory import Scratch
@@ -54,7 +55,7 @@ class GradDotProdEngine:
     backward passes make one optimizer step. The first of them takes a joint batch, the others take n train
     rows alone and use its validation gradient, which is kept until the last (one model's size); `.grad` is
     then the gradient of the mean loss of all n · micro_batches train rows, and after each pass `dot_products`
-    are those of its own rows. Raises ValueError for a val_batch_size or micro_batches below 1, an unknown
+    are those of its own rows. Raises AttachError for a val_batch_size or micro_batches below 1, an unknown
     granularity, direction or strategy, for several micro-batches with granularity "pairwise" or strategy
     "gram", which need the validation rows themselves, and for direction "adamw" with strategy "gram", which
     makes no direction."""
@@ -71,21 +72,21 @@ class GradDotProdEngine:
     ) -> None:
         for name, number in (("val_batch_size", val_batch_size), ("micro_batches", micro_batches)):
             if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+                raise AttachError(f"{name} must be at least 1, got {number}")
         if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+            raise AttachError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if direction not in DIRECTIONS:
-            raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+            raise AttachError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
         if direction == "adamw" and strategy == "gram":
-            raise ValueError('strategy "gram" makes no direction to precondition: choose another one')
+            raise AttachError('strategy "gram" makes no direction to precondition: choose another one')
         if strategy is not None and strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
+            raise AttachError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
         self.model = model
         self.val_batch_size = val_batch_size
         self.granularity = granularity
         self.direction = direction
         if micro_batches > 1 and (granularity == "pairwise" or strategy == "gram"):
-            raise ValueError(
+            raise AttachError(
                 f"several micro-batches with granularity={granularity!r} and strategy={strategy!r}: pairwise "
                 "scores and gram need the validation rows in every pass, and only the first has them"
             )
@@ -110,8 +111,8 @@ class GradDotProdEngine:
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Puts the rules in the place of the layers' forwards.
 
-        Raises ValueError for a trainable parameter that no rule covers, or that the optimizer (if given) does
-        not update, for dropout and batch normalisation, and for weights that are shared in any way but
+        Raises AttachError for a trainable parameter that no rule covers, or that the optimizer (if given)
+        does not update, for dropout and batch normalisation, and for weights that are shared in any way but
         between an embedding and an output layer; RuntimeError if the engine is attached already. A failed
         attach leaves the model untouched."""
         if self._restore:
@@ -121,7 +122,7 @@ class GradDotProdEngine:
         covered = covered_layers(self.model)
         self._ties = find_ties(covered)
         if self._ties and self.micro_batches > 1 and self.granularity == "per_layer":
-            raise ValueError(
+            raise AttachError(
                 f"per-layer scores of several micro-batches with tied weights ({', '.join(self._ties)}): the "
                 "validation gradient that is kept is the sum of both ends, so that their parts cannot be "
                 "told apart. Untie them, or use another granularity."

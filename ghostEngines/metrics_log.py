@@ -19,6 +19,8 @@ import pyarrow.dataset as ds
 import torch
 from torch import Tensor
 
+from foundation.errors import file_errors
+
 from .score_files import (
     FORMAT,
     SCORE_SCHEMA,
@@ -65,7 +67,7 @@ class ScoreWriter:
 
     Raises:
         ScoreError: the folder holds something else than scores of this run.
-        OSError: a file cannot be written (disk full, ...). Earlier files are whole, the rows stay buffered.
+            A file cannot be written (disk full, ...): earlier files are whole, the rows stay buffered.
     """
 
     def __init__(
@@ -87,8 +89,9 @@ class ScoreWriter:
             {**metadata, "granularity": granularity, **FORMAT}
         )
         self._buffer: list[_Step] = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sync(self.folder.parent)
+        with file_errors(self.folder, ScoreError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sync(self.folder.parent)
         for file in list_files(self.folder):
             try:
                 check_origin(file.path, {**metadata, "granularity": granularity, **FORMAT})

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .errors import AttachError
+
 KINDS = (torch.optim.AdamW, torch.optim.Adam)
 
 
@@ -52,15 +54,15 @@ def preconditioners(optimizer: torch.optim.Optimizer) -> dict[int, Preconditione
 
 
 def check_adamw(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """ValueError unless the optimizer is an AdamW whose second moments are those of whole parameters."""
+    """AttachError unless the optimizer is an AdamW whose second moments are those of whole parameters."""
     if optimizer is None:
-        raise ValueError('direction "adamw" needs the optimizer: attach it with the optimizer')
+        raise AttachError('direction "adamw" needs the optimizer: attach it with the optimizer')
     if type(optimizer) not in KINDS:
-        raise ValueError(
+        raise AttachError(
             f'direction "adamw" is about torch.optim.AdamW (or Adam), the optimizer is '
             f'{type(optimizer).__name__}: use that, or direction "gradient"'
         )
     if any(group["amsgrad"] for group in optimizer.param_groups):
-        raise ValueError('direction "adamw" does not cover amsgrad=True: leave it out')
+        raise AttachError('direction "adamw" does not cover amsgrad=True: leave it out')
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError('direction "adamw" needs whole parameters, and these are divided among processes')
+        raise AttachError('direction "adamw" needs whole parameters, and these are divided among processes')

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foundation.errors import UserError, file_errors
+
 from .step import GRANULARITIES
 
 FILE_NAME = re.compile(r"step-(\d{12})-(\d{12})\.rank-(\d{5})\.parquet")
@@ -40,7 +42,7 @@ DICTIONARY_COLUMNS = ["step", "domain", "rank", "val_loss", "lr", "clip_factor",
 FORMAT = {"format": "ghostEngines scores", "format_version": "2"}  # in the schema metadata of every file
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """A folder of scores is not what it should be; the message names the file and what to do."""
 
 
@@ -217,14 +219,14 @@ def _marked(folder: Path, rank: int) -> Iterator[None]:
 def _write_whole(path: Path, content: pa.Table | bytes) -> None:
     """Write a file and sync it; one that cannot be written whole (disk full, ...) is removed and raises."""
     try:
-        with path.open("wb") as sink:
+        whole = f"{path} (the files that were there before are whole)"
+        with file_errors(whole, ScoreError), path.open("wb") as sink:
             if isinstance(content, bytes):
                 sink.write(content)
             else:
                 pq.write_table(content, sink, compression="zstd", use_dictionary=DICTIONARY_COLUMNS)
             sink.flush()
             os.fsync(sink.fileno())
-    except BaseException as error:
-        error.add_note(f"while writing {path}; the files that were there before are whole")
+    except BaseException:
         path.unlink(missing_ok=True)
         raise

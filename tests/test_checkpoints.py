@@ -379,9 +379,9 @@ def test_a_full_disk(data: Path, tmp_path: Path) -> None:
     process = fork(full_from_step_6, flags, output=said, environment=environment(tmp_path))
     process.join(60)
     error = Path(f"{said}.err").read_text()
-    assert process.exitcode == 1, error
+    assert process.exitcode == 2, error
     last = error.strip().splitlines()[-1]
-    assert last.startswith(f"OSError: cannot write {tmp_path}/a/checkpoints/step_000006: ")
+    assert last.startswith(f"main.py: error: cannot write {tmp_path}/a/checkpoints/step_000006: ")
     assert last.endswith("the checkpoints that were there before are whole")
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step_000003"]
     run = start(data, tmp_path, run_name="a", resume=True, **FLAGS | {"max_steps": 6})

@@ -22,7 +22,7 @@ from config_file import ROOT, TrainingConfig, describe, resolve, split_and_domai
 from run_folder import prepare_result_dir, provenance, save
 
 NOON = datetime(2026, 1, 2, 12, 34, 56, 789_000, tzinfo=UTC)
-PACKAGES = ("ghostEngines", "data_processing", "attribution")
+PACKAGES = ("ghostEngines", "data_processing", "attribution", "foundation")
 SOURCES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
 
 

@@ -1,6 +1,7 @@
 """Imports go downwards only."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ LEVELS = (
     ("config_file", "batch_order"),
     ("command_line",),
     ("ghostEngines", "data_processing"),
+    ("foundation",),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path for path in ROOT.glob("*.py"))
 ENGINE = sorted((ROOT / "ghostEngines").rglob("*.py"))
 ATTRIBUTION = sorted((ROOT / "attribution").rglob("*.py"))
 DATA = sorted((ROOT / "data_processing").rglob("*.py"))
+FOUNDATION = sorted((ROOT / "foundation").rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -59,13 +62,18 @@ def test_a_module_imports_from_below(path: Path) -> None:
 @pytest.mark.parametrize("path", ENGINE + DATA, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_package_imports_nothing_else_of_the_project(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
-    assert {top(name) for name in imports(path)} & LEVEL.keys() <= {package}
+    assert {top(name) for name in imports(path)} & LEVEL.keys() <= {package, "foundation"}
+
+
+@pytest.mark.parametrize("path", FOUNDATION, ids=lambda path: path.stem)
+def test_the_foundation_needs_nothing_but_python(path: Path) -> None:
+    assert {top(name) for name in imports(path)} <= sys.stdlib_module_names | {"foundation"}
 
 
 @pytest.mark.parametrize("path", ATTRIBUTION, ids=lambda path: path.stem)
 def test_attribution_reads_what_training_wrote(path: Path) -> None:
     """Without anything that trains."""
-    lower = {"attribution", "dataloader", "config_file", "ghostEngines", "data_processing"}
+    lower = {"attribution", "dataloader", "config_file", "ghostEngines", "data_processing", "foundation"}
     assert {top(name) for name in imports(path)} & LEVEL.keys() <= lower
 
 

@@ -499,12 +499,10 @@ def test_a_full_disk_raises_and_leaves_the_earlier_files_whole(folder: Path) -> 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(ScoreError, match=r"files that were there before are whole.*File too large"):
             writer.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.errno == errno.EFBIG
-    assert "while writing" in caught.value.__notes__[0]
     assert names(folder.parent) == [folder.name], "the unfinished file does not keep its space"
     assert rows(read(folder)) == expected(range(1))
     writer.flush()

@@ -22,6 +22,8 @@ import main
 import training_loop
 from attribution.screen import first_words
 from data_processing.tokenizers import get_tokenizer
+from foundation.errors import UserError
+from ghostEngines import AttachError
 from ghostEngines.metrics_log import open_scores
 
 STEPS, N, M, T = 20, 3, 2, 8
@@ -50,6 +52,24 @@ def hf_logits(model: GPT2LMHeadModel, x: torch.Tensor) -> torch.Tensor:
 
 
 # ---- what a run leaves behind
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault of ours"), AttachError("no rule covers it")])
+def test_an_error_of_the_program_is_no_user_error(
+    error: Exception, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError of ours, or of PyTorch, keeps its traceback."""
+
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "build_optimizer", fails)
+    if isinstance(error, UserError):
+        run = start(data, tmp_path, run_name="a")
+        assert (run.status, run.err.splitlines()[-1]) == (2, f"main.py: error: {error}")
+    else:
+        with pytest.raises(ValueError, match="a fault of ours"):
+            start(data, tmp_path, run_name="a")
 
 
 def test_the_folder_of_a_run(scored: Run) -> None:

@@ -351,17 +351,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), duckdb.InvalidInputException("ZSTD")]
-)
-def test_what_the_disk_or_the_database_says_is_an_error_in_a_line(
-    error: Exception, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("of_the_disk", [True, False])
+def test_an_error_of_the_disk_or_the_database_is_one_line(
+    of_the_disk: bool, damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(argv: list[str]) -> None:
-        raise error
+    def fails(*arguments: object) -> None:
+        raise OSError(28, "No space left on device") if of_the_disk else duckdb.InvalidInputException("ZSTD")
 
-    assert run_command("attribution.values", fails, []) == 2
-    assert capsys.readouterr().err == f"attribution.values: error: {error}\n"
+    if of_the_disk:
+        monkeypatch.setattr(attribution.values, "write_json_atomically", fails)
+    else:
+        monkeypatch.setattr(ScoreDatabase, "write", lambda self, sql, path, doing: self._run(fails, doing))
+    status, _, err = command(capsys, damaged)
+    assert status == 2 and "Traceback" not in err
+    seen = "No space left on device" if of_the_disk else "ZSTD"
+    assert re.search(f"^attribution.values: error: .*{seen}$", err, re.MULTILINE), err
+
+
+def test_an_error_of_the_program_keeps_its_traceback() -> None:
+    def fails(argv: list[str]) -> None:
+        raise ValueError("a fault of ours")
+
+    with pytest.raises(ValueError, match="a fault of ours"):
+        run_command("attribution.values", fails, [])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

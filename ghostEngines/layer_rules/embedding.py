@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..contraction import Split, accumulation_dtype
+from ..errors import AttachError
 from ..memory import Keep
 from ..preconditioner import Preconditioner
 from ..step import LayerStep, TiedRoute
@@ -17,7 +18,7 @@ from .registry import register_rule
 def _check(layer: nn.Embedding) -> None:
     for option, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
         if getattr(layer, option) != off:
-            raise ValueError(
+            raise AttachError(
                 f"nn.Embedding with {option}={getattr(layer, option)} is not covered: use {option}={off}."
             )
 

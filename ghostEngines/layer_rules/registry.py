@@ -16,7 +16,7 @@ RuleCheck = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class LayerRule:
-    """forward: see `RuleForward`. check: raises ValueError for a layer whose options the rule does not cover.
+    """forward: see `RuleForward`. check: raises AttachError for options that the rule does not cover.
     parameters: the names of the parameters that the rule knows; a layer with another one is not covered.
     always: whether the rule runs for a layer without trainable parameters, too."""
 
