@@ -1,39 +1,86 @@
 """What the engine can score, and errors that say why it can't: the checks made when it attaches."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .contraction import Split, Strategy, choose_strategy
+from .contraction import Split
 from .errors import AttachError
-from .layer_rules import RULES, CrossEntropyHead
+from .layer_rules import RULES, CrossEntropyHead, LayerRule, find_rule
 from .layer_rules.cross_entropy_head import head_strategy
+from .strategies import choose_strategy
+from .tapped import own_parameters
 
 
-def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with trainable parameters, by name. Raises AttachError for one that no rule covers."""
-    layers = {}
+@dataclass(frozen=True)
+class Covered:
+    """The covered layers of a model, by name."""
+
+    layers: dict[str, nn.Module]
+    rules: dict[str, LayerRule]
+    ties: dict[
+        str, tuple[str, ...]
+    ]  # parameters that several layers share: the first owner's name -> all owners'
+
+    def rule(self, name: str) -> LayerRule:
+        return self.rules[name]
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """A number for each layer, the same for layers that share a parameter, also by way of others."""
+        group = {name: number for number, name in enumerate(self.layers)}
+        users: dict[str, set[str]] = {}
+        for name, owners in self.owners.items():
+            for first in owners.values():
+                users.setdefault(first, set()).add(name)
+        for sharing in users.values():
+            merged = {group[name] for name in sharing}
+            group = {name: min(merged) if number in merged else number for name, number in group.items()}
+        return group
+
+    @property
+    def owners(self) -> dict[str, dict[str, str]]:
+        """Of each layer's parameters the name under which the direction is kept: that of the first owner."""
+        first: dict[int, str] = {}
+        found: dict[str, dict[str, str]] = {}
+        for name, layer in self.layers.items():
+            found[name] = {}
+            for parameter, module, key in own_parameters(layer, self.rules[name]):
+                found[name][parameter] = first.setdefault(id(module._parameters[key]), f"{name}.{parameter}")
+        return found
+
+    def ties_now(self) -> dict[str, tuple[str, ...]]:
+        """Return the ties as they are now."""
+        return find_ties(self.layers, self.rules)
+
+
+def cover(model: nn.Module) -> Covered:
+    """Find the layers with trainable parameters, and their rules.
+
+    Raises AttachError for parameters that no rule covers; it names all of them."""
+    layers: dict[str, nn.Module] = {}
+    rules: dict[str, LayerRule] = {}
+    uncovered: list[str] = []
+    inside: list[str] = []  # names of layers whose children are their own
     for name, module in model.named_modules():
-        trainable = [
-            key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad
-        ]
-        if not trainable and not (type(module) in RULES and RULES[type(module)].always):
+        if any(name.startswith(f"{outer}.") for outer in inside):
             continue
-        if type(module) not in RULES:
-            raise AttachError(
-                f"no rule covers module '{name}' of type {type(module).__name__}, whose parameters "
-                f"{', '.join(trainable)} train: there are rules for "
-                f"{', '.join(sorted(kind.__name__ for kind in RULES))}. Freeze the parameters "
-                "(requires_grad_(False)), or write a rule and register it with "
-                f"@ghostEngines.register_rule({type(module).__name__})."
-            )
-        rule = RULES[type(module)]
-        unknown = sorted(set(trainable) - set(rule.parameters))
+        rule = find_rule(module)
+        if rule is not None and rule.whole:
+            trainable = [key for key, parameter in module.named_parameters() if parameter.requires_grad]
+        else:
+            trainable = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if not trainable and not (rule is not None and rule.always):
+            continue
+        if rule is None:
+            uncovered.append(_uncovered(name, module, trainable))
+            continue
+        if rule.whole:
+            inside.append(name)
+        unknown = [] if rule.whole else sorted(set(trainable) - set(rule.parameters))
         if unknown:
             raise AttachError(
                 f"module '{name}' of type {type(module).__name__} has trainable parameters that its rule "
@@ -45,20 +92,41 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
                 f"the forward of module '{name}' is overridden on the instance: the rule would bypass it."
             )
         rule.check(module)
-        layers[name] = module
-    if not any(p.requires_grad for layer in layers.values() for p in layer.parameters(recurse=False)):
+        layers[name], rules[name] = module, rule
+    if uncovered:
+        raise AttachError(refusal(uncovered))
+    if not any(p.requires_grad for p in model.parameters()):
         raise AttachError("the model has no trainable parameter")
-    return layers
+    return Covered(layers, rules, find_ties(layers, rules))
+
+
+def _uncovered(name: str, module: nn.Module, trainable: Sequence[str]) -> str:
+    kind = type(module)
+    return (
+        f"'{name}' of type {kind.__name__} ({kind.__module__}), whose parameters {', '.join(trainable)} train"
+    )
+
+
+def refusal(uncovered: Sequence[str]) -> str:
+    """Say which modules are not covered, and the remedies, the shortest first."""
+    kinds = list(dict.fromkeys(each.split(" of type ")[1].split(" ")[0] for each in uncovered))
+    shown = [*uncovered[:5], *([f"{len(uncovered) - 5} more"] if len(uncovered) > 5 else [])]
+    return (
+        f"no rule covers module {'; '.join(shown)}: there are rules for "
+        f"{', '.join(sorted(kind.__name__ for kind in RULES))}, and for norms. Freeze the parameters "
+        "(requires_grad_(False)), take the module as one layer, slow but exact (ghostEngines.register_unit("
+        f"{kinds[0]})), or write a rule and register it with @ghostEngines.register_rule({kinds[0]})."
+    )
 
 
 def contraction_plan(
     layers: dict[str, nn.Module],
     split: Split,
     positions: int,
-    strategy: Strategy | None,
+    strategy: str | None,
     by_direction: bool = False,
-) -> dict[str, Strategy]:
-    """Which strategy each weight of `covered_layers` uses for rows of this many positions; `strategy`: the
+) -> dict[str, str]:
+    """Return which strategy each weight of the layers uses for rows of this many positions; `strategy`: the
     one that is forced on all, or None; by_direction: with several micro-batches, or direction "adamw"."""
     plan = {}
     for name, layer in layers.items():
@@ -69,65 +137,65 @@ def contraction_plan(
     return plan
 
 
-def find_ties(layers: dict[str, nn.Module]) -> dict[str, str]:
-    """Layer name -> name of the tie its weight belongs to, for weights shared by an embedding and an output
-    layer.
+def find_ties(layers: dict[str, nn.Module], rules: dict[str, LayerRule]) -> dict[str, tuple[str, ...]]:
+    """Return the trainable parameters that several layers share: the first owner's name -> all owners' names.
 
-    Raises AttachError for parameters that are shared in any other way.
+    Raises AttachError for a weight that is looked up in one layer, and neither looked up nor multiplied with in
+    another.
     """
-    owners: dict[nn.Parameter, list[tuple[str, str]]] = {}
+    owners: dict[nn.Parameter, list[tuple[str, LayerRule]]] = {}
     for name, layer in layers.items():
-        for key, parameter in layer.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            owners.setdefault(parameter, []).append((name, key))
+        for key, module, own in own_parameters(layer, rules[name]):
+            parameter = module._parameters[own]
+            if parameter is not None and parameter.requires_grad:
+                owners.setdefault(parameter, []).append((f"{name}.{key}", rules[name]))
     ties = {}
     for shared in owners.values():
         if len(shared) == 1:
             continue
-        names = [name for name, _ in shared]
-        kinds = [type(layers[name]) for name in names]
-        if (
-            len(shared) != 2
-            or kinds.count(nn.Embedding) != 1
-            or not {nn.Linear, CrossEntropyHead} & set(kinds)
+        names = tuple(name for name, _ in shared)
+        kinds = [rule for _, rule in shared]
+        others = [rule for rule in kinds if not rule.lookup]
+        heads = [rule for rule in others if rule.run is not None]
+        if (len(others) < len(kinds) and not all(rule.product for rule in others)) or (
+            heads and len(others) > 1
         ):
             raise AttachError(
-                f"{' and '.join('.'.join(owner) for owner in shared)} are one parameter: only a weight "
-                "shared by one nn.Embedding and one output layer (nn.Linear or CrossEntropyHead) is "
-                "covered. Untie the others."
+                f"{' and '.join(names)} are one parameter: a weight may be shared by embeddings and output "
+                "layers (nn.Linear, or one CrossEntropyHead), or by layers of one kind. Untie the others."
             )
-        ties.update(dict.fromkeys(names, names[0]))
+        ties[names[0]] = names
     return ties
 
 
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules, by name, that may make a row's loss depend on the other rows: dropout and batch
+    """Return the modules, by name, that may make a row's loss depend on the other rows: dropout and batch
     normalisation."""
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
-    """AttachError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n rows
+    """Raise AttachError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n rows
     would."""
     for name, module in modules:
+        if not module.training:
+            continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.training:
-                raise AttachError(
-                    f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's "
-                    "loss then depends on the other rows and has no gradient of its own. Use LayerNorm, or "
-                    "put the module into eval mode."
-                )
-        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise AttachError(
+                f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's "
+                "loss then depends on the other rows and has no gradient of its own. Use LayerNorm, or "
+                "put the module into eval mode."
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise AttachError(
                 f"module '{name}' drops out with p={module.p}: the scores would be of a random model, and "
-                "the training not the one without validation rows. Set its p to 0."
+                "the training not the one without validation rows. Set its p to 0, or put it into eval mode."
             )
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """AttachError unless the optimizer updates exactly the model's trainable parameters: those are what a
+    """Raise AttachError unless the optimizer updates exactly the model's trainable parameters: those are what a
     score speaks of."""
     trained = {
         id(parameter)
@@ -145,46 +213,3 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     foreign = len(trained - set(named))
     if foreign:
         raise AttachError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")
-
-
-ACCUMULATE = "torch::autograd::AccumulateGrad"  # the node at which a gradient arrives at a parameter
-
-
-def find_bypass(
-    loss: Tensor, probes: Sequence[Tensor], layers: Sequence[tuple[str, nn.Module]]
-) -> str | None:
-    """The name of a layer whose parameter gets a gradient from anything but one call of the layer; None if
-    there is none.
-
-    Read off the graph of the loss: a rule's node sends a gradient to a probe as well as to the parameters,
-    so a node that sends one to a parameter and none to the probe is not a rule's, and each parameter may get
-    one for each layer that owns it. (Of a compiled block the graph shows one node only.)
-    """
-    names: dict[int, list[str]] = {}
-    for name, layer in layers:
-        for parameter in layer.parameters(recurse=False):
-            names.setdefault(id(parameter), []).append(name)
-    uses: Counter[int] = Counter()
-    probe_ids = {id(probe) for probe in probes}
-    for node in graph_nodes(loss):
-        children: list[Any] = [child for child, _ in node.next_functions if child is not None]
-        leaves = [id(child.variable) for child in children if child.name() == ACCUMULATE]
-        for leaf in leaves:
-            if leaf in names:
-                uses[leaf] += 1
-                if probe_ids.isdisjoint(leaves) or uses[leaf] > len(names[leaf]):
-                    return names[leaf][0]
-    return None
-
-
-def graph_nodes(loss: Tensor) -> Iterator[Node]:
-    """Every node of the graph behind the loss, once."""
-    assert loss.grad_fn is not None
-    seen, stack = {loss.grad_fn}, [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)

@@ -8,7 +8,8 @@ for the probe its per-sample dot products. Autograd adds the probe's gradients o
 training gradient. Nothing is stored on modules or parameters and no gradient is made behind autograd's back:
 reducers, clipping, accumulation and checkpointing see an ordinary model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -17,21 +18,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .contraction import STRATEGIES, Split, Strategy
+from .contraction import Split
 from .coverage import (
+    Covered,
     check_optimizer,
     check_rows_are_independent,
-    covered_layers,
-    find_bypass,
-    find_ties,
+    cover,
     mixing_modules,
 )
-from .errors import AttachError
-from .layer_rules import RULES
+from .errors import AttachError, RowsError
+from .graph import find_bypass
+from .guard import Guard, random_states
+from .joins import hook_joins
+from .layer_rules import CrossEntropyHead
 from .losses import require
 from .memory import Scratch
+from .model_inputs import input_shape
 from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
-from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, LayerStep, Step
+from .sinks import DotProducts
+from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, Step
+from .strategies import STRATEGIES
+from .tapped import RowMapMaker, TappedLayer
+
+LossScale = float | Callable[[], float | Tensor]
 
 
 class GradDotProdEngine:
@@ -46,19 +55,29 @@ class GradDotProdEngine:
         dots = engine.dot_products()              # (n,)
         engine.detach()                           # the model is as it was
 
-    model: any module whose trainable parameters all belong to layers with a rule; it is called on a joint
-    batch, whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
-    granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"), or
-    for each layer ("per_layer"). direction: "gradient", or "adamw" for <∇ℓ_i, P∘∇L_val> with AdamW's
-    preconditioner P (preconditioner.py), of the optimizer that the engine is attached with. strategy: forces
-    one way of contracting (contraction.py), None chooses by shape. micro_batches: how many forward and
-    backward passes make one optimizer step. The first of them takes a joint batch, the others take n train
-    rows alone and use its validation gradient, which is kept until the last (one model's size); `.grad` is
-    then the gradient of the mean loss of all n · micro_batches train rows, and after each pass `dot_products`
-    are those of its own rows. Raises AttachError for a val_batch_size or micro_batches below 1, an unknown
-    granularity, direction or strategy, for several micro-batches with granularity "pairwise" or strategy
-    "gram", which need the validation rows themselves, and for direction "adamw" with strategy "gram", which
-    makes no direction."""
+    Args:
+        model: any module whose trainable parameters all belong to covered layers; it is called on a joint batch,
+            whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
+        val_batch_size: m.
+        granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"), or
+            for each layer ("per_layer").
+        direction: "gradient", or "adamw" for <∇ℓ_i, P∘∇L_val> with AdamW's preconditioner P (preconditioner.py),
+            of the optimizer that the engine is attached with.
+        strategy: forces one way of contracting (strategies/); None chooses by shape.
+        micro_batches: how many forward and backward passes make one optimizer step. The first of them takes a
+            joint batch, the others take n train rows alone and use its validation gradient, which is kept until
+            the last (one model's size); `.grad` is then the gradient of the mean loss of all n · micro_batches
+            train rows, and after each pass `dot_products` are those of its own rows.
+        rows: the name of the model's input whose first dimension is the row, where it cannot be told.
+        row_maps: for layers, by name, whose entries are not rows in order: what makes, of the layer's inputs and
+            the number of rows, a row map (row_maps.py).
+        guard: whether the first step checks that rows are what the engine takes them for (guard.py).
+
+    Raises:
+        AttachError: a val_batch_size or micro_batches below 1, an unknown granularity, direction or strategy;
+            several micro-batches with granularity "pairwise" or strategy "gram", which need the validation rows
+            themselves; direction "adamw" with strategy "gram", which makes no direction.
+    """
 
     def __init__(
         self,
@@ -67,8 +86,11 @@ class GradDotProdEngine:
         *,
         granularity: Granularity = "total",
         direction: Direction = "gradient",
-        strategy: Strategy | None = None,
+        strategy: str | None = None,
         micro_batches: int = 1,
+        rows: str | None = None,
+        row_maps: Mapping[str, RowMapMaker] | None = None,
+        guard: bool = True,
     ) -> None:
         for name, number in (("val_batch_size", val_batch_size), ("micro_batches", micro_batches)):
             if number < 1:
@@ -77,76 +99,101 @@ class GradDotProdEngine:
             raise AttachError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if direction not in DIRECTIONS:
             raise AttachError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-        if direction == "adamw" and strategy == "gram":
-            raise AttachError('strategy "gram" makes no direction to precondition: choose another one')
         if strategy is not None and strategy not in STRATEGIES:
             raise AttachError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
-        self.model = model
-        self.val_batch_size = val_batch_size
-        self.granularity = granularity
-        self.direction = direction
-        if micro_batches > 1 and (granularity == "pairwise" or strategy == "gram"):
+        by_direction = strategy is None or STRATEGIES[strategy].by_direction
+        if direction == "adamw" and not by_direction:
+            raise AttachError(f'strategy "{strategy}" makes no direction to precondition: choose another one')
+        if micro_batches > 1 and (granularity == "pairwise" or not by_direction):
             raise AttachError(
                 f"several micro-batches with granularity={granularity!r} and strategy={strategy!r}: pairwise "
                 "scores and gram need the validation rows in every pass, and only the first has them"
             )
+        self.model = model
+        self.val_batch_size = val_batch_size
+        self.granularity = granularity
+        self.direction = direction
         self.strategy = strategy
         self.micro_batches = micro_batches
+        self._rows, self._row_maps = rows, dict(row_maps or {})
+        self._guards = guard
+        self._guarded = False  # whether the guard has had its step
         self._micro_batch = 0  # the one whose turn it is
         self._kept: dict[str, Any] = {}
+        self._versions: list[int] = []  # of the parameters, at the first micro-batch
         self._first: Step | None = None
-        self._layers: list[LayerStep] = []
+        self._layers: list[TappedLayer] = []
         self._current = CurrentStep()
         self._scratch = Scratch()
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_has_stepped = False
+        self._loss_scale: LossScale | None = None
         self._prepared = False
         self._bypassed: str | None = None
         self._seen_gradients: list[Tensor] = []
         self._mixing: list[tuple[str, nn.Module]] = []
-        self._ties: dict[str, str] = {}
+        self._covered = Covered({}, {}, {})
         self._watched: RemovableHandle | None = None
         self._restore: list[Callable[[], Any]] = []
+        self._random_states: list[Any] = []
+        self._forward_stack = ExitStack()
 
-    def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Puts the rules in the place of the layers' forwards.
+    def attach(
+        self, optimizer: torch.optim.Optimizer | None = None, *, loss_scale: LossScale | None = None
+    ) -> None:
+        """Put a tap on every covered layer.
 
-        Raises AttachError for a trainable parameter that no rule covers, or that the optimizer (if given)
-        does not update, for dropout and batch normalisation, and for weights that are shared in any way but
-        between an embedding and an output layer; RuntimeError if the engine is attached already. A failed
-        attach leaves the model untouched."""
+        Args:
+            optimizer: that updates the model; must update exactly what is scored.
+            loss_scale: with several micro-batches, the factor that the loop puts on the joint loss before
+                `backward()`, or a function that returns it (a gradient scaler's `get_scale`). None: no factor.
+
+        Raises:
+            AttachError: a trainable parameter that no rule covers, or that the optimizer (if given) does not
+                update; dropout and batch normalisation; weights that are shared in a way that is not covered.
+            RuntimeError: the engine is attached already.
+
+        A failed attach leaves the model untouched.
+        """
         if self._restore:
             raise RuntimeError("the engine is attached already: detach it first")
         self._mixing = mixing_modules(self.model)
         check_rows_are_independent(self._mixing)
-        covered = covered_layers(self.model)
-        self._ties = find_ties(covered)
-        if self._ties and self.micro_batches > 1 and self.granularity == "per_layer":
+        covered = cover(self.model)
+        if covered.ties and self.micro_batches > 1 and self.granularity == "per_layer":
             raise AttachError(
-                f"per-layer scores of several micro-batches with tied weights ({', '.join(self._ties)}): the "
+                f"per-layer scores of several micro-batches with tied weights ({', '.join(covered.ties)}): the "
                 "validation gradient that is kept is the sum of both ends, so that their parts cannot be "
                 "told apart. Untie them, or use another granularity."
             )
+        unknown = sorted(self._row_maps.keys() - covered.layers.keys())
+        if unknown:
+            raise AttachError(f"row_maps: {', '.join(unknown)} is no covered layer of the model")
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
         if self.direction == "adamw":
             check_adamw(self.model, optimizer)
         self._optimizer, self._optimizer_has_stepped = optimizer, False
-        hooks = (
+        self._covered, self._loss_scale, self._guarded = covered, loss_scale, False
+        hooks = [
             self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
-        )
+        ]
+        if optimizer is not None and self.micro_batches > 1:
+            hooks.append(optimizer.register_step_pre_hook(self._check_complete))
         self._restore = [hook.remove for hook in hooks]
-        for name, layer in covered.items():
-            layer_step = LayerStep(
-                layer, name, RULES[type(layer)].forward, self._ties.get(name), self._current
-            )
-            layer.forward = layer_step.forward
-            self._layers.append(layer_step)
+        for name, layer in covered.layers.items():
+            owners = covered.owners[name]
+            tapped = TappedLayer(
+                layer, name, covered.rule(name), covered.groups[name], owners, self._current,
+                self._row_maps.get(name),
+            )  # fmt: skip
+            layer.forward = tapped.forward  # type: ignore[method-assign]
+            self._layers.append(tapped)
             self._restore.append(partial(vars(layer).pop, "forward"))
 
     def detach(self) -> None:
-        """The model is exactly as it was before `attach`. Raises RuntimeError if the engine is not
+        """Leave the model exactly as it was before `attach`. Raises RuntimeError if the engine is not
         attached."""
         if not self._restore:
             raise RuntimeError("the engine is not attached")
@@ -157,7 +204,7 @@ class GradDotProdEngine:
         self.forget_micro_batches()
 
     def forget_micro_batches(self) -> None:
-        """The next forward pass is the first of its step, whatever has become of the one before."""
+        """Begin anew: the next forward pass is the first of its step, whatever has become of the one before."""
         self._micro_batch, self._first = 0, None
         self._kept.clear()
 
@@ -171,44 +218,120 @@ class GradDotProdEngine:
         self.detach()
 
     def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pass with gradients begins: read n off the model's input and lay out fresh probes."""
+        """Begin a forward pass with gradients: read n off the model's input and lay out fresh probes."""
         if not torch.is_grad_enabled():
             return
         self._check_unchanged()
-        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not inputs:
-            raise ValueError("the model was called without a tensor, so that its number of rows is unknown")
-        shape, m = inputs[0].shape, self.val_batch_size if self._micro_batch == 0 else 0
-        rows = shape[0] if shape else 0
-        if self._first is not None and self._micro_batch > 0 and rows != self._first.split.n:
-            raise ValueError(
-                f"micro-batch {self._micro_batch + 1} of {self.micro_batches} has {rows} rows, the first had "
-                f"{self._first.split.n} train rows: all need the same number, and only the first is followed "
-                "by the validation rows"
-            )
+        split, shape = self._split(args, kwargs)
+        guard = None
+        if self._guards and not self._guarded and self._micro_batch == 0:
+            guard = Guard(split.n + split.m, self._weight().device)
+            if self._heads():
+                with self._eager():
+                    self._rehearse(guard, split, shape, args, kwargs)
+            elif self._compiled():  # compiled code cannot be looked into
+                self._forward_stack.enter_context(self._eager())
+        self._new_step(split, shape, guard)
+        self._random_states = random_states(self._weight().device)
+
+    def _new_step(self, split: Split, shape: torch.Size, guard: Guard | None) -> Step:
+        count = len(self._layers) if self.granularity == "per_layer" else 1
+        scales = self._preconditioners()
+        by_direction = self.micro_batches > 1 or scales is not None
+        sink = DotProducts(split, self._scratch, self.strategy, by_direction)
+        step = self._current.step = Step.begin(
+            split, shape, self._weight(), count, sink, self.micro_batches, self._kept, scales, guard
+        )
+        self._current.phase = "forward"
+        self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
+        for index, tapped in enumerate(self._layers):
+            tapped.calls, tapped.probe = 0, step.probes[index % count]
+        return step
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Split, torch.Size]:
+        """The division of the rows that the model is called with, and the shape of its input."""
+        shape = input_shape(args, kwargs, self._rows)
+        m, rows = self.val_batch_size if self._micro_batch == 0 else 0, shape[0]
+        if self._first is not None and self._micro_batch > 0:
+            if rows != self._first.split.n:
+                raise ValueError(
+                    f"micro-batch {self._micro_batch + 1} of {self.micro_batches} has {rows} rows, the first had "
+                    f"{self._first.split.n} train rows: all need the same number, and only the first is followed "
+                    "by the validation rows"
+                )
+            if self._versions != self._parameter_versions():
+                raise RuntimeError(self._incomplete("the parameters were changed"))
+        if self.micro_batches > 1 and self._micro_batch == 0:
+            self._versions = self._parameter_versions()
         if rows <= m:
             raise ValueError(
                 f"the model was called with {rows} rows, the last {m} of which are validation rows: there "
                 "is no train row. Append the validation rows to the train rows, or detach the engine."
             )
-        weight = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        split = Split(rows - m, m, self.granularity == "pairwise")
-        count = len(self._layers) if self.granularity == "per_layer" else 1
-        step = self._current.step = Step.begin(
-            split,
-            shape,
-            self.strategy,
-            weight,
-            count,
-            self._scratch,
-            self.micro_batches,
-            self._kept,
-            self._preconditioners(),
+        return Split(rows - m, m, self.granularity == "pairwise"), shape
+
+    def _weight(self) -> Tensor:
+        return next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def _parameter_versions(self) -> list[int]:
+        return [parameter._version for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _check_complete(self, *_: Any) -> None:
+        """Before the optimizer's step: all micro-batches were there."""
+        if self._micro_batch != 0:
+            raise RuntimeError(self._incomplete("the optimizer steps"))
+
+    def _incomplete(self, what: str) -> str:
+        return (
+            f"{what} after {self._micro_batch} of {self.micro_batches} micro-batches: the gradient is that of "
+            f"{self._micro_batch} and is divided by {self.micro_batches}. Make all of them, as at an epoch's end, or "
+            "leave out this step: zero the gradients and call engine.forget_micro_batches()."
         )
-        self._current.phase = "forward"
-        self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
-        for index, layer_step in enumerate(self._layers):
-            layer_step.calls, layer_step.probe = 0, step.probes[index % count]
+
+    def _heads(self) -> bool:
+        return any(isinstance(each.layer, CrossEntropyHead) for each in self._layers)
+
+    def _compiled(self) -> bool:
+        return any(module._compiled_call_impl is not None for module in self.model.modules())
+
+    @staticmethod
+    def _eager() -> Any:
+        return torch.compiler.set_stance("force_eager")
+
+    def _rehearse(
+        self, guard: Guard, split: Split, shape: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The guard's own passes for a head that makes its gradients in the forward pass, and so must be told
+        before which rows are meant."""
+        for mask in guard.masks:
+            step = self._new_step(split, shape, guard)
+            guard.weights = torch.where(mask, step.row_weights(), 0.0)
+            guard.rehearsing, guard.losses = True, []
+            states = random_states(self._weight().device)
+            try:
+                type(self.model).forward(self.model, *args, **kwargs)
+            finally:
+                guard.rehearsing = False
+            self._check_random(states)
+            losses = sum(
+                losses.sum() if len(losses) != len(mask) else (losses * guard.weights).sum()
+                for losses in guard.losses
+            )
+            self._bypassed = self._find_bypass(losses)
+            self._raise_bypassed()
+            hook_joins(losses, step.free, step.rows)
+            self._guard_backward(guard, mask, losses, retain_graph=False)
+        guard.check_rows()
+
+    def _guard_backward(self, guard: Guard, mask: Tensor, loss: Tensor, *, retain_graph: bool) -> None:
+        step, self._current.phase = self._step(), "backward"
+        guard.begin(mask)
+        try:
+            inputs = [*step.probes]
+            torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            guard.end()
+            self._current.phase = "idle"
 
     def _preconditioners(self) -> dict[int, Preconditioner] | None:
         """None where the direction is the gradient itself, or cannot be told yet."""
@@ -221,22 +344,32 @@ class GradDotProdEngine:
     def _check_unchanged(self) -> None:
         """Parameters and modes may change while the engine is attached; what trains must still be covered."""
         check_rows_are_independent(self._mixing)
-        covered = {id(p) for each in self._layers for p in each.layer.parameters(recurse=False)}
+        covered = {id(p) for each in self._layers for p in each.parameters()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in covered:
                 raise RuntimeError(
                     f"'{name}' was unfrozen while the engine was attached: detach and attach again"
                 )
-        ties = find_ties({each.name: each.layer for each in self._layers})
-        if ties != self._ties:
+        ties = self._covered.ties_now()
+        if ties != self._covered.ties:
             raise RuntimeError(
                 f"weights were tied, untied or frozen while the engine was attached "
-                f"({', '.join(ties or self._ties)}): detach and attach again"
+                f"({', '.join(ties or self._covered.ties)}): detach and attach again"
             )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():  # a model may call itself without gradients within its forward
             self._current.phase = "idle"
+            self._forward_stack.close()
+            self._check_random(self._random_states)
+
+    def _check_random(self, before: list[Any]) -> None:
+        if before and random_states(self._weight().device) != before:
+            raise RowsError(
+                "the forward pass drew random numbers (F.dropout, dropout_p of an attention, layer drop, noise on "
+                "embeddings): the scores would be of a random model, and the training not the one without "
+                "validation rows. Switch it off."
+            )
 
     def _step(self) -> Step:
         if self._current.step is None:
@@ -246,11 +379,12 @@ class GradDotProdEngine:
         return self._current.step
 
     def joint_loss(self, losses: Tensor) -> Tensor:
-        """The mean over the n train rows plus the mean over the m validation rows of the per-sample losses
+        """Return the mean over the n train rows plus the mean over the m validation rows of the per-sample losses
         (n+m,); with several micro-batches the first mean is divided by their number, and the second is there
         in the first only.
 
-        Multiply it by any factor before `backward()`. Raises ValueError for losses of another shape.
+        Multiply it by any factor before `backward()`; with several micro-batches, by the one that `attach` was told.
+        Raises ValueError for losses of another shape, RowsError if the guard finds rows that depend on each other.
         """
         step = self._step()
         weights = step.row_weights()
@@ -260,13 +394,31 @@ class GradDotProdEngine:
                 f"{tuple(losses.shape)}"
             )
         loss = (losses * weights).sum() + step.scale_probe
-        layers = [(each.name, each.layer) for each in self._layers]
-        self._bypassed = self._bypassed or find_bypass(loss, step.probes, layers)
+        self._bypassed = self._bypassed or self._find_bypass(loss)
         if losses.requires_grad:
+            first = self._watched is None
             if self._watched is not None:  # joint_loss may be asked for again, for a log
                 self._watched.remove()
+            if first and step.free:
+                hook_joins(loss, step.free, step.rows)
+            if first and step.guard is not None and not self._heads():
+                self._guard_losses(step.guard, losses * weights)
             self._watched = losses.register_hook(self._begin_backward)
         return loss
+
+    def _guard_losses(self, guard: Guard, weighted: Tensor) -> None:
+        """The guard's passes over the graph of the step."""
+        for mask in guard.masks:
+            self._guard_backward(guard, mask, (weighted * mask).sum(), retain_graph=True)
+        guard.check_rows()
+
+    def _find_bypass(self, loss: Tensor) -> str | None:
+        calls: dict[int, int] = {}
+        for tapped in self._layers:
+            for parameter in tapped.parameters():
+                calls[id(parameter)] = calls.get(id(parameter), 0) + max(1, tapped.calls)
+        layers = [(each.name, each.layer) for each in self._layers]
+        return find_bypass(loss, self._step().probes, layers, calls)
 
     def _begin_backward(self, grad_losses: Tensor) -> None:
         """The first gradient of a backward pass: that of the losses."""
@@ -274,12 +426,11 @@ class GradDotProdEngine:
         self._seen_gradients.append(grad_losses)
 
     def prepare_gradients(self) -> None:
-        """Checks that the gradients and dot products are those of this step. Nothing has to be moved: `.grad`
+        """Check that the gradients and dot products are those of this step. Nothing has to be moved: `.grad`
         holds the gradient of the mean loss of the train rows, times the factor put on the joint loss.
 
-        Raises RuntimeError if the backward pass did not start from `joint_loss`, and if a layer that has a
-        gradient did not run exactly once in the forward pass (its weight was used without calling it, or it
-        was called twice)."""
+        Raises RuntimeError if the backward pass did not start from `joint_loss`, if a weight was used without
+        calling its layer, or if the loss has a term beside the joint loss (RowsError, at the first step)."""
         step = self._step()
         if step.scale_probe.grad is None or all(probe.grad is None for probe in step.probes):
             raise RuntimeError(
@@ -288,29 +439,32 @@ class GradDotProdEngine:
             )
         self._current.phase = "idle"
         self._check_scale(step)
-        if self._bypassed is not None:
-            raise RuntimeError(
-                f"the weight of layer '{self._bypassed}' was used in another way than by one call of the "
-                "layer: that part of its gradient is in no dot product, and the validation rows' part of "
-                "it in .grad. If another module reads the weight, call the layer instead; give each call a "
-                "layer of its own."
-            )
-        for layer_step in self._layers:
-            layer = layer_step.layer
-            has_gradient = any(p.grad is not None for p in layer.parameters(recurse=False) if p.requires_grad)
-            if has_gradient and layer_step.calls != 1:
+        self._raise_bypassed()
+        for tapped in self._layers:
+            uses = step.uses.get(tapped.group)
+            if tapped.calls > 1 and (uses is None or uses.calls < tapped.calls):
                 raise RuntimeError(
-                    f"layer '{layer_step.name}' of type {type(layer).__name__} has a gradient but ran "
-                    f"{layer_step.calls} times in the forward pass: its dot products are exact only for one "
-                    "call. If another module reads its weight directly, call the layer instead; if it is "
-                    "called repeatedly, give each call a layer of its own."
+                    f"layer '{tapped.name}' of type {type(tapped.layer).__name__} ran {tapped.calls} times in compiled "
+                    "code: there its dot products are exact for one call only. Leave its block uncompiled."
                 )
+        if step.guard is not None:
+            step.guard.check_joint(step.scale_probe.grad)
+            self._guarded = True
+            step.guard = None
         self._prepared = True
         if self._micro_batch == 0:
             self._first = step
         self._micro_batch = (self._micro_batch + 1) % self.micro_batches
         if self._micro_batch == 0:
             self._kept.clear()  # the graph still holds the dictionary
+
+    def _raise_bypassed(self) -> None:
+        if self._bypassed is not None:
+            raise RuntimeError(
+                f"the weight of layer '{self._bypassed}' was used in another way than by calling the "
+                "layer: that part of its gradient is in no dot product, and the validation rows' part of "
+                "it in .grad. If another module reads the weight, call the layer instead."
+            )
 
     def _check_scale(self, step: Step) -> None:
         """One backward pass, of the joint loss times a factor and nothing else."""
@@ -328,6 +482,21 @@ class GradDotProdEngine:
             "the losses were differentiated in another combination than engine.joint_loss(losses): call "
             "backward() on it alone, times any factor",
         )
+        if self.micro_batches > 1:
+            self._check_factor(step.scale_probe.grad)
+
+    def _check_factor(self, got: Tensor) -> None:
+        """joint_loss divides by the number of micro-batches itself; a loop that does so too trains otherwise."""
+        scale = 1.0 if self._loss_scale is None else self._loss_scale
+        want = scale() if callable(scale) else scale
+        want = torch.as_tensor(want, dtype=got.dtype, device=got.device)
+        require(
+            torch.isclose(got, want, rtol=1e-4, atol=0, equal_nan=True),
+            "engine.joint_loss(losses) was multiplied by another factor than attach() was told: it is divided by the "
+            f"number of micro-batches ({self.micro_batches}) already. Do not divide the loss again (accelerate does: "
+            "gradient_accumulation_steps=1 there), or say so with attach(..., loss_scale=...), a number or a function "
+            "such as a gradient scaler's get_scale.",
+        )
 
     @property
     def scored(self) -> bool:
@@ -338,11 +507,11 @@ class GradDotProdEngine:
     @property
     def layer_names(self) -> list[str]:
         """The covered layers in the order of the columns of per-layer dot products. A tied weight's cross
-        terms are its embedding's."""
-        return [layer_step.name for layer_step in self._layers]
+        terms are those of its first use in the forward pass."""
+        return [tapped.name for tapped in self._layers]
 
     def dot_products(self) -> Tensor:
-        """The dot products of the last step's n train rows, in float32 (float64 for a float64 model), on the
+        """Return the dot products of the last step's n train rows, in float32 (float64 for a float64 model), on the
         model's device, in units of squared gradient: no learning rate, no batch size, no loss scale.
 
         - total: (n,), <∇ℓ_i, ∇L_val>, with L_val the mean loss of the m validation rows

@@ -45,7 +45,7 @@ def run(
     model, oracle = copy_in(case.model(), dtype), Oracle(eps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS, eps=eps, fused=True)
     engine = GradDotProdEngine(model, m, direction="adamw", micro_batches=micro, **options)
-    engine.attach(optimizer)
+    engine.attach(optimizer, loss_scale=8.0)
     rows = n * micro
     for step in range(STEPS):
         x, y = case.data(rows + m, seed=1 + step)

@@ -1,6 +1,7 @@
 """What the engine cannot score is an error that says why: nothing is left out of a dot product in silence."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ghostEngines import RULES, GradDotProdEngine, per_sample_losses, register_rule
-from ghostEngines.contraction import Split, contract_gradients
+from ghostEngines.descriptions import PerPosition
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -182,40 +183,57 @@ class Scale(nn.Module):
         return x * self.w
 
 
-class ProbedScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, probe: Tensor, split: Split) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.split = split
-        return x * w
-
-    @staticmethod
-    def backward(ctx, backprops: Tensor):
-        x, w = ctx.saved_tensors
-        gradient, dots = contract_gradients((backprops * x).sum(1), ctx.split)
-        return backprops * w, gradient, dots, None
-
-
 @pytest.fixture
 def scale_rule() -> Iterator[None]:
     @register_rule(Scale, parameters=("w",))
-    def scale(layer: Scale, layer_step, x: Tensor) -> Tensor:
-        step = layer_step.enter(x)
-        return ProbedScale.apply(x, layer.w, layer_step.probe, step.split)
+    def scale(layer: Scale, inputs, backprops: Tensor) -> dict[str, PerPosition]:
+        return {"w": PerPosition(backprops * inputs[0])}
 
     yield
     del RULES[Scale]
 
 
 @pytest.mark.usefixtures("scale_rule")
-def test_a_rule_of_ones_own() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "pairwise"}, {"granularity": "per_layer"}, {"strategy": "gram"}], ids=str
+)
+def test_a_rule_of_ones_own(options: dict) -> None:
     model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), Scale))
     truth = per_sample(model, lambda m, x: m(x), *token_rows(), 3)
-    dots, _ = joint_step(model, *token_rows(), 2)
-    assert truth.dot_error(dots) < 1e-12
+    dots, _ = joint_step(model, *token_rows(), 2, **options)
+    if options.get("granularity") == "pairwise":
+        assert truth.pairwise_error(dots) < 1e-12
+    else:
+        assert truth.dot_error(dots.view(3, -1).sum(1)) < 1e-12
     assert truth.gradient_error(model) < 1e-12
     with pytest.raises(ValueError, match="Scale has a rule already"):
-        register_rule(Scale)(lambda layer, step, x: x)
+        register_rule(Scale)(lambda layer, inputs, backprops: {})
+
+
+@pytest.mark.usefixtures("scale_rule")
+@pytest.mark.parametrize("direction", ["gradient", "adamw"])
+def test_a_rule_of_ones_own_in_micro_batches(direction: str) -> None:
+    """Nothing that the rule could forget decides on it: it is exact by construction."""
+    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), Scale))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, eps=1e-3)
+    engine = GradDotProdEngine(model, 1, micro_batches=2, direction=direction)
+    engine.attach(optimizer)
+    x, y = token_rows()
+    rows = [[0, 1, 4], [2, 3]]
+    truth = per_sample(deepcopy(seeded(lambda: Wired(model.run, Scale))), lambda m, x: m(x), x, y, 4)
+    for _ in range(2):
+        dots = []
+        for some in rows:
+            engine.joint_loss(per_sample_losses(model, x[some], y[some])).backward()
+            engine.prepare_gradients()
+            dots.append(engine.dot_products())
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.detach()
+    gradients = truth.vectors()
+    weights = torch.ones(()) if direction == "gradient" else 1 / (gradients[:4].mean(0).abs() + 1e-3)
+    want = gradients[:4] @ (weights * gradients[4])
+    assert torch.allclose(torch.cat(dots), want, rtol=1e-9, atol=1e-12)
 
 
 def test_the_rule_is_gone() -> None:

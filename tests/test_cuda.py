@@ -9,7 +9,7 @@ from cases import BY_NAME, Case, joint_step
 from oracle import per_sample
 from run_helpers import start, write_shards
 
-from ghostEngines.contraction import STRATEGIES
+from ghostEngines.strategies import STRATEGIES
 from training_loop import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

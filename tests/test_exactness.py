@@ -8,7 +8,7 @@ from cases import BY_NAME, CASES, Case, copy_in
 from oracle import Truth, per_sample
 
 from ghostEngines import RULES, GradDotProdEngine
-from ghostEngines.contraction import STRATEGIES
+from ghostEngines.strategies import STRATEGIES
 
 NAMES = [case.name for case in CASES]
 MODELS = [name for name in NAMES if "gpt2" in name]

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
 from ghostEngines import GradDotProdEngine, losses
-from ghostEngines.contraction import STRATEGIES, Split, contract
+from ghostEngines.contraction import Split
 from ghostEngines.layer_rules import cross_entropy_head
 from ghostEngines.memory import Scratch
+from ghostEngines.strategies import STRATEGIES
 from model_setup import CausalLM, architecture_config
 
 aten = torch.ops.aten

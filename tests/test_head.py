@@ -8,8 +8,8 @@ from oracle import Truth, per_sample
 from torch import Tensor, nn
 
 from ghostEngines import CrossEntropyHead, GradDotProdEngine, contraction
-from ghostEngines.contraction import STRATEGIES
 from ghostEngines.layer_rules import cross_entropy_head
+from ghostEngines.strategies import STRATEGIES
 
 FUSED = ["fused-head", "fused-gpt2-tied", "fused-gpt2-tied-padded", "fused-gpt2-untied"]
 

@@ -19,7 +19,7 @@ def run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Dot products of all micro-batches of the last step, (N·MICRO, ...), and its losses per micro-batch."""
     engine = GradDotProdEngine(model, m, micro_batches=MICRO, **options)
-    engine.attach()
+    engine.attach(loss_scale=factor)
     for step in range(steps):
         model.zero_grad()
         x, y = case.data(N * MICRO + m, seed=1 + steps - 1 - step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
-from ghostEngines.contraction import STRATEGIES
+from ghostEngines.strategies import STRATEGIES
 from model_setup import CausalLM
 
 VOCABULARY, POSITIONS, N, M = 61, 24, 64, 4

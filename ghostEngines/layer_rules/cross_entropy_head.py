@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..contraction import Split, Strategy, accumulation_dtype, choose_strategy
+from ..contraction import Split, accumulation_dtype
+from ..descriptions import Description
 from ..losses import IGNORE_INDEX, count_targets, require
-from ..step import LayerStep, routed_tensors
-from .functions import compute_dtype, without_autocast
-from .head_gradient import HeadPlan, Part, Sink
+from ..precision import compute_dtype, without_autocast
+from ..row_maps import Identity
+from ..sinks import Site
+from ..strategies import choose_strategy
+from ..uses import Uses
+from .head_gradient import HeadGradient, HeadPlan, Part
 from .registry import register_rule
 
 # How many positions' logits are there at a time: enough for full speed of the matrix products.
@@ -50,32 +54,50 @@ class CrossEntropyHead(nn.Module):
         return run_head(hidden, self.weight, targets, weights, plan=None)
 
 
-@register_rule(CrossEntropyHead, always=True)  # frozen, too, it needs the row weights
-def cross_entropy_head(
-    layer: CrossEntropyHead, layer_step: LayerStep, hidden: Tensor, targets: Tensor
-) -> Any:
-    """The same losses (n+m,), for row weights 1/n and 1/m, with the dot products."""
-    step = layer_step.enter(hidden)
-    vocabulary, d = layer.weight.shape
-    strategy = step.strategy or head_strategy(
-        step.split, hidden.shape[1], vocabulary, d, by_direction=step.by_direction
-    )
+def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targets: Tensor) -> Any:
+    """Return the same losses (n+m,), for row weights 1/n and 1/m, with the dot products. tapped: the layer's
+    TappedLayer."""
+    step = tapped.step
+    if not isinstance(tapped.enter(hidden, (hidden, targets)), Identity):
+        raise ValueError(
+            f"layer '{tapped.name}' takes hidden states (rows, T, d), with the {step.rows} rows of the model's input "
+            f"first; got {tuple(hidden.shape)}"
+        )
+    weight = layer.weight
+    if step.guard is not None and step.guard.rehearsing:
+        losses = run_head(hidden, weight.detach(), targets, step.guard.weights, plan=None)
+        step.guard.losses.append(losses)
+        return losses
+    uses = step.uses.setdefault(tapped.group, Uses())
+    position = uses.enter([weight], None)
+    shared = uses.parameters[id(weight)]
+    vocabulary, d = weight.shape
     plan = HeadPlan(
-        step.split,
-        strategy,
-        layer_step.probe,
-        layer_step.take_route(),
-        step.scratch,
-        layer_step.keep("weight"),
-        layer_step.preconditioner("weight"),
+        step.sink,
+        step.sink.strategy
+        or head_strategy(step.split, hidden.shape[1], vocabulary, d, by_direction=step.sink.by_direction),
+        tapped.probe,
+        tapped.site("weight", weight) if weight.requires_grad else Site(weight.shape),
+        uses,
+        shared,
+        position,
+        shared.all_tokens() if shared.tokens else None,
     )
-    return run_head(hidden, layer.weight, targets, step.row_weights(), plan)
+    return run_head(hidden, weight, targets, step.row_weights(), plan)
 
 
-def head_strategy(
-    split: Split, positions: int, vocabulary: int, d: int, by_direction: bool = False
-) -> Strategy:
-    """The cheapest strategy, but for gram where it would hold more validation logits than a part has."""
+@register_rule(
+    CrossEntropyHead, run=run_under_engine, product=True, always=True
+)  # frozen, too, it needs the row weights
+def cross_entropy_head(
+    layer: CrossEntropyHead, inputs: tuple[Any, ...], backprops: Tensor
+) -> dict[str, Description]:
+    """The head makes its gradients in its forward pass, part by part, and has nothing left to describe."""
+    raise AssertionError("the fused head is not tapped")
+
+
+def head_strategy(split: Split, positions: int, vocabulary: int, d: int, by_direction: bool = False) -> str:
+    """Return the cheapest strategy, but for gram where it would hold more validation logits than a part has."""
     if split.m * positions > PART_POSITIONS:
         return "instantiate"
     return choose_strategy(split, positions, vocabulary, d, by_direction)
@@ -96,8 +118,8 @@ def run_head(
     dtype = compute_dtype(hidden)
     if not torch.is_grad_enabled():
         return _losses_only(hidden, weight, targets, counts, dtype)
-    probes = (None,) * 4 if plan is None else (plan.probe, *routed_tensors(plan.route))
-    return FusedHead.apply(hidden, weight, *probes, targets, counts, row_weights, plan, dtype)
+    probe, link = (None, None) if plan is None else (plan.probe, plan.uses.link)
+    return FusedHead.apply(hidden, weight, probe, link, targets, counts, row_weights, plan, dtype)
 
 
 class FusedHead(torch.autograd.Function):
@@ -114,9 +136,7 @@ class FusedHead(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         probe: Tensor | None,
-        gathered: Tensor | None,
-        picked: Tensor | None,
-        whole: Tensor | None,
+        link: Tensor | None,
         targets: Tensor,
         counts: Tensor,
         row_weights: Tensor,
@@ -132,15 +152,15 @@ class FusedHead(torch.autograd.Function):
             position_weights = (row_weights / counts)[:, None, None]
             losses = row_weights.new_zeros(len(rows))
             grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
-            sink = Sink.make(weight, wide, plan) if needs_weight else None
+            gradient = HeadGradient.make(weight, wide, plan) if needs_weight else None
             for part, residuals in _residual_parts(rows, matrix, targets, counts, losses, plan):
                 if grad_hidden is not None:
                     torch.mul(residuals @ matrix, position_weights[part[0]], out=grad_hidden[part])
-                if sink is not None:
-                    sink.add(residuals, rows[part] * share[part[0]], part)
-            if sink is not None:
-                sink.seal()
-            ctx.grad_hidden, ctx.sink = grad_hidden, sink
+                if gradient is not None:
+                    gradient.add(residuals, rows[part] * share[part[0]], part)
+            if gradient is not None:
+                gradient.seal()
+            ctx.grad_hidden, ctx.gradient = grad_hidden, gradient
             ctx.hidden_dtype, ctx.spent = hidden.dtype, False
             ctx.save_for_backward(row_weights, row_weights / fewest)
         return losses
@@ -149,7 +169,8 @@ class FusedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         row_weights, scales = ctx.saved_tensors
-        common = grad_losses[0] / row_weights[0]
+        some = (row_weights != 0).int().argmax()
+        common = grad_losses[some] / row_weights[some]
         require(
             torch.isclose(grad_losses, common * row_weights, rtol=1e-4, atol=0).all(),
             "the fused head made its gradients for the row weights of the joint loss (1/n for train and "
@@ -161,14 +182,14 @@ class FusedHead(torch.autograd.Function):
             raise RuntimeError(
                 "backward() a second time: the fused head's gradients are gone after the first"
             )
-        grad_hidden, sink, ctx.spent = ctx.grad_hidden, ctx.sink, True
-        ctx.grad_hidden = ctx.sink = None  # they are scaled in place
+        grad_hidden, gradient, ctx.spent = ctx.grad_hidden, ctx.gradient, True
+        ctx.grad_hidden = ctx.gradient = None  # they are scaled in place
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(common).to(ctx.hidden_dtype)
-        weight_gradients = (
-            (None,) * 5 if sink is None else sink.finish(common * scales[0], common * scales[-1])
-        )
-        return grad_hidden, *weight_gradients, *(None,) * 5
+        grad_weight = dots = None
+        if gradient is not None:
+            grad_weight, dots = gradient.finish(common * scales[0], common * scales[-1])
+        return grad_hidden, grad_weight, dots, *(None,) * 6
 
 
 def _parts(rows: int, positions: int, split: Split | None) -> Iterator[Part]:

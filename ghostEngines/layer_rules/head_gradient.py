@@ -5,40 +5,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contraction import (
-    Split,
-    Strategy,
-    Tile,
-    accumulation_dtype,
-    add_gradient,
-    gram,
-    instantiate,
-    precondition_tiles,
-    project,
-)
-from ..memory import Keep, Scratch
-from ..preconditioner import Preconditioner
-from ..step import TiedRoute
-from .linear import gather
+from ..contraction import Split, Whole, accumulation_dtype, add_gradient, precondition_tiles
+from ..sinks import DotProducts, HeadPart, Site, gather
+from ..strategies import STRATEGIES, Strategy
+from ..uses import Shared, Uses
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadPlan:
     """How the head divides its rows and contracts its gradients under an engine."""
 
-    split: Split
-    strategy: Strategy
+    sink: DotProducts
+    strategy: str
     probe: Tensor
-    route: TiedRoute | None
-    scratch: Scratch
-    keep: Keep | None
-    preconditioner: Preconditioner | None
+    site: Site
+    uses: Uses
+    shared: Shared  # the weight's uses
+    position: int  # of this one
+    tokens: Tensor | None  # (n+m, L) of the lookups of the same weight, if there are any
+
+    @property
+    def split(self) -> Split:
+        return self.sink.split
 
 
 Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
 
 
-class Sink:
+class HeadGradient:
     """Gathers the gradient of the head's weight, part by part, validation rows first.
 
     Everything in here lacks the factor row_weight / fewest targets, which `finish` applies.
@@ -49,9 +43,9 @@ class Sink:
         self.fresh = True
 
     @staticmethod
-    def make(weight: Tensor, dtype: torch.dtype, plan: HeadPlan | None) -> "Sink":
+    def make(weight: Tensor, dtype: torch.dtype, plan: HeadPlan | None) -> "HeadGradient":
         total = torch.empty_like(weight, dtype=dtype)
-        return Sink(total) if plan is None else AttributingSink(total, plan)
+        return HeadGradient(total) if plan is None else ScoredHeadGradient(total, plan)
 
     def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
         """residuals (g, t, V), rows (g, t, d)"""
@@ -61,43 +55,50 @@ class Sink:
     def seal(self) -> None:
         """All parts are in: let go of what the backward pass does not need."""
 
-    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of weight, probe, gathered, picked and whole."""
-        return self.total.mul_(train_scale), None, None, None, None
+    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of weight and probe."""
+        return self.total.mul_(train_scale), None
 
 
-class AttributingSink(Sink):
-    """The same for the train rows, with the dot products and what a tied embedding needs."""
+class ScoredHeadGradient(HeadGradient):
+    """The same for the train rows, with the dot products and what lookups of the same weight need."""
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         super().__init__(total)
-        self.split, self.route, self.keep = plan.split, plan.route, plan.keep
+        self.plan, self.split, self.keep = plan, plan.split, plan.site.keep
+        self.strategy: Strategy = STRATEGIES[plan.strategy]
         self.dots = total.new_zeros(plan.split.n, plan.split.directions)
         self.validation: ValidationGradient | ValidationRows
         self.validation = (
-            ValidationRows(plan.split) if plan.strategy == "gram" else ValidationGradient(total, plan)
+            ValidationGradient(total, plan) if self.strategy.by_direction else ValidationRows(plan.split)
         )
-        if plan.route is not None:
-            self.picked = total.new_zeros(plan.route.picked.shape)
+        if plan.tokens is not None:
+            n, m = plan.split.n, plan.split.m
+            self.val_tokens = plan.tokens[n:].flatten()
+            self.picked = total.new_zeros(n, m * plan.tokens.shape[1], total.shape[1])
 
     def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
         n, (group, _) = self.split.n, part
         if group.start >= n:
             self.validation.add(residuals, rows, slice(group.start - n, group.stop - n))
             return
-        self.dots[group] += self.validation.contract(residuals, rows, self.total, self.fresh)
+        self.validation.seal()
+        self.dots[group] += self.strategy.contract(
+            residuals, rows, self.validation, self.total, self.fresh, self.plan.sink.scratch
+        )
         self.fresh = False
-        if self.route is not None:
-            self.picked[group] += residuals[:, :, self.route.val_tokens].mT @ rows
+        if self.plan.tokens is not None:
+            self.picked[group] += residuals[:, :, self.val_tokens].mT @ rows
 
     def seal(self) -> None:
-        if self.route is not None:
-            self.gathered = self.validation.gather(self.route.train_tokens)
+        if self.plan.tokens is not None:
+            self.gathered = self.validation.gather(self.plan.tokens[: self.split.n])
         if self.keep is None:
             del self.validation
 
-    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weight, *_ = super().finish(train_scale, val_scale)
+    def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        total, _ = super().finish(train_scale, val_scale)
+        assert total is not None
         if self.keep is not None:
             assert isinstance(self.validation, ValidationGradient)
             direction = self.validation.direction
@@ -105,22 +106,26 @@ class AttributingSink(Sink):
                 self.keep.direction(lambda: direction.mul_(val_scale))
             else:
                 val_scale = torch.ones_like(val_scale)  # the direction has it already
-        dots = self.dots.mul_(train_scale * val_scale)
-        if self.route is None:
-            return grad_weight, dots, None, None, None
-        return None, dots, self.gathered.mul_(val_scale), self.picked.mul_(train_scale), grad_weight
+        dots, plan = self.dots.mul_(train_scale * val_scale), self.plan
+        if plan.tokens is None:
+            return total, dots
+        head = HeadPart(total, self.gathered.mul_(val_scale), self.picked.mul_(train_scale))
+        last = plan.position == plan.shared.positions[0]
+        return plan.uses.take_head(plan.sink, plan.site, plan.shared, head, dots, last)
 
 
-class ValidationGradient:
+class ValidationGradient(Whole):
     """What train rows are contracted with, for strategies that need it: the direction (k, V, d)."""
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
-        self.split, self.strategy, self.scratch = plan.split, plan.strategy, plan.scratch
-        self.preconditioner = plan.preconditioner if plan.split.m > 0 else None  # None: nothing left to do
-        if plan.keep is None or plan.keep.first:
-            self.direction = total.new_empty(plan.split.directions, *total.shape)
+        self.split, self.scratch, keep = plan.split, plan.sink.scratch, plan.site.keep
+        self.preconditioner = (
+            plan.site.preconditioner if plan.split.m > 0 else None
+        )  # None: nothing left to do
+        if keep is None or keep.first:
+            super().__init__(total.new_empty(plan.split.directions, *total.shape))
         else:
-            self.direction = plan.keep.kept[plan.keep.name]
+            super().__init__(keep.kept[keep.name])
         self.fresh = [True] * plan.split.directions
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
@@ -134,16 +139,10 @@ class ValidationGradient:
         add_gradient(residuals, rows, self.direction[j], self.fresh[j])
         self.fresh[j] = False
 
-    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
-        precondition_tiles(self.direction, self.preconditioner, self.scratch)  # all validation rows are in
+    def seal(self) -> None:
+        """All validation rows are in."""
+        precondition_tiles(self.direction, self.preconditioner, self.scratch)
         self.preconditioner = None
-        if self.strategy == "project":
-            return project(residuals, rows, self.direction, total, fresh)
-        k = self.split.directions
-        return instantiate(residuals, rows, self._directions, k, total, fresh, self.scratch)
-
-    def _directions(self, tile: Tile) -> Tensor:
-        return self.direction[:, tile[0], tile[1]]
 
     def gather(self, tokens: Tensor) -> Tensor:
         return self.direction[:, tokens]
@@ -155,21 +154,25 @@ class ValidationRows:
 
     def __init__(self, split: Split) -> None:
         self.split = split
-        self.parts: list[tuple[slice, Tensor, Tensor]] = []
+        self._parts: list[tuple[slice, Tensor, Tensor]] = []
+
+    @property
+    def k(self) -> int:
+        return self.split.directions
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
-        self.parts.append((group if self.split.pairwise else slice(None), residuals.clone(), rows))
+        self._parts.append((group if self.split.pairwise else slice(None), residuals.clone(), rows))
 
-    def contract(self, residuals: Tensor, rows: Tensor, total: Tensor, fresh: bool) -> Tensor:
-        add_gradient(residuals, rows, total, fresh)
-        dots = total.new_zeros(len(rows), self.split.directions)
-        for group, val_residuals, val_rows in self.parts:
-            dots[:, group] += gram(residuals, rows, val_residuals, val_rows, self.split.pairwise)
-        return dots
+    def seal(self) -> None:
+        """All validation rows are in."""
+
+    def parts(self) -> list[tuple[slice, Tensor, Tensor]]:
+        return self._parts
 
     def gather(self, tokens: Tensor) -> Tensor:
-        shape = (self.split.directions, *tokens.shape, self.parts[0][2].shape[2])
-        gathered = self.parts[0][2].new_zeros(shape, dtype=accumulation_dtype(self.parts[0][2].dtype))
-        for group, residuals, rows in self.parts:
-            gathered[group] += gather(residuals, rows, tokens, self.split)
+        rows = self._parts[0][2]
+        shape = (self.k, *tokens.shape, rows.shape[2])
+        gathered = rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))
+        for group, residuals, part_rows in self._parts:
+            gathered[group] += gather(residuals, part_rows, tokens, self.split)
         return gathered

@@ -1,57 +1,76 @@
-"""Which layers are covered, and how a layer of each type runs while the engine is attached."""
+"""Which layers are covered, and how a rule says what a layer's per-sample gradients are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-RuleForward = Callable[..., Any]
-"""forward(layer, step, *inputs) -> output. The output is that of the layer's own forward; in the backward
-pass the gradients of the layer's parameters are those of the train rows alone, and `layer_step.probe`
-receives this layer's dot products, (n, k)."""
+from ..descriptions import Description
+
+Describe = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, Description]]
+"""describe(layer, inputs, backprops) -> {parameter: description}.
+
+inputs: as the layer's forward got them, named ones last; backprops: the gradient of its output. Pure: it changes
+neither its arguments nor the layer, and reads the layer's options only. The first dimension is the sample, or
+whatever the layer's row map maps to samples.
+"""
 
 RuleCheck = Callable[[Any], None]
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """forward: see `RuleForward`. check: raises AttachError for options that the rule does not cover.
-    parameters: the names of the parameters that the rule knows; a layer with another one is not covered.
-    always: whether the rule runs for a layer without trainable parameters, too."""
+    """How layers of one kind are described."""
 
-    forward: RuleForward
-    check: RuleCheck
-    parameters: tuple[str, ...]
-    always: bool
+    describe: Describe
+    parameters: tuple[str, ...]  # those that the rule knows; a layer with another one is not covered
+    check: RuleCheck  # raises AttachError for options of a layer that the rule does not cover
+    product: bool = (
+        False  # a matrix product: the first input is cast to autocast's dtype before the layer, once
+    )
+    wide: bool = False  # the rule wants floating-point tensors in the accumulation dtype
+    lookup: bool = False  # the first input are tokens, and the parameter `weight` is looked up
+    again: bool = False  # the output can be recomputed from the first input, by the layer that takes it
+    whole: bool = False  # the parameters of the layer's children are its own
+    eager: bool = False  # the rule runs the layer again, which compiled code cannot
+    run: Run | None = None  # run(layer, tapped, *inputs) in the place of the tap (the fused head)
+    always: bool = False  # it is there for a layer without trainable parameters, too
 
 
 RULES: dict[type[nn.Module], LayerRule] = {}
 
 
-def _anything_goes(layer: nn.Module) -> None:
+def anything_goes(layer: nn.Module) -> None:
     """Most layers have no option that a rule could fail to cover."""
 
 
 def register_rule(
     *layer_types: type[nn.Module],
-    check: RuleCheck = _anything_goes,
     parameters: tuple[str, ...] = ("weight", "bias"),
-    always: bool = False,
-) -> Callable[[RuleForward], RuleForward]:
-    """Decorator: this function is how layers of exactly these types run under the engine.
+    check: RuleCheck = anything_goes,
+    **flags: Any,
+) -> Callable[[Describe], Describe]:
+    """Return a decorator: the function describes layers of exactly these types.
 
     Exact types, not subclasses: a subclass may use its weight in a way its parent does not (the `out_proj` of
-    `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). Raises ValueError for a type
-    that has a rule."""
+    `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). flags: those of `LayerRule`. Raises
+    ValueError for a type that has a rule.
+    """
 
-    def register(forward: RuleForward) -> RuleForward:
+    def register(describe: Describe) -> Describe:
         for layer_type in layer_types:
             if layer_type in RULES:
                 raise ValueError(
-                    f"{layer_type.__name__} has a rule already: {RULES[layer_type].forward.__qualname__}"
+                    f"{layer_type.__name__} has a rule already: {RULES[layer_type].describe.__qualname__}"
                 )
-            RULES[layer_type] = LayerRule(forward, check, parameters, always)
-        return forward
+            RULES[layer_type] = LayerRule(describe, parameters, check, **flags)
+        return describe
 
     return register
+
+
+def find_rule(layer: nn.Module) -> LayerRule | None:
+    """Return the rule of a layer; None if there is none."""
+    return RULES.get(type(layer))

@@ -1,0 +1,116 @@
+"""What a layer rule says of a parameter: its per-sample gradients in the form in which the layer has them.
+
+N is the number of samples, the n train rows before the m validation rows; `...` stands for positions. A rule
+returns one description for each parameter of its layer; the engine does the rest (sinks.py).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contraction import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """G_i = Σ_t left_itᵀ right_it, of shape (p, d), for a parameter with p·d entries."""
+
+    left: Tensor  # (N, ..., p)
+    right: Tensor  # (N, ..., d)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (N, T, p) and right (N, T, d) with the positions in one dimension."""
+        left, right = self.left, self.right
+        return (
+            left.reshape(left.shape[0], -1, left.shape[-1]),
+            right.reshape(right.shape[0], -1, right.shape[-1]),
+        )
+
+
+@dataclass(frozen=True)
+class PerPosition:
+    """One gradient for each position; G_i is their sum."""
+
+    gradients: Tensor  # (N, ..., *shape)
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """The gradients G_i themselves."""
+
+    gradients: Tensor  # (N, *shape)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Gradients of rows of a matrix that were looked up: G_i[v] = Σ_t [tokens_it = v] gradients_it."""
+
+    tokens: Tensor  # (N, ...) integers
+    gradients: Tensor  # (N, ..., d)
+    ignored: int | None = None  # a token whose row gets no gradient (padding_idx)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Gradients that are made one sample at a time: `gradient(i)` (*shape) for i < N."""
+
+    gradient: Callable[[int], Tensor]
+    samples: int
+
+
+Description = Matrix | PerPosition | PerSample | Rows | Streamed
+
+
+def per_sample_sums(gradients: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum positions, (N, ..., *shape) -> (N, *shape), in float32 or wider."""
+    flat = gradients.reshape(gradients.shape[0], -1, *shape)
+    return flat.sum(1, dtype=torch.promote_types(gradients.dtype, torch.float32))
+
+
+def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Description:
+    """Return the description of a parameter that was used several times: its per-sample gradients are sums over
+    the uses. All uses are of one kind.
+
+    Uses of a matrix, or lookups, become positions of one.
+    """
+    first = descriptions[0]
+    if len(descriptions) == 1:
+        return first
+    if all(isinstance(each, Matrix) for each in descriptions):
+        pairs = [each.factors() for each in descriptions if isinstance(each, Matrix)]
+        return Matrix(torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1))
+    if all(isinstance(each, Rows) for each in descriptions):
+        lookups = [each for each in descriptions if isinstance(each, Rows)]
+        return Rows(
+            torch.cat([each.tokens.flatten(1) for each in lookups], 1),
+            torch.cat([each.gradients.flatten(1, -2) for each in lookups], 1),
+            lookups[0].ignored,
+        )
+    if all(isinstance(each, Streamed) for each in descriptions):
+        streams = [each for each in descriptions if isinstance(each, Streamed)]
+        return Streamed(
+            lambda i: torch.stack([each.gradient(i) for each in streams]).sum(0), streams[0].samples
+        )
+    return PerSample(torch.stack([whole(each, shape) for each in descriptions]).sum(0))
+
+
+def whole(description: Description, shape: Sequence[int]) -> Tensor:
+    """Return the per-sample gradients (N, *shape) written out, in float32 or wider."""
+    if isinstance(description, PerSample):
+        return description.gradients.to(accumulation_dtype(description.gradients.dtype))
+    if isinstance(description, PerPosition):
+        return per_sample_sums(description.gradients, shape)
+    if isinstance(description, Matrix):
+        left, right = (each.to(accumulation_dtype(each.dtype)) for each in description.factors())
+        return (left.mT @ right).view(len(left), *shape)
+    if isinstance(description, Streamed):
+        return torch.stack([description.gradient(i) for i in range(description.samples)])
+    gradients = description.gradients.flatten(1, -2)
+    gradients = gradients.to(accumulation_dtype(gradients.dtype))
+    result = gradients.new_zeros(len(gradients), *shape)
+    tokens = description.tokens.flatten(1)
+    if description.ignored is not None:
+        gradients = gradients.masked_fill((tokens == description.ignored)[..., None], 0)
+    return result.scatter_add_(1, tokens[..., None].expand_as(gradients), gradients)

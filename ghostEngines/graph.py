@@ -1,0 +1,60 @@
+"""Reading the autograd graph of a loss."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"  # the node at which a gradient arrives at a parameter
+
+
+def graph_nodes(loss: Tensor) -> Iterator[Node]:
+    """Yield every node of the graph behind the loss, once."""
+    assert loss.grad_fn is not None
+    seen, stack = {loss.grad_fn}, [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def consumers_of(loss: Tensor) -> dict[tuple[Node, int], list[tuple[Node, int]]]:
+    """Return, of each output of each node, the nodes that take it, and as which of their inputs."""
+    consumers: dict[tuple[Node, int], list[tuple[Node, int]]] = {}
+    for node in graph_nodes(loss):
+        for number, (child, output) in enumerate(node.next_functions):
+            if child is not None:
+                consumers.setdefault((child, output), []).append((node, number))
+    return consumers
+
+
+def find_bypass(
+    loss: Tensor, probes: Sequence[Tensor], layers: Sequence[tuple[str, nn.Module]], calls: Mapping[int, int]
+) -> str | None:
+    """Return the name of a layer whose parameter gets a gradient from anything but calls of covered layers; None
+    if there is none.
+
+    A tap sends a gradient to a probe as well as to the parameters, so a node that sends one to a parameter and
+    none to a probe is no tap. calls: how many calls may use each parameter, by its id. Of a compiled block the
+    graph shows one node only.
+    """
+    names: dict[int, str] = {}
+    for name, layer in layers:
+        for parameter in layer.parameters():
+            names.setdefault(id(parameter), name)
+    uses: Counter[int] = Counter()
+    probe_ids = {id(probe) for probe in probes}
+    for node in graph_nodes(loss):
+        children: list[Any] = [child for child, _ in node.next_functions if child is not None]
+        leaves = [id(child.variable) for child in children if child.name() == ACCUMULATE]
+        for leaf in leaves:
+            if leaf in names:
+                uses[leaf] += 1
+                if probe_ids.isdisjoint(leaves) or uses[leaf] > calls.get(leaf, 0):
+                    return names[leaf]
+    return None

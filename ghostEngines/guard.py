@@ -1,0 +1,143 @@
+"""The guard: at the first step, a check that rows do not depend on each other, and that the layers' first
+dimensions are what the engine takes them for.
+
+The losses of a random half of the rows are differentiated; at the output of every covered layer the gradient of
+all other rows must be zero, exactly. Then the same with the other half. No structure of a model, and none of a
+layer's input, can pass this by chance: rows in another order, a first dimension that is as long as the batch by
+chance, statistics over the batch, tokens gathered for experts. Nothing of it reaches `.grad`, the random state or
+the step that follows.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import RowsError
+from .tap import Call
+
+# How far the gradient at a layer's output may be from that of the joint loss alone, relative to its norm.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def halves(rows: int, seed: int = 0) -> list[Tensor]:
+    """Return a random half of the rows and the other half, as masks (rows,); neither is empty."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    half = torch.zeros(rows, dtype=torch.bool)
+    half[order[: max(1, rows // 2)]] = True
+    return [half, ~half]
+
+
+def separating_halves(rows: int) -> list[Tensor]:
+    """Return the halves given by the bits of the row index, and their complements: for every ordered pair of rows
+    one has the first row and not the second."""
+    index = torch.arange(rows)
+    bits = [(index >> bit) & 1 == 1 for bit in range((rows - 1).bit_length())]
+    return [mask for bit in bits for mask in (bit, ~bit)]
+
+
+class Guard:
+    """What one guarded step sees. checking: a backward pass of the guard's own is under way."""
+
+    def __init__(self, rows: int, device: torch.device, masks: list[Tensor] | None = None) -> None:
+        self.masks = [mask.to(device) for mask in (halves(rows) if masks is None else masks)]
+        self.checking = False
+        self.rehearsing = (
+            False  # a forward pass of the guard's own, for a head that makes its gradients in it
+        )
+        self.weights: Tensor  # of the rows, in a rehearsal
+        self.losses: list[Tensor] = []  # of the heads, in a rehearsal
+        self._mask: Tensor
+        self._mixed: list[tuple[str, Tensor]] = []
+        self._seen: dict[tuple[str, int], Tensor] = {}  # fingerprints of the joint loss's own backprops
+        self._joint: dict[tuple[str, int], tuple[Tensor, torch.dtype]] = {}
+
+    def begin(self, mask: Tensor) -> None:
+        """Begin a backward pass from the losses of the rows in the mask."""
+        self._mask, self.checking = mask, True
+
+    def end(self) -> None:
+        self.checking = False
+
+    def watches(self, call: Call, backprops: Tensor) -> bool:
+        """Look at the backprops of a call's output; whether the pass is the guard's own."""
+        if call.free:
+            return self.checking
+        mask = call.row_map.of_rows(self._mask, len(backprops)) if self.checking else None
+        return self._look(call, backprops, mask)
+
+    def watches_rows(self, call: Call, gradient: Tensor) -> bool:
+        """The same for the gradient (N, ...) at a join."""
+        if self.checking:
+            self._note(call, gradient, self._mask)
+        return self.checking
+
+    def _look(self, call: Call, backprops: Tensor, mask: Tensor | None) -> bool:
+        key = (call.name, call.position)
+        if mask is None:
+            self._joint[key] = fingerprint(backprops), backprops.dtype
+            return False
+        self._note(call, backprops, mask)
+        print_ = fingerprint(backprops)
+        self._seen[key] = self._seen[key] + print_ if key in self._seen else print_
+        return True
+
+    def _note(self, call: Call, gradient: Tensor, mask: Tensor) -> None:
+        others = gradient.detach()[~mask]
+        self._mixed.append((call.name, (others != 0).any()))
+
+    def check_rows(self) -> None:
+        """Raise RowsError if a row's loss has a gradient at another row of a covered layer's output."""
+        mixed = list(dict.fromkeys(name for name, seen in self._mixed if seen))
+        self._mixed.clear()
+        if mixed:
+            more = f" (and at {len(mixed) - 1} layers before it)" if len(mixed) > 1 else ""
+            raise RowsError(
+                f"the loss of a row has a gradient at other rows of the output of layer '{mixed[0]}'{more}: its "
+                "scores would be of no single sample. Either the rows depend on each other (statistics over the "
+                "batch, a contrastive loss), or the first dimension of the layer's input is not the sample, in "
+                "order: rows are reordered in the model, several entries belong to one row, or a table is as long "
+                "as the batch by chance (use another number of rows). Name the rows with row_maps, or freeze the "
+                "layer's parameters."
+            )
+
+    def check_joint(self, scale: Tensor) -> None:
+        """Raise RowsError if another term than the joint loss was differentiated. scale: the factor on it."""
+        for key, (got, dtype) in self._joint.items():
+            if key not in self._seen:
+                continue
+            want = self._seen[key] * scale.to(got.dtype)
+            error, norm = (got[1] - want[1]).abs(), got[0].sqrt() + self._norm(key) * scale.abs()
+            if error.isfinite() and error > TOLERANCE[dtype] * norm:
+                raise RowsError(
+                    f"the gradient at the output of layer '{key[0]}' is not that of engine.joint_loss(losses): "
+                    "another term was added to the loss (a z-loss, load balancing, a regulariser), which is in no "
+                    "row's loss and so in no score. Add it to each row's loss, or leave it out."
+                )
+
+    def _norm(self, key: tuple[str, int]) -> Tensor:
+        return self._seen[key][0].sqrt()
+
+
+def fingerprint(backprops: Tensor) -> Tensor:
+    """Return two numbers of a gradient: its squared norm, and its product with a fixed pattern of signs. Both are
+    sums over rows."""
+    values = backprops.detach().flatten()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    signs = (torch.arange(len(values), device=values.device) * 2654435761 >> 7 & 1) * 2 - 1
+    return torch.stack([values.square().sum(), (values * signs).sum()])
+
+
+def random_states(device: torch.device) -> list[Any]:
+    """Return the states of all random number generators that a forward pass could draw from."""
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    states = [
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        (of_numpy["key"].tobytes(), of_numpy["pos"]),
+    ]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return states

@@ -1,0 +1,32 @@
+"""project: push the train rows through the direction. A simple cross-check, rarely the cheapest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contraction import add_gradient
+from ..memory import Scratch
+from .registry import Problem, Strategy, register_strategy
+
+
+@register_strategy
+class Project(Strategy):
+    """<left_iᵀ right_i, D> = Σ_t right_it · (left_it D).
+
+    2·k·n·T·d·p extra operations, k·n·T·d numbers.
+    """
+
+    name = "project"
+    automatic = False
+
+    def extra_cost(self, problem: Problem) -> float:
+        split = problem.split
+        return split.directions * split.n * problem.positions * problem.p * problem.d
+
+    def contract(
+        self, left: Tensor, right: Tensor, against: Any, total: Tensor, fresh: bool, scratch: Scratch
+    ) -> Tensor:
+        add_gradient(left, right, total, fresh)
+        projected = torch.einsum("ntp,kpd->kntd", left.to(total.dtype), against.whole())
+        return torch.einsum("kntd,ntd->nk", projected, right.to(total.dtype))

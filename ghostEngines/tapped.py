@@ -1,0 +1,188 @@
+"""A covered layer while the engine is attached: its own forward, with a tap on its output."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer_rules.registry import LayerRule
+from .precision import compute_dtype
+from .row_maps import Flat, Identity, RowMap
+from .sinks import Site
+from .step import CurrentStep, Step, refuse_to_be_copied
+from .tap import KEPT, Call, Recomputable, Tap, swapped
+from .uses import Uses
+
+ROWS = Identity()
+RowMapMaker = Callable[[tuple[Any, ...], int], RowMap]
+"""(inputs of a layer's call, number of rows) -> its row map."""
+
+
+def own_parameters(layer: nn.Module, rule: LayerRule) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the name, the module and the key of each parameter that a layer's rule answers for."""
+    modules = layer.named_modules() if rule.whole else [("", layer)]
+    for prefix, module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{prefix}.{key}" if prefix else key), module, key
+
+
+class TappedLayer:
+    """One covered layer.
+
+    name: in the model. group: the number of the group of layers that share parameters with it. owners: the name
+    under which each parameter's direction is kept, one for all its uses, by the parameter's name in the layer.
+    calls: how often the layer ran in the forward pass under way.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        name: str,
+        rule: LayerRule,
+        group: int,
+        owners: dict[str, str],
+        current: CurrentStep,
+        row_map: RowMapMaker | None = None,
+    ) -> None:
+        self._row_map = row_map
+        self.layer, self.name, self.rule, self.group, self.owners = layer, name, rule, group, owners
+        self.calls = 0
+        self.probe: Tensor  # (n, k), laid out at the beginning of each step
+        self._current = current
+
+    __reduce__ = refuse_to_be_copied
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Stand in the place of the layer's forward while the engine is attached; without gradients it is the
+        layer's own.
+
+        A bound method, not a closure: `torch.compile` guards on the function and the type of its object,
+        which all blocks have in common, and so one graph serves them all."""
+        if not torch.is_grad_enabled():
+            return type(self.layer).forward(self.layer, *inputs, **named_inputs)
+        if self.rule.run is not None:
+            return self.rule.run(self.layer, self, *inputs, **named_inputs)
+        return self._tapped(inputs, named_inputs)
+
+    def _tapped(self, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
+        step = self.step
+        layer, rule = self.layer, self.rule
+        trainable = [
+            (name, module, key)
+            for name, module, key in own_parameters(layer, rule)
+            if module._parameters[key].requires_grad  # type: ignore[union-attr]
+        ]
+        parameters = [module._parameters[key] for _, module, key in trainable]
+        arguments = (*inputs, *named_inputs.values())
+        x = arguments[0]
+        row_map = self.enter(x, arguments)
+        made = None
+        if rule.product:
+            made = step.recomputable_input(x)
+            dtype = compute_dtype(x)
+            if x.dtype != dtype:
+                x = x.to(dtype)  # here, so that this copy is what is kept
+            arguments = (x, *arguments[1:])
+            inputs = (x, *inputs[1:]) if inputs else inputs
+            named_inputs = named_inputs if inputs else dict(zip(named_inputs, arguments, strict=True))
+        with swapped([(module, key) for _, module, key in trainable], [p.detach() for p in parameters]):
+            output = type(layer).forward(layer, *inputs, **named_inputs)
+        if not parameters:
+            return output
+        call = Call(
+            layer,
+            rule,
+            tuple(name for name, _, _ in trainable),
+            tuple(self.site(name, parameter) for (name, _, _), parameter in zip(trainable, parameters)),
+            step.sink,
+            ROWS if row_map is None else row_map,
+            tuple(KEPT if isinstance(each, Tensor) else each for each in arguments),
+            made,
+            None if made is None else x.dtype,
+        )
+        if made is not None:
+            kept = made.kept
+        else:
+            kept = tuple(each.detach() for each in arguments if isinstance(each, Tensor))
+        link = None
+        if not torch.compiler.is_compiling():
+            link = self._enter_uses(step, call, parameters, row_map, arguments[0])
+        tapped, link = Tap.apply(call, self.probe, link, output, *parameters, *kept)
+        if call.uses is not None:
+            call.uses.link = link
+        if rule.again:
+            step.remember(tapped, Recomputable.of(layer, arguments[0], parameters, tapped))
+        if call.free:
+            step.free.append((call, tapped.grad_fn))
+        return tapped
+
+    def _enter_uses(
+        self, step: Step, call: Call, parameters: list[Tensor], row_map: RowMap | None, x: Tensor
+    ) -> Tensor | None:
+        """Note what a call needs outside of compiled code. Returns the link of the use before it."""
+        call.parameters, call.name, call.guard = tuple(parameters), self.name, step.guard
+        call.free = row_map is None
+        if self._current.phase != "forward":  # recomputed by checkpointing, for what autograd keeps alone
+            call.free = False
+            return None
+        call.uses = step.uses.setdefault(self.group, Uses())
+        tokens = None
+        if self.rule.lookup:
+            rows = x.expand(step.rows, *x.shape) if row_map is None else row_map.to_rows(x)
+            tokens = rows.reshape(step.rows, -1)
+        call.position = call.uses.enter(parameters, tokens)
+        return call.uses.link
+
+    @property
+    def step(self) -> Step:
+        step = self._current.step
+        if step is None or self._current.phase == "idle":
+            raise RuntimeError(
+                f"layer '{self.name}' ran outside of the model that the engine is attached to: call the "
+                "model itself (or the DDP or FSDP wrapper around it), or detach the engine first."
+            )
+        return step
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that the layer's rule answers for."""
+        return [module._parameters[key] for _, module, key in own_parameters(self.layer, self.rule)]  # type: ignore[misc]
+
+    def enter(self, x: Tensor, arguments: tuple[Any, ...]) -> RowMap | None:
+        """Count this call, and return where the entries of the first dimension of its input x belong; None if it
+        has no sample dimension.
+
+        Raises ValueError if that cannot be told, RuntimeError outside of a step."""
+        step = self.step
+        if self._current.phase == "forward":
+            self.calls += 1
+        rows = step.split.n + step.split.m
+        if self._row_map is not None:
+            return self._row_map(arguments, rows)
+        if x.dim() == 1 and x.shape[0] == rows and rows in step.input_shape[1:]:
+            raise ValueError(
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, which may be one entry for "
+                f"each of the {rows} rows of the model's input, or for each of its {rows} columns: expand "
+                f"it to ({rows}, ...), or use another number of rows."
+            )
+        if x.dim() > 0 and x.shape[0] == rows:
+            return ROWS
+        if x.dim() > 1 and x.shape[0] > 0 and x.shape[0] % rows == 0:
+            return Flat(rows)
+        return None
+
+    def site(self, name: str, parameter: Tensor) -> Site:
+        """Return what the sink needs to know of a parameter in this pass."""
+        step = self.step
+        if step.micro_batches == 1 and step.preconditioners is None:
+            return Site(parameter.shape)
+        preconditioner = None
+        if step.preconditioners is not None:
+            if id(parameter) not in step.preconditioners:
+                raise RuntimeError(
+                    f"'{self.name}' has no second moment for its {name}: it had no gradient when the other "
+                    'parameters got theirs, and direction "adamw" cannot weigh it; use direction "gradient"'
+                )
+            preconditioner = step.preconditioners[id(parameter)]
+        return Site(parameter.shape, step.keep(self.owners[name]), preconditioner)
