@@ -25,11 +25,12 @@ from distributed import SharedError, World, distributed_world, first_of_machine
 from evaluation import check_evaluation, evaluate
 from finite_guard import NonFiniteLoss
 from foundation.errors import UserError
-from ghostEngines.contraction import GPU_NUMEL, SIDE, TILE_NUMEL, Split, Strategy
-from ghostEngines.coverage import contraction_plan, covered_layers
+from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
+from ghostEngines.coverage import contraction_plan, cover
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter, drop_rows_from
+from ghostEngines.strategies.instantiate import GPU_NUMEL
 from interrupts import Interrupted, stop_signals
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
 from run_folder import (
@@ -202,7 +203,7 @@ def build_manager(
         "split": config.train_set,
         "shard_sha256": json.dumps(data.blocks["train"].checksums),
         "domains": json.dumps(data.blocks["train"].all_domains),  # whose places are the sample ids' high bits
-        "layers": json.dumps(list(covered_layers(model))),  # the order of per-layer scores
+        "layers": json.dumps(list(cover(model).layers)),  # the order of per-layer scores
     }
     folder = config.result_dir / "grad_dotprods"
     if world.rank == 0 and config.resumes:
@@ -223,7 +224,7 @@ def build_manager(
     )
 
 
-def forced_strategy(config: TrainingConfig) -> Strategy | None:
+def forced_strategy(config: TrainingConfig) -> str | None:
     """--contraction, None for auto."""
     return None if config.contraction == "auto" else config.contraction
 
@@ -235,7 +236,7 @@ def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
     split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
     by_direction = config.gradient_accumulation_steps > 1 or config.direction == "adamw"
     plan = contraction_plan(
-        covered_layers(model), split, config.block_size, forced_strategy(config), by_direction
+        cover(model).layers, split, config.block_size, forced_strategy(config), by_direction
     )
     return {
         "contraction_by_layer": plan,

@@ -1,6 +1,6 @@
 """Per-sample train-validation gradient dot products inside the backward pass of training, for any loop."""
 
-from .errors import AttachError
+from .errors import AttachError, RowsError
 from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule
 from .losses import per_sample_losses
@@ -10,6 +10,7 @@ __all__ = [
     "AttachError",
     "CrossEntropyHead",
     "GradDotProdEngine",
+    "RowsError",
     "per_sample_losses",
     "register_rule",
 ]

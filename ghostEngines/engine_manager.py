@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .contraction import Strategy
 from .graddotprod_engine import GradDotProdEngine
 from .metrics_log import ScoreWriter
 from .step import Direction, Granularity
@@ -134,7 +133,7 @@ class GradDotProdManager(GhostEngineManager):
         save_interval: int,
         granularity: Granularity = "total",
         direction: Direction = "gradient",
-        strategy: Strategy | None = None,
+        strategy: str | None = None,
         micro_batches: int = 1,
     ) -> None:
         super().__init__(micro_batches)

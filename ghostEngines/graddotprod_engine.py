@@ -27,17 +27,19 @@ from .coverage import (
     mixing_modules,
 )
 from .errors import AttachError, RowsError
-from .graph import find_bypass
+from .graph import find_bypass, is_reentrant
 from .guard import Guard, random_states
-from .joins import hook_joins
+from .joins import Join, hook_joins
 from .layer_rules import CrossEntropyHead
 from .losses import require
 from .memory import Scratch
 from .model_inputs import input_shape
+from .precision import autocast_of
 from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
 from .sinks import DotProducts
 from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, Step
 from .strategies import STRATEGIES
+from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer
 
 LossScale = float | Callable[[], float | Tensor]
@@ -133,9 +135,11 @@ class GradDotProdEngine:
         self._seen_gradients: list[Tensor] = []
         self._mixing: list[tuple[str, nn.Module]] = []
         self._covered = Covered({}, {}, {})
+        self._joins: list[Join] = []
         self._watched: RemovableHandle | None = None
         self._restore: list[Callable[[], Any]] = []
         self._random_states: list[Any] = []
+        self._autocast: torch.dtype | None = None  # of the forward pass
         self._forward_stack = ExitStack()
 
     def attach(
@@ -199,6 +203,7 @@ class GradDotProdEngine:
             raise RuntimeError("the engine is not attached")
         for restore in self._restore:
             restore()
+        self._forget_joins()
         self._restore, self._layers, self._scratch = [], [], Scratch()
         self._current.step, self._current.phase, self._prepared = None, "idle", False
         self.forget_micro_batches()
@@ -222,17 +227,21 @@ class GradDotProdEngine:
         if not torch.is_grad_enabled():
             return
         self._check_unchanged()
+        self._forget_joins()
         split, shape = self._split(args, kwargs)
         guard = None
         if self._guards and not self._guarded and self._micro_batch == 0:
-            guard = Guard(split.n + split.m, self._weight().device)
+            weight = self._weight()
+            guard = Guard(split.n + split.m, weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
                 with self._eager():
                     self._rehearse(guard, split, shape, args, kwargs)
             elif self._compiled():  # compiled code cannot be looked into
                 self._forward_stack.enter_context(self._eager())
         self._new_step(split, shape, guard)
-        self._random_states = random_states(self._weight().device)
+        weight = self._weight()
+        self._autocast = autocast_of(weight)
+        self._random_states = random_states(weight.device) if self._guards else []
 
     def _new_step(self, split: Split, shape: torch.Size, guard: Guard | None) -> Step:
         count = len(self._layers) if self.granularity == "per_layer" else 1
@@ -247,6 +256,11 @@ class GradDotProdEngine:
         for index, tapped in enumerate(self._layers):
             tapped.calls, tapped.probe = 0, step.probes[index % count]
         return step
+
+    def _forget_joins(self) -> None:
+        for join in self._joins:
+            join.remove()
+        self._joins = []
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Split, torch.Size]:
         """The division of the rows that the model is called with, and the shape of its input."""
@@ -312,23 +326,22 @@ class GradDotProdEngine:
                 type(self.model).forward(self.model, *args, **kwargs)
             finally:
                 guard.rehearsing = False
+                step.end_forward()
             self._check_random(states)
-            losses = sum(
-                losses.sum() if len(losses) != len(mask) else (losses * guard.weights).sum()
-                for losses in guard.losses
-            )
-            self._bypassed = self._find_bypass(losses)
+            loss = guard.head_loss()
+            self._bypassed = self._find_bypass(loss)
             self._raise_bypassed()
-            hook_joins(losses, step.free, step.rows)
-            self._guard_backward(guard, mask, losses, retain_graph=False)
+            self._joins = hook_joins(loss, step.free, step.rows)
+            self._guard_backward(guard, mask, loss, retain_graph=False)
+            self._forget_joins()
         guard.check_rows()
 
     def _guard_backward(self, guard: Guard, mask: Tensor, loss: Tensor, *, retain_graph: bool) -> None:
         step, self._current.phase = self._step(), "backward"
         guard.begin(mask)
         try:
-            inputs = [*step.probes]
-            torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
+            loss = loss * guard.scale
+            torch.autograd.grad(loss, step.probes, retain_graph=retain_graph, allow_unused=True)
         finally:
             guard.end()
             self._current.phase = "idle"
@@ -354,13 +367,15 @@ class GradDotProdEngine:
         if ties != self._covered.ties:
             raise RuntimeError(
                 f"weights were tied, untied or frozen while the engine was attached "
-                f"({', '.join(ties or self._covered.ties)}): detach and attach again"
+                f"({', '.join(name for names in (ties or self._covered.ties).values() for name in names)}): "
+                "detach and attach again"
             )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():  # a model may call itself without gradients within its forward
             self._current.phase = "idle"
             self._forward_stack.close()
+            self._step().end_forward()
             self._check_random(self._random_states)
 
     def _check_random(self, before: list[Any]) -> None:
@@ -395,12 +410,14 @@ class GradDotProdEngine:
             )
         loss = (losses * weights).sum() + step.scale_probe
         self._bypassed = self._bypassed or self._find_bypass(loss)
+        if step.guard is not None and is_reentrant(loss):
+            raise RuntimeError(REENTRANT)
         if losses.requires_grad:
             first = self._watched is None
             if self._watched is not None:  # joint_loss may be asked for again, for a log
                 self._watched.remove()
             if first and step.free:
-                hook_joins(loss, step.free, step.rows)
+                self._joins = hook_joins(loss, step.free, step.rows)
             if first and step.guard is not None and not self._heads():
                 self._guard_losses(step.guard, losses * weights)
             self._watched = losses.register_hook(self._begin_backward)
@@ -422,6 +439,12 @@ class GradDotProdEngine:
 
     def _begin_backward(self, grad_losses: Tensor) -> None:
         """The first gradient of a backward pass: that of the losses."""
+        weight, now = self._weight(), autocast_of(self._weight())
+        if now is not None and now != self._autocast and weight.dtype != torch.float64:
+            raise RuntimeError(
+                "backward() runs inside torch.autocast, and the forward pass ran outside of it: the layers' own "
+                f"backwards would be cast to {now}. Call backward() outside of the context."
+            )
         self._current.phase = "backward"
         self._seen_gradients.append(grad_losses)
 

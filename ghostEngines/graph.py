@@ -58,3 +58,8 @@ def find_bypass(
                 if probe_ids.isdisjoint(leaves) or uses[leaf] > calls.get(leaf, 0):
                     return names[leaf]
     return None
+
+
+def is_reentrant(loss: Tensor) -> bool:
+    """Return whether the loss depends on reentrant activation checkpointing."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(loss))

@@ -41,18 +41,29 @@ def separating_halves(rows: int) -> list[Tensor]:
 class Guard:
     """What one guarded step sees. checking: a backward pass of the guard's own is under way."""
 
-    def __init__(self, rows: int, device: torch.device, masks: list[Tensor] | None = None) -> None:
+    def __init__(
+        self, rows: int, device: torch.device, dtype: torch.dtype, masks: list[Tensor] | None = None
+    ) -> None:
+        """dtype: the lowest precision of the pass; masks: of the rows, by default a random half and its complement."""
         self.masks = [mask.to(device) for mask in (halves(rows) if masks is None else masks)]
         self.checking = False
-        self.rehearsing = (
-            False  # a forward pass of the guard's own, for a head that makes its gradients in it
-        )
+        # A factor on the guard's losses: in float16 the gradients of small losses would flush to zero.
+        self.scale = 1024.0 if dtype == torch.float16 else 1.0
+        self._tolerance = TOLERANCE[dtype]
+        # A forward pass of the guard's own is under way, for a head that makes its gradients in the forward.
+        self.rehearsing = False
         self.weights: Tensor  # of the rows, in a rehearsal
         self.losses: list[Tensor] = []  # of the heads, in a rehearsal
         self._mask: Tensor
         self._mixed: list[tuple[str, Tensor]] = []
         self._seen: dict[tuple[str, int], Tensor] = {}  # fingerprints of the joint loss's own backprops
-        self._joint: dict[tuple[str, int], tuple[Tensor, torch.dtype]] = {}
+        self._joint: dict[tuple[str, int], Tensor] = {}
+
+    def head_loss(self) -> Tensor:
+        """Return the weighted sum of the losses of the heads in a rehearsal, and let go of them: they hold the graph."""
+        loss = torch.stack([(losses * self.weights).sum() for losses in self.losses]).sum()
+        self.losses.clear()
+        return loss
 
     def begin(self, mask: Tensor) -> None:
         """Begin a backward pass from the losses of the rows in the mask."""
@@ -77,7 +88,7 @@ class Guard:
     def _look(self, call: Call, backprops: Tensor, mask: Tensor | None) -> bool:
         key = (call.name, call.position)
         if mask is None:
-            self._joint[key] = fingerprint(backprops), backprops.dtype
+            self._joint[key] = fingerprint(backprops)
             return False
         self._note(call, backprops, mask)
         print_ = fingerprint(backprops)
@@ -105,12 +116,13 @@ class Guard:
 
     def check_joint(self, scale: Tensor) -> None:
         """Raise RowsError if another term than the joint loss was differentiated. scale: the factor on it."""
-        for key, (got, dtype) in self._joint.items():
+        scale = scale / self.scale
+        for key, got in self._joint.items():
             if key not in self._seen:
                 continue
             want = self._seen[key] * scale.to(got.dtype)
             error, norm = (got[1] - want[1]).abs(), got[0].sqrt() + self._norm(key) * scale.abs()
-            if error.isfinite() and error > TOLERANCE[dtype] * norm:
+            if error.isfinite() and error > self._tolerance * norm:
                 raise RowsError(
                     f"the gradient at the output of layer '{key[0]}' is not that of engine.joint_loss(losses): "
                     "another term was added to the loss (a z-loss, load balancing, a regulariser), which is in no "

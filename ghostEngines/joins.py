@@ -7,8 +7,6 @@ its other input has it, or because it expands. A hook on the join takes the grad
 operation's own backward, given one sample's part of that, gives the sample's part of the output's gradient.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -27,6 +25,12 @@ class Join:
 
     def __init__(self, call: Call, path: list[tuple[Node, int]], rows: int, shape: torch.Size) -> None:
         self.call, self.path, self.rows, self.shape = call, path, rows, shape
+        self._handle = path[0][0].register_prehook(self.hook)
+
+    def remove(self) -> None:
+        """Let go of the graph."""
+        self._handle.remove()
+        self.path = []
 
     def hook(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Take the gradient of the join's result, (N, ...), and note the output's for each sample."""
@@ -65,22 +69,24 @@ class Join:
         return part
 
 
-def hook_joins(loss: Tensor, free: Sequence[tuple[Call, Node]], rows: int) -> None:
-    """Find the joins of all outputs without a sample dimension, and put hooks on them.
+def hook_joins(loss: Tensor, free: list[tuple[Call, Node]], rows: int) -> list[Join]:
+    """Find the joins of all outputs without a sample dimension, and put hooks on them. They must be removed at the
+    end of the step: they hold the graph that holds them.
 
     Raises:
         RuntimeError: an output that the loss depends on without a join: the model sums over it, gives it to
             another covered layer, or to compiled code.
     """
-    consumers = consumers_of(loss)
+    consumers, found = consumers_of(loss), []
     for call, node in free:
         call.row_gradients = []
         if (node, 0) not in consumers:
             continue  # the loss does not depend on it
         shape = torch.Size(node._input_metadata[0].shape)  # of the output
         for path in _paths(node, 0, consumers, rows, call):
-            join = Join(call, path, rows, shape)
-            path[0][0].register_prehook(join.hook)
+            found.append(Join(call, path, rows, shape))
+    free.clear()  # it holds the graph
+    return found
 
 
 def _paths(
@@ -100,10 +106,10 @@ def _paths(
         if shape and shape[0] == rows:
             found.append([(consumer, number)])
             continue
+        if (consumer, 0) not in consumers:
+            raise RuntimeError(_no_join(call, consumer.name()))
         above = _paths(consumer, 0, consumers, rows, call)
         found += [[*path, (consumer, number)] for path in above]
-    if not found:
-        raise RuntimeError(_no_join(call, node.name()))
     return found
 
 

@@ -13,6 +13,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def autocast_of(x: Tensor) -> torch.dtype | None:
+    """Return the dtype of the autocast that is on for x's device, None if none is."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def without_autocast(x: Tensor) -> torch.autocast:
     """Return a context in which nothing is cast silently: the engine says itself which product runs in which
     dtype, and a dot product of float32 tensors stays one wherever `backward()` is called."""

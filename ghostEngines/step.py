@@ -105,6 +105,11 @@ class Step:
             weights[n:] = 1 / m
         return weights
 
+    def end_forward(self) -> None:
+        """Let go of the links between uses: they hold the graph, which holds the uses."""
+        for uses in self.uses.values():
+            uses.link = None
+
     def keep(self, parameter: str) -> Keep | None:
         """Return where the direction of a parameter is kept; None for a single batch."""
         if self.micro_batches == 1:

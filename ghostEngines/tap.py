@@ -87,7 +87,8 @@ class Call:
     row_gradients: list[Tensor] | None = (
         None  # (N, *output) of an output without a sample dimension (joins.py)
     )
-    free: bool = False
+    free: bool = False  # the output has no sample dimension
+    recomputed: bool = False  # the call was made by checkpointing, in the backward pass
 
     def guard_is_on(self) -> bool:
         """Return whether the backward pass under way is one of the guard's."""
@@ -131,7 +132,11 @@ class Call:
 
     def _expanded(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor]:
         """An output without a sample dimension: the inputs stand for every sample."""
-        assert self.row_gradients
+        if not self.row_gradients:
+            raise RuntimeError(
+                f"the output of layer '{self.name}' has no sample dimension, so that its gradient must be taken apart: "
+                "call backward() on engine.joint_loss(losses)"
+            )
         backprops = self.row_gradients[0]
         for more in self.row_gradients[1:]:
             backprops = backprops + more
@@ -140,6 +145,13 @@ class Call:
         return tuple(
             each.expand(rows, *each.shape) if isinstance(each, Tensor) else each for each in inputs
         ), backprops
+
+
+REENTRANT = (
+    "reentrant activation checkpointing (use_reentrant=True) is not covered: its first pass runs without gradients, "
+    "so that the engine does not see the step; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
+    'gradient_checkpointing_enable({"use_reentrant": False}) of a Hugging Face model'
+)
 
 
 class _Kept:
@@ -177,6 +189,8 @@ class Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, backprops: Tensor | None, link: Tensor | None) -> tuple[Tensor | None, ...]:
         call, nothing = ctx.call, (None,) * ctx.others
+        if call.recomputed:
+            raise RuntimeError(REENTRANT)
         if backprops is None:  # the loss does not depend on this output, but on that of a later use
             if call.uses is None or call.uses.calls == 1 or call.guard_is_on():
                 return (None, None, None, None, *(None,) * len(call.names), *nothing)

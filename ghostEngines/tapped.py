@@ -125,7 +125,7 @@ class TappedLayer:
         call.parameters, call.name, call.guard = tuple(parameters), self.name, step.guard
         call.free = row_map is None
         if self._current.phase != "forward":  # recomputed by checkpointing, for what autograd keeps alone
-            call.free = False
+            call.free, call.recomputed = False, True
             return None
         call.uses = step.uses.setdefault(self.group, Uses())
         tokens = None

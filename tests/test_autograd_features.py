@@ -48,7 +48,7 @@ def test_checkpointing(name: str) -> None:
     checkpoint_blocks(model)
     for _ in range(2):
         model.zero_grad()
-        dots, _ = joint_step(model, *case.data(N + M), M, case.losses)
+        dots, _ = joint_step(model, *case.data(N + M), M, case.losses, guard=False)
         assert_exact(truth_of(case), dots, model)
     assert len(ran) == 4
 
@@ -62,14 +62,15 @@ def test_checkpointing_of_the_whole_model() -> None:
     assert_exact(truth_of(case), dots, model)
 
 
-def test_reentrant_checkpointing_is_refused() -> None:
+@pytest.mark.parametrize("guard", [True, False])
+def test_reentrant_checkpointing_is_refused(guard: bool) -> None:
     """Its first pass runs without gradients, so that the layers in it do not see the step."""
     case = BY_NAME["gpt2-tied"]
     model = case.model()
     mlp = blocks(model)[0].mlp
     mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=True)
-    with pytest.raises(RuntimeError, match=r"transformer\.h\.0\.mlp.*0 times"):
-        joint_step(model, *case.data(N + M), M, case.losses)
+    with pytest.raises(RuntimeError, match="reentrant activation checkpointing"):
+        joint_step(model, *case.data(N + M), M, case.losses, guard=guard)
 
 
 @pytest.fixture

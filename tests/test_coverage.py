@@ -1,6 +1,6 @@
 """What the engine cannot score is an error that says why: nothing is left out of a dot product in silence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
@@ -112,32 +112,57 @@ def test_batch_norm_that_is_switched_on_while_attached() -> None:
         engine.joint_loss(per_sample_losses(model, x, y))
 
 
-def test_sharing() -> None:
-    def model(share: Callable[[nn.Module], None], between=lambda: nn.Linear(D, V)) -> nn.Module:
-        built = Wired(lambda m, h: m.out(h) + m.lin(h), between)
+def three(m: nn.Module) -> None:
+    m.lin.weight = m.out.weight = m.wte.weight
+
+
+def two_linear(m: nn.Module) -> None:
+    m.lin.weight = m.out.weight
+
+
+def biases(m: nn.Module) -> None:
+    m.lin.bias = m.out.bias
+
+
+def with_the_embedding(m: nn.Module) -> None:
+    m.lin.weight = m.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("share", "between", "run"),
+    [
+        (three, lambda: nn.Linear(D, V), lambda m, h: m.out(h) + m.lin(h.tanh())),
+        (two_linear, lambda: nn.Linear(D, V), lambda m, h: m.out(h) + m.lin(h.tanh())),
+        (biases, lambda: nn.Linear(D, V), lambda m, h: m.out(h) + m.lin(h.tanh())),
+        (
+            with_the_embedding,
+            lambda: nn.Embedding(V, D),
+            lambda m, h: m.out(h + m.lin(torch.ones(h.shape[:2], dtype=torch.long))),
+        ),
+        (with_the_embedding, lambda: Conv1D(D, V), lambda m, h: m.out(h + m.lin(m.out(h).tanh()))),
+    ],
+    ids=["embedding and two output layers", "two layers", "biases", "two embeddings", "a transposed layer"],
+)
+@pytest.mark.parametrize("options", [{}, {"strategy": "gram"}, {"granularity": "pairwise"}], ids=str)
+def test_parameters_that_layers_share(share, between, run, options: dict) -> None:
+    def model() -> nn.Module:
+        built = seeded(lambda: Wired(run, between))
         share(built)
         return built
 
-    def three(m: nn.Module) -> None:
-        m.lin.weight = m.out.weight = m.wte.weight
+    truth = per_sample(model(), lambda m, x: m(x), *token_rows(), 3)
+    attributed = model()
+    dots, _ = joint_step(attributed, *token_rows(), 2, **options)
+    assert (truth.pairwise_error(dots) if "granularity" in options else truth.dot_error(dots)) < 1e-10
+    assert truth.gradient_error(attributed) < 1e-10
 
-    def two_linear(m: nn.Module) -> None:
-        m.lin.weight = m.out.weight
 
-    def biases(m: nn.Module) -> None:
-        m.lin.bias = m.out.bias
-
-    for share, named in (
-        (three, ("wte", "lin", "out")),
-        (two_linear, ("lin", "out")),
-        (biases, ("lin", "out")),
-    ):
-        with pytest.raises(ValueError, match="are one parameter") as error:
-            attach(model(share))
-        assert all(name in str(error.value) for name in named)
-    for between in (lambda: nn.Embedding(V, D), lambda: Conv1D(D, V)):
-        with pytest.raises(ValueError, match="are one parameter"):
-            attach(model(lambda m: setattr(m.lin, "weight", m.wte.weight), between))
+def test_what_cannot_be_shared() -> None:
+    """A norm's weight with a row of lookups."""
+    model = Wired(lambda m, h: m.out(m.lin(h)), lambda: nn.LayerNorm((V, D)))
+    model.lin.weight = model.wte.weight
+    with pytest.raises(ValueError, match=r"wte\.weight and lin\.weight are one parameter"):
+        attach(model)
 
 
 def test_the_optimizer_must_train_what_is_scored() -> None:
@@ -165,7 +190,7 @@ def test_validation_rows_are_needed(m: int) -> None:
 
 
 def test_unknown_strategy() -> None:
-    with pytest.raises(ValueError, match="gram, project, instantiate"):
+    with pytest.raises(ValueError, match="gram, instantiate, project"):
         GradDotProdEngine(mlp(True), val_batch_size=1, strategy="fused")
 
 

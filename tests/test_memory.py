@@ -130,7 +130,7 @@ def test_making_a_norms_output_again_gives_the_same_numbers(
     dtype: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frugal = step(*model_and_data(dtype), True, autocast)
-    monkeypatch.setattr(Step, "normalisation_of", lambda self, x: None)
+    monkeypatch.setattr(Step, "recomputable_input", lambda self, x: None)
     assert same(frugal, step(*model_and_data(dtype), True, autocast))
 
 

@@ -136,9 +136,13 @@ def test_two_forward_passes_in_one_backward() -> None:
 def test_the_backward_of_an_earlier_forward() -> None:
     engine, model, run, truth = started()
     first, _ = run(2), run(1)
-    engine.joint_loss(first).backward()
-    with pytest.raises(RuntimeError, match="joint_loss"):
+
+    def rest() -> None:
+        engine.joint_loss(first).backward()
         engine.prepare_gradients()
+
+    with pytest.raises(RuntimeError, match="joint_loss"):
+        rest()
     finish(engine, model, run(1), truth)
 
 

@@ -84,18 +84,25 @@ def test_float32_makes_no_other_dtype(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("forward_too", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_backward_inside_autocast_is_the_same(name: str, strategy: str, dtype: torch.dtype) -> None:
-    """The forward pass decides on the dtype; a `backward()` that stands inside the context casts nothing
-    more."""
+def test_backward_inside_autocast(name: str, forward_too: bool, dtype: torch.dtype) -> None:
+    """The forward pass decides on the dtype: a `backward()` inside the context casts nothing more, or, where the
+    layers' own backwards would, is refused."""
     case = BY_NAME[name]
     results = []
     for inside in (False, True):
         model = copy_in(case.model(), dtype)
-        with GradDotProdEngine(model, 3, strategy=strategy) as engine:
-            loss = engine.joint_loss(case.losses(model, *case.data(8)))
+        with GradDotProdEngine(model, 3) as engine:
+            with torch.autocast("cpu", torch.bfloat16, enabled=forward_too):
+                loss = engine.joint_loss(case.losses(model, *case.data(8)))
             with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                if inside and not forward_too and dtype == torch.float32:
+                    with pytest.raises(
+                        RuntimeError, match="outside of it: the layers' own backwards would be cast"
+                    ):
+                        loss.backward()
+                    return
                 loss.backward()
                 engine.prepare_gradients()
                 results.append((engine.dot_products(), *(p.grad for p in model.parameters())))

@@ -10,7 +10,7 @@ from oracle import per_sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghostEngines import GradDotProdEngine, per_sample_losses
+from ghostEngines import GradDotProdEngine, RowsError, per_sample_losses
 
 
 def exact(model: nn.Module, rows: int = 5, positions: int = T, losses: Callable = per_sample_losses) -> bool:
@@ -21,23 +21,33 @@ def exact(model: nn.Module, rows: int = 5, positions: int = T, losses: Callable 
     return truth.dot_error(dots) < 1e-10 and truth.gradient_error(model) < 1e-10
 
 
-# What the forward pass refuses
+# The first dimension of a layer's input
 
 
+@pytest.mark.parametrize("rows", [5, T, 3])
 @pytest.mark.parametrize(
     "run",
     [
         lambda m, h: m.out(m.lin(h.flatten(0, 1)).view(h.shape)),  # (N·T, D)
-        lambda m, h: m.out(m.lin(h.transpose(0, 1)).transpose(0, 1)),  # (T, N, D)
         lambda m, h: m.out(h + m.lin(torch.ones(D, dtype=h.dtype))),  # (D,)
+        lambda m, h: m.out(h * m.lin(torch.ones(1, D, dtype=h.dtype)).tanh()),  # (1, D)
+        lambda m, h: m.out(m.lin(h.repeat_interleave(2, 0)).view(len(h), 2, *h.shape[1:]).sum(1)),
     ],
-    ids=["flattened", "sequence first", "no sample"],
+    ids=["flattened", "a vector for all", "a factor for all", "two entries for a row"],
 )
-def test_the_first_dimension_is_the_sample(run) -> None:
-    with pytest.raises(
-        ValueError, match=r"layer 'lin' got an input of shape .* 5 rows \(3 train, 2 validation\)"
-    ):
-        joint_step(seeded(lambda: Wired(run)), *token_rows(), 2)
+def test_layers_whose_first_dimension_is_not_the_sample(run, rows: int) -> None:
+    assert exact(seeded(lambda: Wired(run)), rows)
+
+
+@pytest.mark.parametrize("rows", [5, T, 3])
+def test_the_sequence_first(rows: int) -> None:
+    """(T, N, D): with a number of rows that divides T its entries could be rows in order, which they are not."""
+    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h.transpose(0, 1)).transpose(0, 1))))
+    if T % rows == 0:
+        with pytest.raises(RowsError, match="at other rows of the output of layer 'lin'"):
+            exact(model, rows)
+    else:
+        assert exact(model, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -63,7 +73,6 @@ def test_an_input_without_a_number_of_rows() -> None:
     "run",
     [
         lambda m, h: m.out(F.linear(h, m.lin.weight, m.lin.bias)),
-        lambda m, h: m.out(m.lin(m.lin(h))),
         lambda m, h: m.out(F.linear(m.lin(h), m.lin.weight)),
         lambda m, h: m.out(m.lin(h) + m.lin.bias),
         lambda m, h: F.linear(m.lin(h), m.wte.weight),
@@ -71,7 +80,6 @@ def test_an_input_without_a_number_of_rows() -> None:
     ],
     ids=[
         "weight read",
-        "called twice",
         "called and read",
         "called and bias read",
         "tied by hand",
@@ -100,23 +108,69 @@ def test_as_many_positions_as_rows() -> None:
     assert exact(seeded(lambda: Wired(lambda m, h: m.out(m.lin(h).tanh()))), rows=T)
 
 
-@pytest.mark.parametrize("rows", [5, T])
-def test_positions_without_a_first_dimension(rows: int) -> None:
-    """Position ids arange(T): with as many positions as rows they look like one id for each row."""
-    model = seeded(lambda: Wired(lambda m, h: m.out(h + m.lin(torch.arange(T))), lambda: nn.Embedding(T, D)))
-    with pytest.raises(ValueError, match="layer 'lin'"):
-        exact(model, rows)
+POSITIONS = {
+    "(T,)": lambda m: m.lin(torch.arange(T)),
+    "(1, T)": lambda m: m.lin(torch.arange(T)[None]),
+    "(1, T)[0]": lambda m: m.lin(torch.arange(T)[None])[0],
+    "(1, T).sum(0)": lambda m: m.lin(torch.arange(T)[None]).sum(0),
+    "a function of them": lambda m: m.lin(torch.arange(T)).tanh()[None],
+    "(1,)": lambda m: m.lin(torch.tensor([0])),
+    "()": lambda m: m.lin(torch.tensor(0)),
+    "two lookups": lambda m: m.lin(torch.arange(T)) + m.lin(torch.tensor([1])),
+}
 
 
-@pytest.mark.parametrize("rows", [5, T])
-def test_one_vector_for_all(rows: int) -> None:
-    """A token of shape (1,) is broadcast from the right: its embedding is (1, d), not one vector for each
-    row."""
-    model = seeded(
-        lambda: Wired(lambda m, h: m.out(h + m.lin(torch.tensor([0]))), lambda: nn.Embedding(1, D))
-    )
-    with pytest.raises(ValueError, match="layer 'lin'"):
-        exact(model, rows)
+@pytest.mark.parametrize("rows", [5, T, 3])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_without_a_sample_dimension(name: str, rows: int) -> None:
+    """With as many positions as rows, ids (T,) look like one id for each row, and (T, D) like rows."""
+    model = seeded(lambda: Wired(lambda m, h: m.out(h + POSITIONS[name](m)), lambda: nn.Embedding(T, D)))
+    if rows == T and name not in ("(1, T)", "(1,)", "()"):
+        with pytest.raises(ValueError, match="layer 'lin'"):
+            exact(model, rows)
+    else:
+        assert exact(model, rows)
+
+
+def test_relative_positions() -> None:
+    """A table (T, T) of relative positions, looked up once for all rows; with T rows it is an error."""
+
+    def run(m: Wired, h: Tensor) -> Tensor:
+        steps = torch.arange(T)
+        bias = m.lin((steps[:, None] - steps[None]).abs()).permute(2, 0, 1)  # (D, T, T)
+        return m.out(h + (h @ h.mT + bias[:1]).softmax(-1) @ h)
+
+    model = seeded(lambda: Wired(run, lambda: nn.Embedding(T, D)))
+    assert exact(model, 5)
+    with pytest.raises(RowsError, match="a table is as long as the batch by chance"):
+        exact(model, T)
+
+
+# Layers and parameters that are used several times
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, h: m.out(m.lin(m.lin(h))),
+        lambda m, h: m.out(m.lin(h) * m.lin(h.flip(1)).tanh()),
+        lambda m, h: m.out(m.lin(h)) + m.out(h),
+        lambda m, h: m.out(m.lin(m.lin(h)[:, :2]).sum(1, keepdim=True) + h),
+        lambda m, h: m.out(m.lin(h) + 0 * m.lin(h).detach()),
+        lambda m, h: m.out(m.lin(h) + m.wte(torch.ones(h.shape[:2], dtype=torch.long))),
+    ],
+    ids=["in a row", "side by side", "output layer", "other positions", "one not differentiated", "lookups"],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "pairwise"}, {"strategy": "gram"}, {"guard": False}], ids=str
+)
+def test_a_layer_that_is_called_several_times(run, options: dict) -> None:
+    model, (x, y) = seeded(lambda: Wired(run)), token_rows()
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), x, y, 3)
+    dots, _ = joint_step(model, x, y, 2, **options)
+    error = truth.pairwise_error if "granularity" in options else truth.dot_error
+    assert error(dots) < 1e-10
+    assert truth.gradient_error(model) < 1e-10
 
 
 # What must simply work
