@@ -180,7 +180,8 @@ class GradDotProdEngine:
         self._optimizer, self._optimizer_has_stepped = optimizer, False
         self._covered, self._loss_scale, self._guarded = covered, loss_scale, False
         hooks = [
-            self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
+            # Before those of FSDP, which puts a model together for one forward and backward pass.
+            self.model.register_forward_pre_hook(self._begin_step, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
         if optimizer is not None and self.micro_batches > 1:
@@ -224,7 +225,7 @@ class GradDotProdEngine:
 
     def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass with gradients: read n off the model's input and lay out fresh probes."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._rehearsing:
             return
         self._check_unchanged()
         self._forget_joins()
@@ -302,6 +303,11 @@ class GradDotProdEngine:
             "leave out this step: zero the gradients and call engine.forget_micro_batches()."
         )
 
+    @property
+    def _rehearsing(self) -> bool:
+        step = self._current.step
+        return step is not None and step.guard is not None and step.guard.rehearsing
+
     def _heads(self) -> bool:
         return any(isinstance(each.layer, CrossEntropyHead) for each in self._layers)
 
@@ -323,7 +329,7 @@ class GradDotProdEngine:
             guard.rehearsing, guard.losses = True, []
             states = random_states(self._weight().device)
             try:
-                type(self.model).forward(self.model, *args, **kwargs)
+                self.model(*args, **kwargs)
             finally:
                 guard.rehearsing = False
                 step.end_forward()
@@ -372,7 +378,7 @@ class GradDotProdEngine:
             )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled():  # a model may call itself without gradients within its forward
+        if torch.is_grad_enabled() and not self._rehearsing:  # a model may call itself without gradients within its forward
             self._current.phase = "idle"
             self._forward_stack.close()
             self._step().end_forward()
