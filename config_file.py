@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
+from domain_lists import Selection, parse_domains, parse_set
 
 ROOT = Path(__file__).resolve().parent
 
@@ -64,13 +65,15 @@ class TrainingConfig:
         "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]",
         may_change=True,  # the shards' checksums may not
     )
-    train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAIN")
-    val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAIN")
-    test_set: str = flag("test", "test loss: SPLIT or SPLIT:DOMAIN")
+    train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAINS, as in train:ArXiv,Pile-CC")
+    val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAINS")
+    test_set: str = flag("test", "test loss: SPLIT or SPLIT:DOMAINS")
     domains: str | None = flag(
         None,
-        'training domains: "A,B", each block once an epoch, or drawn by weight, "A:2,B:1" '
-        "[all domains of the split, each block once an epoch]",
+        "training domains: 'A,B', each block once an epoch, or drawn by weight, 'A:2,B:1'; here and in the "
+        "sets a name with a comma or a colon is put in double quotes, and a double quote within these is "
+        "written twice: '\"C4: news, en\":2,ArXiv:1' [all domains of the split that have a whole block, each "
+        "block once an epoch]",
     )
     block_size: int = flag(1024, "tokens per sample", at_least=1)
     batch_size: int = flag(2, "training samples per micro-batch and process", at_least=1, may_change=True)
@@ -234,12 +237,7 @@ class TrainingConfig:
                 f"--train_dtype {self.train_dtype} does not go with --model_dtype {self.model_dtype}: "
                 f"choose from {', '.join(dtypes)}"
             )
-        for name in ("train_set", "val_set", "test_set"):
-            _check_split(name, getattr(self, name))
-        if self.domains is not None and split_and_domain(self.train_set)[1] is not None:
-            raise ConfigError(
-                f"--train_set {self.train_set} and --domains {self.domains} both choose domains: give one"
-            )
+        self.selections()
         if self.run_name is not None and (self.run_name in (".", "..") or "/" in self.run_name):
             raise ConfigError(f"--run_name {self.run_name!r}: must be the plain name of a folder")
         if self.parallel == "fsdp" and (self.compile or self.train_dtype == "float16"):
@@ -255,6 +253,20 @@ class TrainingConfig:
             )
         self._check_endings()
         self._check_micro_batches()
+
+    def selections(self) -> dict[str, Selection]:
+        """What "train", "val" and "test" are made of. ConfigError for a flag that cannot be read."""
+        found = {
+            name: parse_set(f"--{name}_set", value)
+            for name, value in (("train", self.train_set), ("val", self.val_set), ("test", self.test_set))
+        }
+        if self.domains is not None:
+            if found["train"].domains is not None:
+                raise ConfigError(
+                    f"--train_set {self.train_set} and --domains {self.domains} both choose domains: give one"
+                )
+            found["train"] = parse_domains(self.domains, found["train"].split)
+        return found
 
     def _check_scores(self) -> None:
         chosen = (self.contraction, self.score_granularity, self.direction)
@@ -313,18 +325,6 @@ class TrainingConfig:
                 f"{several} with --compile: a compiled block cannot keep the validation gradient; leave one "
                 "of them out"
             )
-
-
-def split_and_domain(name: str) -> tuple[str, str | None]:
-    """("val", None) of "val", ("val", "PubMed Abstracts") of "val:PubMed Abstracts"."""
-    split, colon, domain = name.partition(":")
-    return split, domain if colon else None
-
-
-def _check_split(name: str, value: str) -> None:
-    split, domain = split_and_domain(value)
-    if split in ("", ".", "..") or "/" in split or domain == "":
-        raise ConfigError(f"--{name} {value!r}: must be SPLIT or SPLIT:DOMAIN, as in val or val:Pile-CC")
 
 
 def resolve(

@@ -10,9 +10,9 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config_file import split_and_domain
 from data_processing.shards import Shard, list_shards
 from dataloader import BlockDataset
+from domain_lists import Selection
 from foundation.errors import UserError, file_errors
 from ghostEngines.metrics_log import open_scores
 
@@ -67,7 +67,7 @@ class ScoredRun:
     @property
     def split(self) -> str:
         """The folder of the training shards."""
-        return split_and_domain(self.metadata["split"])[0]
+        return self.metadata["split"].partition(":")[0]
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
@@ -107,7 +107,8 @@ class ScoredRun:
 
     def blocks(self, pile_data_dir: Path | None = None) -> BlockDataset:
         """The training samples, with the ids that the scores have. Raises as `shards`."""
-        return BlockDataset(self.shards(pile_data_dir), self.block_size, tuple(self.checksums))
+        used = Selection("--train_set", self.metadata["split"], self.split, tuple(self.checksums))
+        return BlockDataset(self.shards(pile_data_dir), self.block_size, used)
 
     def validation_rows(self) -> pa.Table:
         """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to.
