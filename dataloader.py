@@ -91,12 +91,17 @@ class BlockDataset:
         return [shard for shard in shards if shard.domain in names]
 
     def _too_short(self, short: Sequence[Shard], wanted: Sequence[Shard], selection: Selection) -> str:
-        lengths = ", ".join(f"{shown(shard.domain)} ({shard.num_tokens} tokens)" for shard in short)
-        rest = [shard.domain for shard in wanted if shard not in short]
+        folder, block = short[0].path.parent, f"a whole block of {self.block_size + 1} tokens"
+        longest = max(wanted, key=lambda shard: shard.num_tokens)
+        if longest in short:
+            return (
+                f"{selection.given}: no domain in {folder} has {block}, the longest is "
+                f"{_length(longest)}; choose a smaller --block_size than {self.block_size}"
+            )
+        rest = selection.only(shard.domain for shard in wanted if shard not in short)
         return (
-            f"{selection.given}: no whole block in {lengths} of {short[0].path.parent}: a block is "
-            f"{self.block_size + 1} tokens; choose a smaller --block_size than {self.block_size}"
-            + (f", or {selection.only(rest)}" if rest else "")
+            f"{selection.given}: in {folder} there is not {block} in {', '.join(map(_length, short))}; "
+            f"choose {rest}, or a smaller --block_size than {self.block_size}"
         )
 
     def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:
@@ -136,6 +141,10 @@ class BlockDataset:
             f"{path}: token id {rows.max()} in block {block} is beyond the vocabulary of {VOCAB} ids: the "
             "file is damaged; tokenize again"
         )
+
+
+def _length(shard: Shard) -> str:
+    return f"{shown(shard.domain)} ({shard.num_tokens} tokens)"
 
 
 class BatchLoader:

@@ -10,7 +10,7 @@ from config_file import ConfigError, TrainingConfig
 from data_processing.tokenizers import Tokenizer, get_tokenizer
 from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, validation_batch
 from distributed import World
-from domain_lists import shown
+from domain_lists import Selection, shown
 
 EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are not the first training batches
 
@@ -42,7 +42,7 @@ class TrainingData:
             for name, selection in selections.items()
         }
         check_tokenizers(blocks)
-        log_short_domains(blocks, config.block_size)
+        log_short_domains(selections, blocks, config.block_size)
         train = BatchLoader(
             blocks["train"],
             batch_size=config.batch_size,
@@ -68,19 +68,22 @@ class TrainingData:
         self.train.close()
 
 
-def log_short_domains(blocks: Mapping[str, BlockDataset], block_size: int) -> None:
+def log_short_domains(
+    selections: Mapping[str, Selection], blocks: Mapping[str, BlockDataset], block_size: int
+) -> None:
     """Log one line that names the domains without a whole block, if there are any."""
     found = [
-        f"{shown(domain)} in {name} ({tokens} tokens)"
+        f"{shown(domain)} in {selections[name].split} ({tokens} tokens)"
         for name, part in blocks.items()
         for domain, tokens in part.short.items()
     ]
     if found:
         logger.warning(
-            "not used, because a block is %d tokens (--block_size %d and the last target): %s",
+            "domains without a whole block of %d tokens (--block_size %d and the last target) are not used: "
+            "%s",
             block_size + 1,
             block_size,
-            ", ".join(found),
+            ", ".join(dict.fromkeys(found)),
         )
 
 

@@ -18,7 +18,7 @@ import torch
 
 import run_folder
 from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
-from config_file import ROOT, TrainingConfig, describe, resolve, split_and_domain
+from config_file import ROOT, TrainingConfig, describe, resolve
 from run_folder import prepare_result_dir, provenance, save
 
 NOON = datetime(2026, 1, 2, 12, 34, 56, 789_000, tzinfo=UTC)
@@ -99,7 +99,10 @@ def test_the_commands_of_the_readme_are_valid() -> None:
         ("--train_dtype float64", "--train_dtype float64 does not go with --model_dtype float32"),
         ("--model_dtype bfloat16 --train_dtype float16", "choose from auto, bfloat16"),
         ("--model_dtype float16", "--model_dtype: invalid choice: 'float16'"),
-        ("--val_set val:", "--val_set 'val:': must be SPLIT or SPLIT:DOMAIN"),
+        ("--val_set val:", "--val_set 'val:': must be SPLIT or SPLIT:DOMAIN,DOMAIN"),
+        ("--test_set test:A:2", "--test_set 'test:A:2': only --domains takes weights"),
+        ("--train_set train:A,A", "--train_set 'train:A,A': 'A' is named twice"),
+        ("--domains A:x", "--domains 'A:x': 'A' has the weight 'x'"),
         ("--train_set ../train", "--train_set '../train'"),
         ("--train_set train:ArXiv --domains Github", "give one"),
         ("--run_name a/b", "--run_name 'a/b'"),
@@ -225,10 +228,14 @@ def test_folders_flag_before_environment_before_default(no_gpu: None, monkeypatc
         resolve(TrainingConfig(), {"RESULTS_DIR": ""})
 
 
-def test_split_and_domain() -> None:
-    assert split_and_domain("val") == ("val", None)
-    assert split_and_domain("val:PubMed Abstracts") == ("val", "PubMed Abstracts")
-    assert split_and_domain("val:a:b") == ("val", "a:b")
+def test_what_the_sets_are_made_of() -> None:
+    config = TrainingConfig(val_set="val:PubMed Abstracts,ArXiv", domains="ArXiv:2,Pile-CC:1")
+    chosen = config.selections()
+    assert (chosen["train"].split, chosen["train"].domains) == ("train", ("ArXiv", "Pile-CC"))
+    assert chosen["train"].weights == {"ArXiv": 2, "Pile-CC": 1}
+    assert (chosen["val"].split, chosen["val"].domains) == ("val", ("PubMed Abstracts", "ArXiv"))
+    assert (chosen["test"].split, chosen["test"].domains) == ("test", None)
+    assert {selection.flag for selection in chosen.values()} == {"--domains", "--val_set", "--test_set"}
 
 
 def test_describe_shows_every_field_and_where_it_came_from(no_gpu: None) -> None:
@@ -428,7 +435,7 @@ def test_no_field_is_dead() -> None:
     for node in ast.walk(parse(ROOT / "config_file.py")):
         if (
             isinstance(node, ast.FunctionDef)
-            and node.name in ("result_dir", "saved_model", "resumes")
+            and node.name in ("result_dir", "saved_model", "resumes", "selections")
             and node.name in used
         ):
             used |= reads(node, ("self",))

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from data_processing import pile_records, progress, split_parts, tokenize_pile
-from data_processing.batch_encoder import Counts
+from data_processing.batch_encoder import BatchEncoder, Counts
 from data_processing.pile_records import (
     BadRecord,
     InputFile,
@@ -309,6 +309,54 @@ def test_domains_that_are_no_domains_are_an_error(tmp_path: Path, monkeypatch: p
         run([path], tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["part", "inputs", "bad_records", "joined", "lock", "..", "CON", "a\0b"])
+def test_a_domain_may_be_named_as_what_the_writer_makes(tmp_path: Path, name: str) -> None:
+    domains = [
+        name,
+        "shards",
+        "part.manifest",
+        "inputs.manifest",
+        "bad_records.txt",
+        "a.json",
+        "a.bin.partial",
+    ]
+    path = write_jsonl(tmp_path / "in.jsonl", [(domain, "some text") for domain in domains])
+    split = join(tmp_path / "work", path)
+    split_parts.publish(split, tmp_path / "work", tmp_path / "train", {})
+    assert {shard.domain for shard in list_shards(tmp_path, "train")} == set(domains)
+
+
+def join(work: Path, path: Path) -> Path:
+    """One part, joined: as `tokenize` makes it, without worker processes."""
+    work.mkdir()
+    key = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes")
+    encoder = BatchEncoder(get_tokenizer("gpt2_bytes"))
+    with split_parts.PartWriter(work, key) as writer:
+        for batch in line_batches(key.source):
+            writer.add(encoder(batch))
+    part = split_parts.finished_part(work, key)
+    assert part is not None
+    return split_parts.join_parts(work, [part], split="train", tokenizer="gpt2_bytes")
+
+
+def test_more_domains_than_files_may_be_open(tmp_path: Path, few_descriptors: None) -> None:
+    records = [(f"domain {number}", f"text {number}") for number in range(split_parts.MAX_DOMAINS)]
+    joined = join(tmp_path / "work", write_jsonl(tmp_path / "in.jsonl", records))
+    assert len(list(joined.glob("*.json"))) == split_parts.MAX_DOMAINS
+
+
+def test_a_domain_named_part_and_the_folder_that_older_versions_left(tmp_path: Path) -> None:
+    """Of a part whose part.json was another's; the same command goes on."""
+    path = write_jsonl(tmp_path / "in.jsonl", [("part", "some text"), ("Я" * 80, "more text")])
+    work = tmp_path / "out" / ".train.work"
+    folder = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes").folder(work)
+    folder.mkdir(parents=True)
+    (folder / "part.json").write_text("{}")
+    run([path], tmp_path / "out")
+    assert tokens_in(tmp_path / "out") == expected_tokens([("part", "some text"), ("Я" * 80, "more text")])
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["train"]
+
+
 # What is there already
 
 
@@ -433,7 +481,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, name: str) -> None:
         start_new_session=True,
         cwd=Path(__file__).parent.parent,
     )
-    while not list(tmp_path.glob("out/.train.work/*/A.bin.partial")):
+    while not list(tmp_path.glob("out/.train.work/*/shards/A.bin.partial")):
         assert process.poll() is None
         time.sleep(0.01)
     assert len(live_processes(process.pid)) >= 3

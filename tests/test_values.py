@@ -30,6 +30,7 @@ from attribution.values_folder import FILES, Values, being_written
 from data_processing.shards import ShardWriter, domain_file_name, list_shards
 from data_processing.tokenizers import get_tokenizer
 from dataloader import BlockDataset
+from domain_lists import parse_set
 from validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
@@ -538,7 +539,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
     run = ScoredRun.open(folders[0])
     assert (run.block_size, run.split, run.granularity, run.domains) == (T, "train", "total", DOMAINS)
     assert [path.name for path in run.files] == sorted(os.listdir(folders[0] / "grad_dotprods"))
-    want = BlockDataset.open(data, "train", T)
+    want = BlockDataset.open(data, T, parse_set("--train_set", "train"))
     more = Path(shutil.copytree(data, tmp_path / "data"))
     with ShardWriter(more / "train", "Aardvarks", split="train", tokenizer="gpt2_bytes") as shard:
         shard.append(np.ones(50, np.int64))
@@ -549,7 +550,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
 
 def test_records_and_validation_rows(damaged: Path, data: Path) -> None:
     (damaged / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.5}\n{"step": 1, "train_loss"')
-    batch = BlockDataset.open(data, "val", T).batch([("Alpha", 2), ("Beta [b]", 0)])
+    batch = BlockDataset.open(data, T, parse_set("--val_set", "val")).batch([("Alpha", 2), ("Beta [b]", 0)])
     save_validation_rows(batch, get_tokenizer("gpt2_bytes"), damaged / "validation")
     run = ScoredRun.open(damaged)
     assert run.metrics() == [{"step": 0, "train_loss": 1.5}], "a line that is being written is left out"
