@@ -91,17 +91,18 @@ class BlockDataset:
         return [shard for shard in shards if shard.domain in names]
 
     def _too_short(self, short: Sequence[Shard], wanted: Sequence[Shard], selection: Selection) -> str:
-        folder, block = short[0].path.parent, f"a whole block of {self.block_size + 1} tokens"
+        folder, block = short[0].path.parent, f"a block is {self.block_size + 1} tokens"
         longest = max(wanted, key=lambda shard: shard.num_tokens)
         if longest in short:
             return (
-                f"{selection.given}: no domain in {folder} has {block}, the longest is "
-                f"{_length(longest)}; choose a smaller --block_size than {self.block_size}"
+                f"{selection.given}: {block}, and the longest of these domains in {folder} is "
+                f"{_length(longest)}; choose --block_size {longest.num_tokens - 1} or smaller"
             )
         rest = selection.only(shard.domain for shard in wanted if shard not in short)
+        enough = min(shard.num_tokens for shard in short) - 1
         return (
-            f"{selection.given}: in {folder} there is not {block} in {', '.join(map(_length, short))}; "
-            f"choose {rest}, or a smaller --block_size than {self.block_size}"
+            f"{selection.given}: {block}, and in {folder} there are fewer in "
+            f"{', '.join(map(_length, short))}; choose {rest}, or --block_size {enough} or smaller"
         )
 
     def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:

@@ -35,6 +35,7 @@ class Selection:
 
     @property
     def given(self) -> str:
+        """The flag as it was given, for messages."""
         return f"{self.flag} {self.value!r}"
 
     def only(self, domains: Iterable[str]) -> str:
@@ -42,7 +43,7 @@ class Selection:
         kept = set(domains)
         assert self.domains is not None
         entries = [
-            quoted(name) + (f":{self.weights[name]:g}" if self.weights else "")
+            quoted(name) + (f":{str(self.weights[name]).removesuffix('.0')}" if self.weights else "")
             for name in self.domains
             if name in kept
         ]

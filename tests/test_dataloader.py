@@ -173,8 +173,8 @@ def test_a_domain_that_was_named_must_have_a_block(data_dir: Path, selection: Se
     with pytest.raises(ConfigError) as error:
         BlockDataset.open(data_dir, 60, selection)
     assert str(error.value) == (
-        f"{selection.flag} {selection.value!r}: in {data_dir / 'train'} there is not a whole block of 61 "
-        f"tokens in Pile-CC (44 tokens); choose {remedy}, or a smaller --block_size than 60"
+        f"{selection.flag} {selection.value!r}: a block is 61 tokens, and in {data_dir / 'train'} there are "
+        f"fewer in Pile-CC (44 tokens); choose {remedy}, or --block_size 43 or smaller"
     )
 
 
@@ -182,9 +182,10 @@ def test_a_domain_that_was_named_must_have_a_block(data_dir: Path, selection: Se
 def test_a_split_without_a_whole_block_is_an_error(data_dir: Path, value: str) -> None:
     with pytest.raises(ConfigError) as error:
         BlockDataset.open(data_dir, 1000, parse_set("--test_set", value))
+    BlockDataset.open(data_dir, 243, parse_set("--test_set", "train:Wikipedia (en)"))
     assert str(error.value) == (
-        f"--test_set {value!r}: no domain in {data_dir / 'train'} has a whole block of 1001 tokens, the "
-        "longest is Wikipedia (en) (244 tokens); choose a smaller --block_size than 1000"
+        f"--test_set {value!r}: a block is 1001 tokens, and the longest of these domains in "
+        f"{data_dir / 'train'} is Wikipedia (en) (244 tokens); choose --block_size 243 or smaller"
     )
 
 
