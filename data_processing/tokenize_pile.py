@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
-from data_processing.pile_records import InputFile, LineBatch, PileError, find_inputs, line_batches
+from data_processing.input_files import InputFile, PileError, find_inputs
+from data_processing.pile_records import LineBatch, line_batches
 from data_processing.progress import Progress
 from data_processing.shards import FORMAT_VERSION, list_shards
 from data_processing.split_parts import (
