@@ -26,6 +26,13 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
 NAME_FOR = {"gzip": ".gz", "zstd": ".zst"}
 # Files made with zstd --long=31 refer to 2 GiB back. The memory is that of the file's own window.
 LONGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
+# What to do, by words in the decompressor's error.
+REMEDIES = {
+    "not enough memory": "it was packed with a long window, up to 2 GiB, and needs a machine with more memory",
+    "Dictionary": "it needs the dictionary it was packed with; write it anew without: zstd -d -D DICTIONARY",
+    "": "it is damaged or followed by something else; copy or download it again, or write anew what "
+    "`gzip -dc` or `zstd -dc` can read of it",
+}
 
 
 @contextmanager
@@ -48,10 +55,8 @@ def decompressed(raw: BufferedReader, source: InputFile) -> Iterator[BinaryIO]:
             f"{source.path}: ends in the middle of its {kind} data; copy or download it again"
         ) from error
     except (zstd.ZstdError, zlib.error, gzip.BadGzipFile) as error:
-        raise PileError(
-            f"{source.path}: its {kind} data is damaged or followed by something else ({error}); "
-            f"copy or download it again, or write anew what `{kind} -dc` can read of it"
-        ) from error
+        remedy = next(remedy for words, remedy in REMEDIES.items() if words in str(error))
+        raise PileError(f"{source.path}: {error}: {remedy}") from error
 
 
 def _stream(raw: BinaryIO, kind: Compression) -> BinaryIO:

@@ -93,14 +93,18 @@ class _LeftOut:
     def __str__(self) -> str:
         """Say it in one line: counts, and the first names."""
         reasons = sorted(self.names, key=lambda reason: (-len(self.names[reason]), reason))
-        shown = [f"{len(self.names[reason])} {reason} ({self._first(reason)})" for reason in reasons]
         rest = sum(len(self.names[reason]) for reason in reasons[SHOWN_REASONS:])
-        return ", ".join(shown[:SHOWN_REASONS]) + f", and {rest} of other endings" * (rest > 0)
+        return ", ".join(map(self._count, reasons[:SHOWN_REASONS])) + f", and {rest} others" * (rest > 0)
 
-    def _first(self, reason: str) -> str:
+    def _count(self, reason: str) -> str:
         paths = self.names[reason]
-        shown = [text if text.isprintable() else repr(text) for text in map(str, paths[:SHOWN_NAMES])]
-        return ", ".join(shown) + ", ..." * (len(paths) > SHOWN_NAMES)
+        first = ", ".join(_printable(path) for path in paths[:SHOWN_NAMES])
+        return f"{len(paths)} {_printable(reason)} ({first}{', ...' * (len(paths) > SHOWN_NAMES)})"
+
+
+def _printable(text: object) -> str:
+    """Return the text, or how Python would write it: names of files may hold line ends."""
+    return str(text) if str(text).isprintable() else repr(str(text))
 
 
 def _files_below(folder: Path, left_out: _LeftOut) -> list[Path]:

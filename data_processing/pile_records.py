@@ -68,7 +68,8 @@ def _chunks(stream: BinaryIO, path: Path) -> Iterator[bytes]:
     """Yield the bytes of a stream without a byte-order mark. PileError if they are UTF-16 or UTF-32."""
     start = stream.read(4)
     encoding = json.detect_encoding(start)
-    if not encoding.startswith("utf-8") and any(start):  # zeros alone are no text at all
+    # Zeros alone are no text at all, and one before UTF-8 makes no UTF-16: JSON begins with ASCII.
+    if not encoding.startswith("utf-8") and any(start) and start.decode(encoding, "replace").isascii():
         raise PileError(
             f"{path}: is {encoding.upper()} text, and has to be UTF-8; write it anew, as with "
             f"iconv --from-code {encoding.upper()} --to-code UTF-8"

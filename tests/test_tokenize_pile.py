@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -242,10 +243,23 @@ def test_what_zstd_and_gzip_read_is_read(
         ("a.jsonl.gz", SKIPPABLE + zstd(TEXT), r"holds zstd data, .*; let its name end in \.zst"),
         ("a.jsonl", zstd(TEXT), r"holds zstd data, .*; let its name end in \.zst"),
         ("a.jsonl.gz", bz2.compress(TEXT), "holds bzip2 data, .*; decompress it first"),
-        ("a.jsonl.gz", gzip.compress(TEXT)[:-5] + b"\0" * 5, "gzip data is damaged .*CRC check failed"),
-        ("a.jsonl.gz", gzip.compress(TEXT) + b"rest", "followed by something else .*Not a gzipped file"),
-        ("a.jsonl.zst", zstd(TEXT) + b"rest", "followed by something else .*Unknown frame"),
-        ("a.jsonl.zst", zstd(TEXT)[:30] + b"\0" * 30 + zstd(TEXT)[60:], "zstd data is damaged .*corruption"),
+        ("a.jsonl.gz", gzip.compress(TEXT)[:-5] + b"\0" * 5, "CRC check failed .*: it is damaged or"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(TEXT) + b"rest",
+            "Not a gzipped file .*: it is .* followed by something else",
+        ),
+        ("a.jsonl.zst", zstd(TEXT) + b"rest", "Unknown frame .*: it is .* followed by something else"),
+        (
+            "a.jsonl.zst",
+            zstd(TEXT)[:30] + b"\0" * 30 + zstd(TEXT)[60:],
+            "corruption detected: it is damaged or",
+        ),
+        (
+            "a.jsonl.zst",
+            b"\x28\xb5\x2f\xfd\x01\x58\x05" + zstd(TEXT)[6:],
+            "Dictionary .*: it needs the dictionary",
+        ),
         ("a.jsonl", TEXT.decode().encode("utf-16"), "is UTF-16 text, .*iconv --from-code UTF-16 "),
         ("a.jsonl", TEXT.decode().encode("utf-16-be"), "is UTF-16-BE text"),
         ("a.jsonl.zst", zstd(TEXT.decode().encode("utf-32")), "is UTF-32 text"),
@@ -257,6 +271,25 @@ def test_a_file_that_cannot_be_read_is_an_error_with_the_true_reason(
     (tmp_path / name).write_bytes(data)
     with pytest.raises(PileError, match=rf"{name}: .*{reason}"):
         list(line_batches(InputFile.at(tmp_path / name)))
+
+
+def test_too_little_memory_for_a_long_window_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd_with_window(31, TEXT))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
+    try:
+        with pytest.raises(PileError, match="not enough memory: it was packed with a long window"):
+            list(line_batches(InputFile.at(tmp_path / "a.jsonl.zst")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("start", [b"\0", b"\0\0\0\0", b"\xff\xfe", b"\xfe\xff"])
+def test_a_bad_beginning_is_no_other_encoding(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(start + TEXT)
+    counts = run([tmp_path / "a.jsonl"], tmp_path / "out", on_bad_record="skip")
+    assert (counts.bad_records, counts.documents) == (1, len(RECORDS) - 1)
 
 
 def test_a_truncated_file_leaves_nothing_behind(tmp_path: Path) -> None:
