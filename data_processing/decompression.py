@@ -28,7 +28,7 @@ NAME_FOR = {"gzip": ".gz", "zstd": ".zst"}
 LONGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
 # What to do, by words in the decompressor's error.
 REMEDIES = {
-    "not enough memory": "it was packed with a long window, up to 2 GiB, and needs a machine with more memory",
+    "not enough memory": "it was packed with a long window, up to 2 GiB; use a machine with more memory",
     "Dictionary": "it needs the dictionary it was packed with; write it anew without: zstd -d -D DICTIONARY",
     "": "it is damaged or followed by something else; copy or download it again, or write anew what "
     "`gzip -dc` or `zstd -dc` can read of it",
