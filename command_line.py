@@ -7,6 +7,7 @@ from dataclasses import Field, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError
 
 
@@ -61,7 +62,7 @@ def _check_number(spec: Field[Any], number: float) -> None:
 
 def flag_parser(config_class: type, program: str, description: str) -> argparse.ArgumentParser:
     """A parser whose result has what was given, and nothing else: the defaults stand in the fields alone."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         program,
         "%(prog)s [--flag value ...]  (--help lists the flags)",
         description,

@@ -14,6 +14,7 @@ from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import printable
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError
 
 
@@ -31,7 +32,7 @@ class RunOptions:
 def argument_parser(module: str, description: str, *, several: bool = True) -> argparse.ArgumentParser:
     """A parser with the shared arguments. module: as after `python -m`; several: whether the command takes
     more than one run."""
-    parser = argparse.ArgumentParser(f"python -m {module}", description=description, allow_abbrev=False)
+    parser = ArgumentParser(f"python -m {module}", description=description, allow_abbrev=False)
     parser.add_argument(
         "result_dirs",
         metavar="RESULT_DIR",

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import tiktoken
 
-from data_processing.pile_records import find_inputs, line_batches, numbered_lines, parse_record
+from data_processing.input_files import find_inputs
+from data_processing.pile_records import line_batches, numbered_lines, parse_record
 from data_processing.tokenize_pile import tokenize
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from data_processing.shards import list_shards
 from data_processing.split_parts import MANIFEST
 from data_processing.tokenize_pile import SPLITS, tokenize
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
 
 TOKENIZER = "gpt2_bytes"
@@ -206,7 +207,7 @@ def make_demo(output_dir: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m data_processing.demo_corpus",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

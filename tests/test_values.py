@@ -1,5 +1,6 @@
 """Values of samples, documents and domains, against pandas and a loop over tokens; and what is refused."""
 
+import ast
 import json
 import os
 import re
@@ -34,6 +35,22 @@ from domain_lists import parse_set
 from validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
+README = Path(__file__).parent.parent / "README.md"
+RUN_NAMES = (
+    "lr=0.5",
+    "domain=1",
+    "*",
+    "[ab]",
+    "a'b",
+    'a"b',
+    "back\\slash",
+    "_x",
+    ".x",
+    "s3:x",
+    "%41",
+    "-O2",
+    "a\nb",
+)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +237,56 @@ def test_sums_are_the_same_every_time(tmp_path: Path, data: Path) -> None:
     run = write_run(tmp_path / "long", data, steps=300, flush_every=100)
     first = values_of(tmp_path, run).read("samples")
     assert all(values_of(tmp_path, run).read("samples").equals(first) for _ in range(3))
+
+
+# ---- what README.md tells to write oneself
+
+
+def readme_answers(folder: Path) -> list[object]:
+    """The values of all expressions in README's Python lines about results/NAME, with this folder instead."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    blocks = [block for block in blocks if "results/NAME" in block]
+    answers: list[object] = []
+    for block in blocks:
+        lines = block.replace("results/NAME", json.dumps(str(folder))[1:-1])
+        names: dict[str, object] = {}
+        for statement in ast.parse(lines).body:
+            if isinstance(statement, ast.Expr):
+                answers.append(eval(ast.unparse(statement), names))
+            else:
+                exec(ast.unparse(statement), names)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def named_runs(tmp_path_factory: pytest.TempPathFactory, folders: list[Path]) -> Path:
+    """The same run under many names, and another one."""
+    results = tmp_path_factory.mktemp("named")
+    other = Path(shutil.copytree(folders[1], results / "a"))  # [ab] is a pattern for it
+    run = Path(shutil.copytree(folders[0], results / "plain"))
+    for folder in (other, run):
+        write_values([ScoredRun.open(folder)], folder / "values")
+    for name in RUN_NAMES:
+        shutil.copytree(run, results / name, copy_function=os.link)
+    return results
+
+
+@pytest.mark.parametrize("name", RUN_NAMES)
+def test_the_lines_of_readme_work_for_every_run_name(named_runs: Path, name: str) -> None:
+    folder = named_runs / name
+    scores, samples = scores_of(folder), pd.read_parquet(folder / "values" / "samples.parquet")
+    of_domains, of_samples, largest, mean_values, by_steps = readme_answers(folder)
+    want = scores.groupby("domain")["value"].sum()
+    assert of_domains.to_dict() == want.to_dict()
+    assert of_samples.tolist() == scores.groupby(["domain", "block"])["value"].sum().nlargest(10).tolist()
+    assert largest.equals(samples.nlargest(10, "value"))
+    groups = samples.groupby("domain")["value"]
+    assert dict(zip(mean_values["domain"], mean_values["samples"], strict=True)) == groups.size().to_dict()
+    np.testing.assert_allclose(mean_values["mean_value"], groups.mean().sort_values(ascending=False))
+    assert by_steps.columns.tolist() == ["from_step", "domain", "predicted_fall"]
+    np.testing.assert_allclose(by_steps.set_index("domain")["predicted_fall"][want.index], want)
 
 
 # ---- the efficiency check
