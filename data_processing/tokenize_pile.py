@@ -39,6 +39,7 @@ from data_processing.split_parts import (
 from data_processing.tokenizers import TOKENIZERS, get_tokenizer
 from data_processing.worker_pool import WorkerPool
 from foundation.errors import UserError, file_errors
+from foundation.paths import path_argument
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
@@ -223,10 +224,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--input", dest="inputs", nargs="+", type=Path, required=True, metavar="PATH", help="files or folders"
+        "--input",
+        dest="inputs",
+        nargs="+",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help="files or folders",
     )
     parser.add_argument("--split", choices=SPLITS, required=True, help="the split the shards are for")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the shards go to OUTPUT_DIR/SPLIT")
+    parser.add_argument(
+        "--output_dir", type=path_argument, required=True, help="the shards go to OUTPUT_DIR/SPLIT"
+    )
     parser.add_argument(
         "--tokenizer",
         choices=TOKENIZERS,
