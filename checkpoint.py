@@ -75,7 +75,7 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
         if not there:
             raise CheckpointError(
                 f"--resume: there is no checkpoint in {folder}: the run was stopped before the first one; "
-                "start it anew with --overwrite"
+                "start it anew with --resume auto, which sets it aside, or with --overwrite"
             )
         return there[-1]
     if folder / name not in there:

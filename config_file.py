@@ -17,6 +17,7 @@ import torch
 
 from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
 from domain_lists import Selection, parse_domains, parse_set
+from foundation.paths import expand_home
 
 ROOT = Path(__file__).resolve().parent
 
@@ -135,8 +136,13 @@ class TrainingConfig:
     keep_checkpoints: int = flag(
         2, "how many of the newest checkpoints are kept", at_least=1, may_change=True
     )
-    resume: bool = flag(
-        False, "go on from the newest checkpoint of the run that --run_name names", may_change=True
+    resume: Literal["never", "always", "auto"] = flag(
+        "never",
+        "go on from the newest checkpoint of the run that --run_name names: always (--resume alone says "
+        "so), or end with an error; auto, if it has a checkpoint, else begin, and replace nothing (a run "
+        "that was stopped before its first checkpoint is set aside as RUN_NAME.stopped-1)",
+        may_change=True,
+        alone="always",
     )
     resume_from: str | None = flag(
         None,
@@ -211,8 +217,8 @@ class TrainingConfig:
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on from a checkpoint."""
-        return self.resume or self.resume_from is not None
+        """Whether the run goes on from a checkpoint (--resume auto is settled by then: run_folder)."""
+        return self.resume == "always" or self.resume_from is not None
 
     @property
     def saved_model(self) -> Path | None:
@@ -238,8 +244,12 @@ class TrainingConfig:
                 f"choose from {', '.join(dtypes)}"
             )
         self.selections()
-        if self.run_name is not None and (self.run_name in (".", "..") or "/" in self.run_name):
-            raise ConfigError(f"--run_name {self.run_name!r}: must be the plain name of a folder")
+        if self.run_name is not None and (
+            self.run_name in (".", "..") or "/" in self.run_name or not self.run_name.isprintable()
+        ):
+            raise ConfigError(
+                f"--run_name {self.run_name!r}: must be the plain name of a folder, of printable characters"
+            )
         if self.parallel == "fsdp" and (self.compile or self.train_dtype == "float16"):
             raise ConfigError(
                 "--parallel fsdp with --compile or --train_dtype float16 is not supported: use --parallel "
@@ -288,7 +298,8 @@ class TrainingConfig:
                 raise ConfigError(f"--direction adamw with {flags}: {reason}; leave one of them out")
 
     def _check_endings(self) -> None:
-        if self.eval_only and (self.overwrite or self.resumes):
+        goes_on = self.resume != "never" or self.resume_from is not None
+        if self.eval_only and (self.overwrite or goes_on):
             raise ConfigError(
                 "--overwrite or --resume with --eval_only: an evaluation writes nothing; leave one of them "
                 "out"
@@ -297,11 +308,16 @@ class TrainingConfig:
             raise ConfigError(
                 "--init_from with --eval_only: it evaluates a run, or the untrained model; leave one out"
             )
-        if self.resumes and self.overwrite:
+        if goes_on and self.overwrite:
             raise ConfigError(
                 "--resume and --overwrite: a run goes on, or is replaced; leave one of them out"
             )
-        if self.resumes and self.run_name is None:
+        if self.resume == "auto" and self.resume_from is not None:
+            raise ConfigError(
+                f"--resume auto and --resume_from {self.resume_from}: the newest checkpoint, or this one; "
+                "leave one of them out"
+            )
+        if goes_on and self.run_name is None:
             raise ConfigError("--resume: which run? give its --run_name")
 
     def _check_micro_batches(self) -> None:
@@ -332,11 +348,13 @@ def resolve(
 ) -> TrainingConfig:
     """`config` with nothing left open, and `resolved_from` saying where what was open came from.
 
-    Folders become absolute paths. `domains` stays None for all domains: only the data knows their names.
+    `~` is expanded in paths; folders become absolute ones. `domains` stays None for all domains: only the
+    data knows their names.
     Looks at nothing but its arguments, torch.cuda and the working directory, and creates nothing.
 
     Raises:
         ConfigError: --device cuda without a GPU; PILE_DATA_DIR or RESULTS_DIR needed, and set to nothing.
+        UserError: a path begins with the name of a user who is not there.
     """
     device = _device(config)
     mixed = device == "cuda" and config.model_dtype == "float32"
@@ -346,8 +364,8 @@ def resolve(
         "min_lr": (config.learning_rate / 10, "learning_rate / 10"),
         "lr_decay_steps": (config.max_steps, "max_steps"),
         "eval_bs": (config.batch_size, "batch_size"),
-        "pile_data_dir": _folder(config.pile_data_dir, "PILE_DATA_DIR", ROOT / "data" / "demo", environ),
-        "results_dir": _folder(config.results_dir, "RESULTS_DIR", ROOT / "results", environ),
+        "pile_data_dir": _folder("pile_data_dir", config.pile_data_dir, ROOT / "data" / "demo", environ),
+        "results_dir": _folder("results_dir", config.results_dir, ROOT / "results", environ),
         "run_name": (_run_name(config, now or datetime.now(UTC)), "method, architecture, batch_size, time"),
     }
     is_open = {name for name in found if getattr(config, name) is None}
@@ -355,6 +373,8 @@ def resolve(
     values = {name: found[name][0] for name in is_open}
     for name in ("pile_data_dir", "results_dir"):
         values[name] = os.path.abspath(found[name][0])
+    if config.init_from is not None:
+        values["init_from"] = expand_home(config.init_from, "--init_from")
     sources = {name: found[name][1] for name in found if name in is_open}
     return replace(config, **values, resolved_from={**config.resolved_from, **sources})
 
@@ -369,14 +389,15 @@ def _device(config: TrainingConfig) -> str:
     return ("cuda" if there else "cpu") if config.device == "auto" else config.device
 
 
-def _folder(given: str | None, variable: str, default: Path, environ: Mapping[str, str]) -> tuple[str, str]:
+def _folder(name: str, given: str | None, default: Path, environ: Mapping[str, str]) -> tuple[str, str]:
+    variable = name.upper()
     if given is not None:
-        return given, "flag"
+        return expand_home(given, f"--{name}"), "flag"
     if variable not in environ:
         return str(default), "default"
     if not environ[variable]:
         raise ConfigError(f"the environment variable {variable} is empty: name a folder, or unset it")
-    return environ[variable], f"environment variable {variable}"
+    return expand_home(environ[variable], variable), f"environment variable {variable}"
 
 
 def _run_name(config: TrainingConfig, now: datetime) -> str:

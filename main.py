@@ -30,10 +30,11 @@ from ghostEngines.coverage import contraction_plan, covered_layers
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter, drop_rows_from
-from interrupts import Interrupted, stop_signals
+from interrupts import Interrupted, drop_closed_outputs, stop_signals
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
 from run_folder import (
     changes,
+    check_file_system,
     check_result_dir,
     differences,
     lasting,
@@ -41,6 +42,7 @@ from run_folder import (
     prepare_result_dir,
     provenance,
     save,
+    settle_resume,
 )
 from run_log import RunLog, SilentLog, check_wandb
 from summary import print_summary
@@ -96,7 +98,8 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     if world.rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     config = world.gather(config)[0]  # the name of a run has the time in it
-    world.first(lambda: check_result_dir(config))
+    config = world.first(lambda: settle_resume(config))
+    world.first(lambda: check_before(config))
     data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
     checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
     model = world.every(lambda: prepare_model(config, checkpoint, data))
@@ -122,6 +125,15 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     if trainer.progress.steps and world.rank == 0:
         print_summary(config, trainer.progress, data)
     return status
+
+
+def check_before(config: TrainingConfig) -> None:
+    """Ask, before anything is loaded or made, for all that the run's folder, its file system and Weights &
+    Biases would refuse later. Raises UserError."""
+    check_result_dir(config)
+    if not config.eval_only:
+        check_file_system(config)
+        check_wandb(config)
 
 
 def find_resumed(
@@ -154,7 +166,6 @@ def open_folder(config: TrainingConfig, checkpoint: Path | None, resources: Exit
     """The run's folder, made or ready to go on, and for this run alone as long as the resources are held."""
     if config.eval_only:
         return
-    check_wandb(config)
     if checkpoint is None:
         prepare_result_dir(config, resources)
     else:
@@ -252,6 +263,7 @@ def train(trainer: Trainer) -> int:
     try:
         trainer.run()
     except KeyboardInterrupt as error:
+        drop_closed_outputs()
         logger.warning(
             "interrupted after step %d: scores and a checkpoint are saved; --resume --run_name %s goes on",
             trainer.progress.steps,

@@ -13,11 +13,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
+from checkpoint import list_checkpoints
 from command_line import flags_of
 from config_file import ROOT, ConfigError, TrainingConfig
 from foundation.errors import file_errors
@@ -45,11 +48,71 @@ def check_result_dir(config: TrainingConfig) -> None:
                 f"--resume --run_name {config.run_name}: {config.result_dir} is not the folder of a run; "
                 "check --run_name and --results_dir"
             )
+    elif config.resume == "auto":
+        if os.path.lexists(config.result_dir):
+            _check_is_run(config.result_dir, "--resume auto")
     elif os.path.lexists(config.result_dir) and not config.overwrite:
         raise ConfigError(
             f"--run_name {config.run_name}: {config.result_dir} is there already; choose another name, or "
             "replace that run with --overwrite, or go on with it with --resume"
         )
+
+
+def settle_resume(config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with --resume auto settled: always, if the run has a checkpoint. Otherwise it
+    stays auto, and the run begins."""
+    if config.resume != "auto" or not os.path.lexists(config.result_dir):
+        return config
+    with file_errors(config.result_dir, ConfigError):
+        if not list_checkpoints(config.result_dir / "checkpoints"):
+            return config
+    resolved_from = {**config.resolved_from, "resume": "auto: the run has a checkpoint"}
+    return replace(config, resume="always", resolved_from=resolved_from)
+
+
+def check_file_system(config: TrainingConfig) -> None:
+    """Ask the file system, for a run's folder that is to be made, what it would refuse later: its name, the
+    right to write, a lock. Leave nothing behind.
+
+    Raises:
+        ConfigError: it refuses.
+    """
+    folder = config.result_dir
+    if os.path.lexists(folder):
+        return  # its own lock is taken before anything in it changes
+    there = next(parent for parent in folder.parents if os.path.lexists(parent))
+    with _making(config), TemporaryDirectory(prefix=".trial-", dir=there) as trial:
+        twin = Path(trial) / folder.relative_to(there)
+        twin.mkdir(parents=True)
+        with (twin / LOCK).open("a") as file:
+            _lock(file, config)
+
+
+@contextmanager
+def _making(config: TrainingConfig) -> Iterator[None]:
+    """Raise an OSError of the block, which makes the run's folder, as a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--results_dir {config.results_dir}: cannot make {config.result_dir} ({error.strerror}); name a "
+            "folder that can be written, with --results_dir or RESULTS_DIR, or another --run_name"
+        ) from error
+
+
+def _lock(file: IO[str], config: TrainingConfig) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"--run_name {config.run_name}: another process is at work in {config.result_dir}; wait for "
+            "it, stop it, or choose another name"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"--results_dir {config.results_dir}: its file system locks no files ({error.strerror}), by "
+            "which runs are kept out of each other's folder; choose a folder on another one"
+        ) from error
 
 
 def differences(config: TrainingConfig) -> list[str]:
@@ -82,16 +145,12 @@ def locked(config: TrainingConfig) -> Iterator[None]:
     however it ends.
 
     Raises:
-        ConfigError: another process works there.
+        ConfigError: another process works there; it cannot be written, or has no locks.
     """
-    with (config.result_dir / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"--run_name {config.run_name}: another process is at work in {config.result_dir}; wait for "
-                "it, stop it, or choose another name"
-            ) from error
+    with file_errors(config.result_dir / LOCK, ConfigError):
+        file = (config.result_dir / LOCK).open("a")
+    with file:
+        _lock(file, config)
         yield
 
 
@@ -117,29 +176,43 @@ def lasting(config: TrainingConfig) -> dict[str, Any]:
 
 def prepare_result_dir(config: TrainingConfig, resources: ExitStack) -> None:
     """Make the run's folder, empty, and keep others out of it for as long as the resources are held; with
-    --eval_only make nothing.
+    --eval_only make nothing. With --resume auto a run that is there, stopped before its first checkpoint, is
+    set aside.
 
     Raises:
-        ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; a folder that cannot be
-        made.
+        ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; --resume auto of a run
+        that has got a checkpoint meanwhile; a folder that cannot be made.
     """
     check_result_dir(config)
     if config.eval_only:
         return
     folder = config.result_dir
     if os.path.lexists(folder):
-        _check_is_run(folder)
-        resources.enter_context(locked(config))
-        _empty_run(folder)
-        return
-    try:
+        if config.resume == "auto" and _read_run(folder) is not None:
+            _set_aside(config)
+        else:
+            _check_is_run(folder, "--resume auto" if config.resume == "auto" else "--overwrite")
+            resources.enter_context(locked(config))
+            _empty_run(folder)
+            return
+    with _making(config):
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--results_dir {config.results_dir}: cannot make {folder} ({error.strerror}); name a folder "
-            "that can be written, with --results_dir or RESULTS_DIR"
-        ) from error
     resources.enter_context(locked(config))
+
+
+def _set_aside(config: TrainingConfig) -> None:
+    """Give a run without a checkpoint another name: it has nothing to go on from, but scores, perhaps."""
+    folder = config.result_dir
+    with locked(config), file_errors(folder, ConfigError):
+        if list_checkpoints(folder / "checkpoints"):
+            raise ConfigError(
+                f"--resume auto: {folder} has got a checkpoint from another process; start again to go on "
+                "from it"
+            )
+        names = (folder.with_name(f"{folder.name}.stopped-{number}") for number in count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        folder.rename(aside)
+    logger.info("%s has no checkpoint to go on from: it is now %s, and the run begins", folder, aside)
 
 
 def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
@@ -208,12 +281,13 @@ def _check_saved_run(config: TrainingConfig) -> None:
         )
 
 
-def _check_is_run(folder: Path) -> None:
+def _check_is_run(folder: Path, flag: str) -> None:
     # of a run that was killed before it had its config.json, no more than these is there
-    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED}
+    with file_errors(folder, ConfigError):
+        empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED}
     if folder.is_symlink() or not (empty or _read_run(folder)):
         raise ConfigError(
-            f"--overwrite: {folder} is not the folder of a run (it has no config.json of one) and is left as "
+            f"{flag}: {folder} is not the folder of a run (it has no config.json of one) and is left as "
             "it is; choose another --run_name, or remove it by hand"
         )
 

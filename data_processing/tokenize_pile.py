@@ -43,6 +43,7 @@ from data_processing.tokenizers import TOKENIZERS, get_tokenizer
 from data_processing.worker_pool import WorkerPool
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
+from foundation.paths import path_argument
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
@@ -230,13 +231,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--input",
         dest="inputs",
         nargs="+",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="PATH",
         help=f"files whose names end in {ENDINGS}; or folders of them",
     )
     parser.add_argument("--split", choices=SPLITS, required=True, help="the split the shards are for")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the shards go to OUTPUT_DIR/SPLIT")
+    parser.add_argument(
+        "--output_dir", type=path_argument, required=True, help="the shards go to OUTPUT_DIR/SPLIT"
+    )
     parser.add_argument(
         "--tokenizer",
         choices=TOKENIZERS,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
-from run_helpers import ROOT, Run, command, environment, start, tree, write_shards
+from run_helpers import ROOT, Run, command, environment, one_thread, start, tree, write_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
@@ -242,6 +242,34 @@ def test_signals_in_steps(
     assert names(run.folder) == [f"step_00000{steps}" for steps in (0, 1, 3, 4)]
     run = start(data, tmp_path, run_name="a", resume=True, **FLAGS)
     assert run.status == 0 and same(run, alone)
+
+
+def test_a_batch_job_that_is_requeued(
+    alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """One command line, and RESULTS_DIR set: the job is killed before its first checkpoint, begins anew, goes
+    on twice, and has nothing left to do."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    given = command(data, tmp_path, run_name="night", resume="auto", keep_checkpoints=9, **FLAGS)
+    place = given.index("--results_dir")
+    flags = [*given[:place], *given[place + 2 :]]
+    run = Run(-1, tmp_path / "night", "", "")
+    with monkeypatch.context() as patch, one_thread():
+        patch.setattr(
+            Trainer, "_record", lambda *args: 1 / 0
+        )  # an error leaves no checkpoint, as a kill does
+        with pytest.raises(ZeroDivisionError):
+            main.main(flags)
+    assert run.folder.is_dir() and names(run.folder) == []
+    for index, ended in ((4, "step_000004"), (2, "step_000006"), (9, "step_000008")):
+        with monkeypatch.context() as patch, one_thread():
+            signal_in_step(patch, index, signal.SIGUSR1)
+            assert main.main(flags) == (0 if index == 9 else 128 + signal.SIGUSR1)
+        assert names(run.folder)[-1] == ended
+    assert caplog.text.count("interrupted") == 2 and same(run, alone)
+    before = tree(run.folder / "checkpoints")
+    assert main.main(flags) == 0 and tree(run.folder / "checkpoints") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["night", "night.stopped-1"]
 
 
 def test_an_optimizer_without_a_state(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
