@@ -275,7 +275,9 @@ def _no_copy(folder: Path) -> str | None:
     if more := {path.name for path in folder.iterdir()} - files.keys() - {MANIFEST}:
         return f"it has {', '.join(sorted(more))}, too"
     checkpoints = list_checkpoints(folder.parent / "checkpoints")
-    if manifest not in [(path / MANIFEST).read_bytes() for path in checkpoints if (path / MANIFEST).is_file()]:
+    if manifest not in [
+        (path / MANIFEST).read_bytes() for path in checkpoints if (path / MANIFEST).is_file()
+    ]:
         return "checkpoints/ has no such checkpoint"
     return None
 

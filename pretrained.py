@@ -1,7 +1,8 @@
 """A GPT-2 in a folder in Hugging Face format: config.json, and weights that are read without unpickling.
 
-Weights are safetensors, or what torch.load(weights_only=True) accepts, which makes tensors only. Every weight of
-the model must be there, with the shape that config.json says, and every weight of the files must be the model's.
+Weights are safetensors, or what torch.load(weights_only=True) accepts, which makes tensors only. Every weight
+of the model must be there, with the shape that config.json says, and every weight of the files must be the
+model's.
 """
 
 import json
@@ -46,7 +47,8 @@ def read_config(folder: Path) -> GPT2Config:
         raise ConfigError(f"{folder} is the folder of a run, not of a model: name its model, {folder}/model")
     if values.get("model_type") != "gpt2":
         raise ConfigError(
-            f"{path}: its model_type is {values.get('model_type')!r}; only models of type 'gpt2' can be trained"
+            f"{path}: its model_type is {values.get('model_type')!r}; only models of type 'gpt2' can be "
+            "trained"
         )
     if values.get("quantization_config") is not None:
         raise ConfigError(f"{path}: the model is quantized; name the folder of the model before that")
@@ -149,12 +151,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (  # whatever an arbitrary file makes the restricted unpickler stumble over
-        pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, AttributeError, TypeError,
-        AssertionError, struct.error,
+        pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, AttributeError,
+        TypeError, AssertionError, struct.error,
     ) as error:  # fmt: skip
         raise ConfigError(
-            f"{path} is damaged, or holds something else than tensors, which is never unpickled: copy it again, "
-            "or save the model as safetensors"
+            f"{path} is damaged, or holds something else than tensors, which is never unpickled: copy it "
+            "again, or save the model as safetensors"
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(each, Tensor) for each in weights.values()):
         raise ConfigError(f"{path} is no state dict, a dict of tensors: save model.state_dict()")

@@ -20,10 +20,17 @@ from typing import Any
 
 from command_line import flags_of
 from config_file import ROOT, ConfigError, TrainingConfig
-from foundation.errors import file_errors
+from file_system import ELSEWHERE, TRIAL, Space, bytes_below, check_file_system
+from foundation.errors import UserError, file_errors
 
 LOCK = ".lock"  # held by the process that works in the folder
+NO_SPACE = Space()
 UNFINISHED = ".config.json.tmp"  # config.json while it is written
+# What config.json has besides the fields of TrainingConfig: `provenance`, and main.computation.
+EXTRAS = {
+    "python", "platform", "packages", "git_commit", "contraction_by_layer", "tile_numel", "tile_side",
+    "gpu_numel", "head_part_positions", "head_softmax_positions",
+}  # fmt: skip
 PACKAGES = ("torch", "numpy", "transformers", "tiktoken", "pyarrow", "wandb")  # whose versions are recorded
 
 logger = logging.getLogger(__name__)
@@ -70,9 +77,10 @@ def differences(config: TrainingConfig) -> list[str]:
         "seed",
     )
     return [
-        f"{name} is {getattr(config, name)}, was {values[name]}"
+        f"{name} is {getattr(config, name)}, "
+        + (f"was {values[name]}" if name in values else "was not recorded by the version that made the run")
         for name in (*names, "model_dtype", "train_dtype")
-        if getattr(config, name) != values[name]
+        if name not in values or getattr(config, name) != values[name]
     ]
 
 
@@ -92,13 +100,18 @@ def locked(config: TrainingConfig) -> Iterator[None]:
                 f"--run_name {config.run_name}: another process is at work in {config.result_dir}; wait for "
                 "it, stop it, or choose another name"
             ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{config.result_dir}: its file system has no locks ({error.strerror}), which a run needs: "
+                f"{ELSEWHERE}"
+            ) from error
         yield
 
 
 def changes(config: TrainingConfig, checkpoint_config: Path) -> list[str]:
     """In what a run that is resumed differs from what it was when the checkpoint was made, of what must not
-    change."""
-    values = json.loads(checkpoint_config.read_text(encoding="utf-8"))
+    change. ConfigError for the configuration of another version of this program."""
+    values = _read_config(checkpoint_config)
     found = []
     for spec in flags_of(config):
         now = getattr(config, spec.name)
@@ -108,6 +121,30 @@ def changes(config: TrainingConfig, checkpoint_config: Path) -> list[str]:
     return found
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run. ConfigError if a field that must not change is missing, whose value would
+    have to be guessed, or if there is one that this version of the program does not know."""
+    with file_errors(path, ConfigError):
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): copy the run's folder again") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not the configuration of a run: copy the run's folder again")
+    fields = {spec.name: spec.metadata["may_change"] for spec in flags_of(TrainingConfig)}
+    lacks = sorted(name for name in fields if name not in values and not fields[name])
+    unknown = sorted(values.keys() - fields.keys() - EXTRAS - {"resolved_from"})
+    found = [f"it lacks {', '.join(lacks)}"] if lacks else []
+    found += [f"it has {', '.join(unknown)}, which this version does not know"] if unknown else []
+    if found:
+        raise ConfigError(
+            f"{path} is of another version of this program, {' and '.join(found)}: resume with that version "
+            f"(git commit {values.get('git_commit')})"
+        )
+    return values
+
+
 def lasting(config: TrainingConfig) -> dict[str, Any]:
     """The settings that stay as they are when the run is resumed."""
     return {
@@ -115,13 +152,16 @@ def lasting(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def prepare_result_dir(config: TrainingConfig, resources: ExitStack) -> None:
+def prepare_result_dir(config: TrainingConfig, resources: ExitStack, space: Space = NO_SPACE) -> None:
     """Make the run's folder, empty, and keep others out of it for as long as the resources are held; with
     --eval_only make nothing.
 
+    Args:
+        space: what the run will write.
+
     Raises:
         ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; a folder that cannot be
-        made.
+        made; a file system that lacks what a run needs. What was there before is as it was, then.
     """
     check_result_dir(config)
     if config.eval_only:
@@ -130,8 +170,10 @@ def prepare_result_dir(config: TrainingConfig, resources: ExitStack) -> None:
     if os.path.lexists(folder):
         _check_is_run(folder)
         resources.enter_context(locked(config))
+        check_file_system(folder, space, bytes_below(folder))
         _empty_run(folder)
         return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -139,6 +181,12 @@ def prepare_result_dir(config: TrainingConfig, resources: ExitStack) -> None:
             f"--results_dir {config.results_dir}: cannot make {folder} ({error.strerror}); name a folder "
             "that can be written, with --results_dir or RESULTS_DIR"
         ) from error
+    try:
+        check_file_system(folder, space)
+    except UserError:
+        for each in made:
+            each.rmdir()
+        raise
     resources.enter_context(locked(config))
 
 
@@ -146,6 +194,7 @@ def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
     """Write config.json: every field as resolved, `resolved_from`, and what is in `extra`."""
     values = asdict(config)
     assert not values.keys() & extra.keys(), values.keys() & extra.keys()
+    assert extra.keys() <= EXTRAS, extra.keys() - EXTRAS
     text = json.dumps({**values, **extra}, indent=2, allow_nan=False)
     # Its presence marks the folder as a run, so it appears whole or not at all.
     temporary = path.with_name(UNFINISHED)
@@ -201,6 +250,11 @@ def _check_saved_run(config: TrainingConfig) -> None:
             f"--eval_only --run_name {config.run_name}: {config.result_dir} is not the folder of a run; "
             "check --run_name and --results_dir"
         )
+    if "architecture" not in values:
+        raise ConfigError(
+            f"{config.result_dir}/config.json has no architecture: another version of this program wrote it; "
+            "evaluate the run with that version"
+        )
     if values["architecture"] != config.architecture:
         raise ConfigError(
             f"--architecture {config.architecture}: the model of run {config.run_name} is another; "
@@ -210,7 +264,7 @@ def _check_saved_run(config: TrainingConfig) -> None:
 
 def _check_is_run(folder: Path) -> None:
     # of a run that was killed before it had its config.json, no more than these is there
-    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED}
+    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED, TRIAL}
     if folder.is_symlink() or not (empty or _read_run(folder)):
         raise ConfigError(
             f"--overwrite: {folder} is not the folder of a run (it has no config.json of one) and is left as "
