@@ -179,13 +179,7 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
 
 def remove_after(checkpoint: Path) -> None:
     """Removes the checkpoints of later steps: the run goes on from this one, and makes them again; and what a
-    run left that was killed as it wrote or removed one.
-
-    Raises:
-        CheckpointError: {result_dir}/model is something else than a link or a copy of a checkpoint. Nothing
-        is removed then.
-    """
-    _check_model(checkpoint.parent.parent / MODEL)
+    run left that was killed as it wrote or removed one. Raises as `check_model_link`."""
     _clear(checkpoint.parent)
     _point_to(checkpoint)
     for path in list_checkpoints(checkpoint.parent):
@@ -215,7 +209,7 @@ def _point_to(checkpoint: Path) -> None:
     new, copy = link.with_name(".model.tmp"), link.with_name(COPIED_MODEL)
     if copy.exists():  # of a run that was killed in here
         shutil.rmtree(copy)
-    _check_model(link)
+    check_model_link(link)
     with file_errors(link, CheckpointError):
         try:
             new.unlink(missing_ok=True)
@@ -245,7 +239,7 @@ def find_saved_model(link: Path) -> Path:
     return link
 
 
-def _check_model(link: Path) -> None:
+def check_model_link(link: Path) -> None:
     """CheckpointError unless it may be replaced by a link: it is one, or not there, or what a copy without
     symbolic links makes of one: a copy of a checkpoint, or a file with the link's text."""
     if link.is_symlink() or not link.exists():

@@ -4,23 +4,25 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from checkpoint import step_of
+from checkpoint import MODEL, check_model_link, step_of
 from config_file import ConfigError, TrainingConfig
 from ghostEngines.metrics_log import open_scores
 from run_log import records_before
 
 
 def check_parts(config: TrainingConfig, checkpoint: Path, global_batch: int) -> None:
-    """Check the files that earlier steps wrote and no later step can make again.
+    """Check the files that earlier steps wrote and no later step can make again, and the link to the model.
 
     Args:
         global_batch: samples in one optimizer step, each of which has a score.
 
     Raises:
-        ConfigError: one is missing, or scores of earlier steps are; the message says what to copy.
+        ConfigError: one is missing, or scores of earlier steps are; the message says what to copy. Something
+        else is in the link's place.
         UserError: metrics.jsonl or a score file is damaged.
     """
     step, folder = step_of(checkpoint), config.result_dir
+    check_model_link(folder / MODEL)
     if step == 0:
         return
     scored = config.method == "GradDotProd"
