@@ -194,7 +194,6 @@ def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
     """Write config.json: every field as resolved, `resolved_from`, and what is in `extra`."""
     values = asdict(config)
     assert not values.keys() & extra.keys(), values.keys() & extra.keys()
-    assert extra.keys() <= EXTRAS, extra.keys() - EXTRAS
     text = json.dumps({**values, **extra}, indent=2, allow_nan=False)
     # Its presence marks the folder as a run, so it appears whole or not at all.
     temporary = path.with_name(UNFINISHED)
