@@ -18,11 +18,19 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 import torch
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import RUN_CONFIG, find_checkpoint, read_manifest, remove_after, step_of
+from checkpoint import (
+    RUN_CONFIG,
+    find_checkpoint,
+    find_saved_model,
+    read_manifest,
+    remove_after,
+    step_of,
+)
 from config_file import ConfigError, TrainingConfig, describe, resolve
 from dataloader import to_device
 from distributed import SharedError, World, distributed_world, first_of_machine
 from evaluation import check_evaluation, evaluate
+from file_system import check_file_system
 from finite_guard import NonFiniteLoss
 from foundation.errors import UserError
 from ghostEngines.contraction import GPU_NUMEL, SIDE, TILE_NUMEL, Split, Strategy
@@ -34,7 +42,6 @@ from interrupts import Interrupted, drop_closed_outputs, stop_signals
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
 from run_folder import (
     changes,
-    check_file_system,
     check_result_dir,
     differences,
     lasting,
@@ -43,12 +50,14 @@ from run_folder import (
     provenance,
     save,
     settle_resume,
+    try_result_dir,
 )
 from run_log import RunLog, SilentLog, check_wandb
+from run_parts import check_parts
 from summary import print_summary
 from training_data import TrainingData, check_tokens
 from training_loop import Trainer
-from training_state import checkpoint_facts
+from training_state import checkpoint_facts, global_batch_size, space_needed
 from validation_rows import hash_of_rows, save_validation_rows
 
 logger = logging.getLogger("main")
@@ -103,7 +112,7 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
     checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
     model = world.every(lambda: prepare_model(config, checkpoint, data))
-    world.first(lambda: open_folder(config, checkpoint, resources))
+    world.first(lambda: open_folder(config, checkpoint, model, world, resources))
     logger.info("%s\n", describe(config))
     if config.eval_only:
         return evaluate_only(config, model, data, world)
@@ -132,7 +141,7 @@ def check_before(config: TrainingConfig) -> None:
     Biases would refuse later. Raises UserError."""
     check_result_dir(config)
     if not config.eval_only:
-        check_file_system(config)
+        try_result_dir(config)
         check_wandb(config)
 
 
@@ -142,7 +151,7 @@ def find_resumed(
     """The checkpoint that --resume or --resume_from means; None for a run that begins.
 
     Raises ConfigError if it is not there, not whole, or of a run with other settings, data, or another global
-    batch, and if that run is still at work."""
+    batch, if that run is still at work, and if files are missing that it wrote before."""
     if not config.resumes:
         return None
     resources.enter_context(locked(config))
@@ -150,6 +159,11 @@ def find_resumed(
     manifest = read_manifest(checkpoint)
     found = changes(config, checkpoint / RUN_CONFIG)
     now = checkpoint_facts(config, world, data)
+    if missing := [name for name in (*now, "evaluation_due") if name not in manifest]:
+        raise ConfigError(
+            f"--resume: {checkpoint} does not say its {', '.join(missing)}: another version of this program "
+            "wrote it; resume with that version"
+        )
     found += [f"{name} is {now[name]}, was {manifest[name]}" for name in now if now[name] != manifest[name]]
     if found:
         raise ConfigError(f"--resume: not the run that made {checkpoint}: {'; '.join(found)}")
@@ -158,17 +172,23 @@ def find_resumed(
             f"--resume: {checkpoint} is beyond --max_steps {config.max_steps}: give more, or --resume_from "
             "an earlier one"
         )
+    check_parts(config, checkpoint, global_batch_size(config, world))
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 
 
-def open_folder(config: TrainingConfig, checkpoint: Path | None, resources: ExitStack) -> None:
-    """The run's folder, made or ready to go on, and for this run alone as long as the resources are held."""
+def open_folder(
+    config: TrainingConfig, checkpoint: Path | None, model: CausalLM, world: World, resources: ExitStack
+) -> None:
+    """The run's folder, made or ready to go on, and for this run alone as long as the resources are held.
+    ConfigError if its file system lacks what the run will need."""
     if config.eval_only:
         return
+    space = space_needed(config, world, model, checkpoint)
     if checkpoint is None:
-        prepare_result_dir(config, resources)
+        prepare_result_dir(config, resources, space)
     else:
+        check_file_system(config.result_dir, space)
         remove_after(checkpoint)
 
 
@@ -184,7 +204,7 @@ def choose_model(config: TrainingConfig, checkpoint: Path | None) -> CausalLM:
     if checkpoint is not None:
         return load_model(checkpoint, config)
     if config.eval_only and config.saved_model is not None:
-        return load_model(config.saved_model, config)
+        return load_model(find_saved_model(config.saved_model), config)
     if config.init_from is not None:
         return load_model(Path(config.init_from), config, drop_dropout=True)
     return build_model(config)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config_file import ConfigError, TrainingConfig
-from foundation.errors import file_errors
+from foundation.errors import UserError, file_errors
 from ghostEngines.score_files import sync
 
 WANDB_NAME = 128  # characters that its server takes as a run's name; it says so when it is too late
@@ -105,18 +105,41 @@ class RunLog(SilentLog):
         self._resources.__exit__(kind, error, traceback)
 
 
+def records_before(path: Path, step: int) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl with records of steps before this one, and the records. A last line that is
+    not whole is left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no record.
+    """
+    with file_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            text = line.decode()
+            record = json.loads(text)
+            before = record["step"] < step
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}: line {number} is not a record of a step ({error}): copy the file again, or remove "
+                "the line"
+            ) from error
+        if before:
+            found.append((text, record))
+    return found
+
+
 def keep_records_before(path: Path, step: int, evaluation_due: bool) -> None:
-    """Leaves out the records of this step and later ones, a due evaluation's, and a last line that is not
-    whole."""
-    kept = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                continue
-            record = json.loads(line)
-            again = evaluation_due and record["step"] == step - 1 and "train_loss" not in record
-            if record["step"] < step and not again:
-                kept.append(line)
+    """Leave out the records of this step and later ones, a due evaluation's, and a last line that is not
+    whole. Raises as `records_before`."""
+    kept = [
+        line
+        for line, record in records_before(path, step)
+        if not (evaluation_due and record["step"] == step - 1 and "train_loss" not in record)
+    ]
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("".join(kept), encoding="utf-8")
     sync(unfinished)  # else a power failure could leave an empty file in the place of the records

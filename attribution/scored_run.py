@@ -16,6 +16,18 @@ from domain_lists import Selection
 from foundation.errors import UserError, file_errors
 from ghostEngines.metrics_log import open_scores
 
+# What the metadata of scores must say, for any use of them.
+METADATA = (
+    "run_configuration",
+    "validation_sha256",
+    "block_size",
+    "split",
+    "shard_sha256",
+    "domains",
+    "granularity",
+)
+OTHER_VERSION = "another version of this program wrote it; use that version"
+
 
 class AttributionError(UserError):
     """What was asked for cannot be had from these runs; the message names what was seen and what to do."""
@@ -49,6 +61,8 @@ class ScoredRun:
                 )
             scores = open_scores(folder / "grad_dotprods")
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
+        if missing := [key for key in METADATA if key not in metadata]:
+            raise AttributionError(f"{scores.files[0]} lacks {', '.join(missing)}: {OTHER_VERSION}")
         return cls(folder, config, metadata, tuple(map(Path, scores.files)))
 
     @property
@@ -62,7 +76,12 @@ class ScoredRun:
     @property
     def direction(self) -> str:
         """What the training gradients were contracted with, "gradient" or "adamw"."""
-        return json.loads(self.metadata["run_configuration"])["direction"]
+        configuration = json.loads(self.metadata["run_configuration"])
+        if "direction" not in configuration:
+            raise AttributionError(
+                f"{self.folder}: the scores' configuration lacks direction: {OTHER_VERSION}"
+            )
+        return configuration["direction"]
 
     @property
     def split(self) -> str:
@@ -141,11 +160,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AttributionError(f"{path} is not JSON ({error}): name the folder of a run") from error
-    if (
-        not isinstance(config, dict)
-        or not {"method", "run_name", "resolved_from", "pile_data_dir"} <= config.keys()
-    ):
+    if not isinstance(config, dict) or not {"method", "run_name"} <= config.keys():
         raise AttributionError(f"{path} is not of a run (a saved model has one, too); name a result_dir")
+    if "pile_data_dir" not in config:
+        raise AttributionError(f"{path} lacks pile_data_dir: {OTHER_VERSION}")
     return config
 
 

@@ -245,9 +245,9 @@ def test_overwrite_replaces_a_run(data: Path, saved: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda model: (model / "model.safetensors").write_bytes(b"short"), "cannot be read"),
-        (lambda model: (model / "model.safetensors").unlink(), "cannot be read"),
-        (lambda model: (model / "config.json").write_text("{"), "cannot be read"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"short"), "model.safetensors is damaged"),
+        (lambda model: (model / "model.safetensors").unlink(), "has no weights"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda model: shutil.rmtree(model), "there is no saved model in "),
     ],
 )

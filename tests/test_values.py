@@ -388,6 +388,10 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no settings": (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
     "a saved model": (lambda run: (run / "config.json").write_text("{}"), "is not of a run"),
+    "settings of another version": (
+        lambda run: (run / "config.json").write_text('{"method": "GradDotProd", "run_name": "a"}'),
+        "config.json lacks pile_data_dir: another version",
+    ),
     "settings that are no JSON": (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
     "a Regular run": (edit_config(method="Regular"), "method Regular, which has no scores"),
     "no folder of scores": (lambda run: shutil.rmtree(run / "grad_dotprods"), "is not a folder of scores"),
@@ -442,6 +446,12 @@ def test_an_error_of_the_program_keeps_its_traceback() -> None:
 
     with pytest.raises(ValueError, match="a fault of ours"):
         run_command("attribution.values", fails, [])
+
+
+def test_scores_of_another_version() -> None:
+    run = ScoredRun(Path("a"), {}, {"run_configuration": "{}"}, ())
+    with pytest.raises(AttributionError, match="configuration lacks direction: another version"):
+        _ = run.direction
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
