@@ -70,9 +70,12 @@ def refusal(arguments: list[str], results: Path, capsys: pytest.CaptureFixture[s
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"block_size": 1100}, "--block_size 1100 is longer than the 1024 positions of GPT2-Tiny"),
         ({"val_batch_size": 10_000}, "--val_batch_size 10000: there are "),
-        ({"domains": "Gamma"}, "Gamma in {data}/train; it has Alpha, Beta [b]"),
+        ({"domains": "Gamma"}, "--domains 'Gamma': no Gamma in {data}/train; choose from Alpha, Beta [b]"),
         ({"domains": "Alpha:0"}, "'Alpha' has the weight '0', not a finite one above 0"),
-        ({"val_set": "val:Gamma"}, "Gamma in {data}/val; it has Alpha, Beta [b]"),
+        (
+            {"val_set": "val:Gamma"},
+            "--val_set 'val:Gamma': no Gamma in {data}/val; choose from Alpha, Beta [b]",
+        ),
         ({"test_set": "exam"}, "no shards of split 'exam' in {data} (splits there: test, train, val)"),
         ({"pile_data_dir": "/nowhere"}, "no shards of split 'train' in /nowhere"),
         ({"run_name": "there", "eval_only": True}, "results/there is not the folder of a run"),
@@ -106,8 +109,9 @@ def test_a_block_longer_than_a_shard(data: Path, tmp_path: Path, capsys: pytest.
     shards = shutil.copytree(data, tmp_path / "shards")
     with ShardWriter(shards / "val", "Short", split="val", tokenizer="gpt2_bytes") as shard:
         shard.append([1, 2, 3])
-    message = refusal(command(shards, tmp_path / "results"), tmp_path / "results", capsys)
-    assert "--block_size 8: a block is 9 tokens" in message and "Short (4 tokens)" in message
+    flags = command(shards, tmp_path / "results", val_set="val:Short")
+    message = refusal(flags, tmp_path / "results", capsys)
+    assert "--val_set 'val:Short': a block is 9 tokens" in message and "Short (4 tokens)" in message
 
 
 def test_a_file_system_without_locks(
@@ -120,7 +124,8 @@ def test_a_file_system_without_locks(
 
     monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
     message = refusal(command(data, tmp_path / "a" / "results"), tmp_path / "a" / "results", capsys)
-    assert message.startswith(f"--results_dir {tmp_path}/a/results: its file system locks no files (No locks")
+    assert message.startswith(f"{tmp_path}/a/results/GradDotProd-")
+    assert ": its file system has no locks (No locks available)" in message and "--results_dir" in message
     assert list(tmp_path.iterdir()) == []
 
 
