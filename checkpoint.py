@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from config_file import ConfigError
+from foundation.errors import file_errors
 from ghostEngines.score_files import sync
 
 FORMAT = 1
@@ -41,6 +42,8 @@ NAME = re.compile(r"step_(\d{6,})")
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
 RUN_CONFIG = "run_config.json"
+MODEL = "model"  # the link to the newest checkpoint
+COPIED_MODEL = ".model.copy.tmp"  # the copy that was in the link's place, until it is removed
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
         if not there:
             raise CheckpointError(
                 f"--resume: there is no checkpoint in {folder}: the run was stopped before the first one; "
-                "start it anew with --overwrite"
+                "start it anew with --resume auto, which sets it aside, or with --overwrite"
             )
         return there[-1]
     if folder / name not in there:
@@ -86,20 +89,11 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, all files of which are what was written.
 
-    Raises CheckpointError otherwise, naming the file and the checkpoint before this one.
+    Raises CheckpointError otherwise, naming the file and the checkpoint before this one; and for a checkpoint
+    of another version of this program.
     """
     try:
-        manifest = _parsed((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.pop("sha256") != _hash_of_manifest(manifest):
-            raise ValueError(f"the checksum of {MANIFEST} is not that of what was written")
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this program's {FORMAT}")
-        for name, want in manifest["files"].items():
-            size = (checkpoint / name).stat().st_size
-            if size != want["bytes"]:
-                raise ValueError(f"{name} has {size} bytes, {want['bytes']} were written")
-            if sha256_of(checkpoint / name) != want["sha256"]:
-                raise ValueError(f"the checksum of {name} is not that of what was written")
+        manifest = _verified(checkpoint)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         there = list_checkpoints(checkpoint.parent)
         before = [path.name for path in there if step_of(path) < step_of(checkpoint)]
@@ -107,6 +101,26 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             f"--resume_from {before[-1]} goes on from the one before it" if before else "there is no other"
         )
         raise CheckpointError(f"checkpoint {checkpoint} is damaged: {error}; {advice}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has the format {manifest.get('format')}, this program reads {FORMAT}: "
+            "another version of this program wrote it; resume with that version"
+        )
+    return manifest
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest in a folder. Raises ValueError, OSError, ... unless it and its files are what was
+    written."""
+    manifest = _parsed((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.pop("sha256") != _hash_of_manifest(manifest):
+        raise ValueError(f"the checksum of {MANIFEST} is not that of what was written")
+    for name, want in manifest["files"].items():
+        size = (folder / name).stat().st_size
+        if size != want["bytes"]:
+            raise ValueError(f"{name} has {size} bytes, {want['bytes']} were written")
+        if sha256_of(folder / name) != want["sha256"]:
+            raise ValueError(f"the checksum of {name} is not that of what was written")
     return manifest
 
 
@@ -165,7 +179,7 @@ def publish(folder: Path, step: int, write: Callable[[Path], None], facts: dict[
 
 def remove_after(checkpoint: Path) -> None:
     """Removes the checkpoints of later steps: the run goes on from this one, and makes them again; and what a
-    run left that was killed as it wrote or removed one."""
+    run left that was killed as it wrote or removed one. Raises as `check_model_link`."""
     _clear(checkpoint.parent)
     _point_to(checkpoint)
     for path in list_checkpoints(checkpoint.parent):
@@ -188,13 +202,78 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _point_to(checkpoint: Path) -> None:
-    """{result_dir}/model -> checkpoints/step_NNNNNN"""
-    link = checkpoint.parent.parent / "model"
-    new = link.with_name(".model.tmp")
-    new.unlink(missing_ok=True)
-    new.symlink_to(checkpoint.relative_to(link.parent))
-    os.replace(new, link)
-    sync(link.parent)
+    """{result_dir}/model -> checkpoints/step_NNNNNN, also in the place of a copy of a checkpoint.
+
+    Raises CheckpointError if that cannot be done; what was there before stays."""
+    link = checkpoint.parent.parent / MODEL
+    new, copy = link.with_name(".model.tmp"), link.with_name(COPIED_MODEL)
+    if copy.exists():  # of a run that was killed in here
+        shutil.rmtree(copy)
+    check_model_link(link)
+    with file_errors(link, CheckpointError):
+        try:
+            new.unlink(missing_ok=True)
+            new.symlink_to(checkpoint.relative_to(link.parent))
+            if link.is_dir() and not link.is_symlink():
+                link.rename(copy)
+            os.replace(new, link)
+        except OSError:
+            new.unlink(missing_ok=True)
+            if copy.exists():
+                copy.rename(link)
+            raise
+        sync(link.parent)
+        if copy.exists():
+            shutil.rmtree(copy)
+
+
+def find_saved_model(link: Path) -> Path:
+    """{result_dir}/model. CheckpointError if it leads nowhere, although there are checkpoints: a copy without
+    symbolic links may leave them out."""
+    there = list_checkpoints(link.parent / "checkpoints")
+    if there and not link.is_dir():
+        raise CheckpointError(
+            f"there is no saved model in {link}, which is the symbolic link to the newest checkpoint: put it "
+            f"back with `ln -sfn checkpoints/{there[-1].name} {link}`"
+        )
+    return link
+
+
+def check_model_link(link: Path) -> None:
+    """CheckpointError unless it may be replaced by a link: it is one, or not there, or what a copy without
+    symbolic links makes of one: a copy of a checkpoint, or a file with the link's text."""
+    if link.is_symlink() or not link.exists():
+        return
+    if link.is_file():
+        with link.open("rb") as file:
+            if file.read(100).startswith(b"checkpoints/step_"):
+                return
+        reason = "it is a file"
+    else:
+        reason = _no_copy(link)
+        if reason is None:
+            return
+    raise CheckpointError(
+        f"{link} is neither the link to the newest checkpoint nor a copy of a checkpoint ({reason}): move it "
+        "away; the run makes the link again"
+    )
+
+
+def _no_copy(folder: Path) -> str | None:
+    """Why a folder is not a copy of one of the run's checkpoints, file by file; None if it is."""
+    try:
+        files = _verified(folder)["files"]
+        manifest = (folder / MANIFEST).read_bytes()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"it is not whole: {error}"
+    if more := {path.name for path in folder.iterdir()} - files.keys() - {MANIFEST}:
+        return f"it has {', '.join(sorted(more))}, too"
+    checkpoints = list_checkpoints(folder.parent / "checkpoints")
+    if manifest not in [
+        (path / MANIFEST).read_bytes() for path in checkpoints if (path / MANIFEST).is_file()
+    ]:
+        return "checkpoints/ has no such checkpoint"
+    return None
 
 
 def model_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import Field, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError
 
 
@@ -22,11 +23,12 @@ def flag(
     above: float = -math.inf,
     at_most: float = math.inf,
     may_change: bool = False,
+    alone: str | None = None,
 ) -> Any:
     """A field that is a flag. `doc` is its documentation, in the source and in --help. may_change: whether it
-    may be another one when a run is resumed."""
+    may be another one when a run is resumed. alone: what the flag means without a value [it needs one]."""
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata={"doc": doc, "may_change": may_change, **bounds})
+    return field(default=default, metadata={"doc": doc, "may_change": may_change, "alone": alone, **bounds})
 
 
 def flags_of(config: Any) -> list[Field[Any]]:
@@ -61,7 +63,7 @@ def _check_number(spec: Field[Any], number: float) -> None:
 
 def flag_parser(config_class: type, program: str, description: str) -> argparse.ArgumentParser:
     """A parser whose result has what was given, and nothing else: the defaults stand in the fields alone."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         program,
         "%(prog)s [--flag value ...]  (--help lists the flags)",
         description,
@@ -69,7 +71,7 @@ def flag_parser(config_class: type, program: str, description: str) -> argparse.
         argument_default=argparse.SUPPRESS,
     )
     for spec in flags_of(config_class):
-        parser.add_argument(f"--{spec.name}", help=_help(spec), **_argument(spec.type))
+        parser.add_argument(f"--{spec.name}", help=_help(spec), **_argument(spec))
     return parser
 
 
@@ -79,12 +81,15 @@ def _help(spec: Field[Any]) -> str:
     return text.replace("%", "%%")
 
 
-def _argument(kind: Any) -> dict[str, Any]:
+def _argument(spec: Field[Any]) -> dict[str, Any]:
     """How argparse reads a field of this type."""
+    kind: Any = spec.type
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        alone = spec.metadata["alone"]
+        optional = {"nargs": "?", "const": alone} if alone is not None else {}
+        return {"choices": get_args(kind), **optional}
     if get_origin(kind) is tuple:
         return {"type": _numbers(len(get_args(kind))), "metavar": ",".join("X" for _ in get_args(kind))}
     (kind,) = [part for part in get_args(kind) or (kind,) if part is not NoneType]

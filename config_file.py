@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 
 from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
+from domain_lists import Selection, parse_domains, parse_set
+from foundation.paths import expand_home
 
 ROOT = Path(__file__).resolve().parent
 
@@ -64,13 +66,15 @@ class TrainingConfig:
         "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]",
         may_change=True,  # the shards' checksums may not
     )
-    train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAIN")
-    val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAIN")
-    test_set: str = flag("test", "test loss: SPLIT or SPLIT:DOMAIN")
+    train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAINS, as in train:ArXiv,Pile-CC")
+    val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAINS")
+    test_set: str = flag("test", "test loss: SPLIT or SPLIT:DOMAINS")
     domains: str | None = flag(
         None,
-        'training domains: "A,B", each block once an epoch, or drawn by weight, "A:2,B:1" '
-        "[all domains of the split, each block once an epoch]",
+        "training domains: 'A,B', each block once an epoch, or drawn by weight, 'A:2,B:1'; here and in the "
+        "sets a name with a comma or a colon is put in double quotes, and a double quote within these is "
+        "written twice: '\"C4: news, en\":2,ArXiv:1' [all domains of the split that have a whole block, each "
+        "block once an epoch]",
     )
     block_size: int = flag(1024, "tokens per sample", at_least=1)
     batch_size: int = flag(2, "training samples per micro-batch and process", at_least=1, may_change=True)
@@ -132,8 +136,13 @@ class TrainingConfig:
     keep_checkpoints: int = flag(
         2, "how many of the newest checkpoints are kept", at_least=1, may_change=True
     )
-    resume: bool = flag(
-        False, "go on from the newest checkpoint of the run that --run_name names", may_change=True
+    resume: Literal["never", "always", "auto"] = flag(
+        "never",
+        "go on from the newest checkpoint of the run that --run_name names: always (--resume alone says "
+        "so), or end with an error; auto, if it has a checkpoint, else begin, and replace nothing (a run "
+        "that was stopped before its first checkpoint is set aside as RUN_NAME.stopped-1)",
+        may_change=True,
+        alone="always",
     )
     resume_from: str | None = flag(
         None,
@@ -208,8 +217,8 @@ class TrainingConfig:
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on from a checkpoint."""
-        return self.resume or self.resume_from is not None
+        """Whether the run goes on from a checkpoint (--resume auto is settled by then: run_folder)."""
+        return self.resume == "always" or self.resume_from is not None
 
     @property
     def saved_model(self) -> Path | None:
@@ -234,14 +243,13 @@ class TrainingConfig:
                 f"--train_dtype {self.train_dtype} does not go with --model_dtype {self.model_dtype}: "
                 f"choose from {', '.join(dtypes)}"
             )
-        for name in ("train_set", "val_set", "test_set"):
-            _check_split(name, getattr(self, name))
-        if self.domains is not None and split_and_domain(self.train_set)[1] is not None:
+        self.selections()
+        if self.run_name is not None and (
+            self.run_name in (".", "..") or "/" in self.run_name or not self.run_name.isprintable()
+        ):
             raise ConfigError(
-                f"--train_set {self.train_set} and --domains {self.domains} both choose domains: give one"
+                f"--run_name {self.run_name!r}: must be the plain name of a folder, of printable characters"
             )
-        if self.run_name is not None and (self.run_name in (".", "..") or "/" in self.run_name):
-            raise ConfigError(f"--run_name {self.run_name!r}: must be the plain name of a folder")
         if self.parallel == "fsdp" and (self.compile or self.train_dtype == "float16"):
             raise ConfigError(
                 "--parallel fsdp with --compile or --train_dtype float16 is not supported: use --parallel "
@@ -255,6 +263,20 @@ class TrainingConfig:
             )
         self._check_endings()
         self._check_micro_batches()
+
+    def selections(self) -> dict[str, Selection]:
+        """What "train", "val" and "test" are made of. ConfigError for a flag that cannot be read."""
+        found = {
+            name: parse_set(f"--{name}_set", value)
+            for name, value in (("train", self.train_set), ("val", self.val_set), ("test", self.test_set))
+        }
+        if self.domains is not None:
+            if found["train"].domains is not None:
+                raise ConfigError(
+                    f"--train_set {self.train_set} and --domains {self.domains} both choose domains: give one"
+                )
+            found["train"] = parse_domains(self.domains, found["train"].split)
+        return found
 
     def _check_scores(self) -> None:
         chosen = (self.contraction, self.score_granularity, self.direction)
@@ -276,7 +298,8 @@ class TrainingConfig:
                 raise ConfigError(f"--direction adamw with {flags}: {reason}; leave one of them out")
 
     def _check_endings(self) -> None:
-        if self.eval_only and (self.overwrite or self.resumes):
+        goes_on = self.resume != "never" or self.resume_from is not None
+        if self.eval_only and (self.overwrite or goes_on):
             raise ConfigError(
                 "--overwrite or --resume with --eval_only: an evaluation writes nothing; leave one of them "
                 "out"
@@ -285,11 +308,16 @@ class TrainingConfig:
             raise ConfigError(
                 "--init_from with --eval_only: it evaluates a run, or the untrained model; leave one out"
             )
-        if self.resumes and self.overwrite:
+        if goes_on and self.overwrite:
             raise ConfigError(
                 "--resume and --overwrite: a run goes on, or is replaced; leave one of them out"
             )
-        if self.resumes and self.run_name is None:
+        if self.resume == "auto" and self.resume_from is not None:
+            raise ConfigError(
+                f"--resume auto and --resume_from {self.resume_from}: the newest checkpoint, or this one; "
+                "leave one of them out"
+            )
+        if goes_on and self.run_name is None:
             raise ConfigError("--resume: which run? give its --run_name")
 
     def _check_micro_batches(self) -> None:
@@ -315,28 +343,18 @@ class TrainingConfig:
             )
 
 
-def split_and_domain(name: str) -> tuple[str, str | None]:
-    """("val", None) of "val", ("val", "PubMed Abstracts") of "val:PubMed Abstracts"."""
-    split, colon, domain = name.partition(":")
-    return split, domain if colon else None
-
-
-def _check_split(name: str, value: str) -> None:
-    split, domain = split_and_domain(value)
-    if split in ("", ".", "..") or "/" in split or domain == "":
-        raise ConfigError(f"--{name} {value!r}: must be SPLIT or SPLIT:DOMAIN, as in val or val:Pile-CC")
-
-
 def resolve(
     config: TrainingConfig, environ: Mapping[str, str] = os.environ, now: datetime | None = None
 ) -> TrainingConfig:
     """`config` with nothing left open, and `resolved_from` saying where what was open came from.
 
-    Folders become absolute paths. `domains` stays None for all domains: only the data knows their names.
+    `~` is expanded in paths; folders become absolute ones. `domains` stays None for all domains: only the
+    data knows their names.
     Looks at nothing but its arguments, torch.cuda and the working directory, and creates nothing.
 
     Raises:
         ConfigError: --device cuda without a GPU; PILE_DATA_DIR or RESULTS_DIR needed, and set to nothing.
+        UserError: a path begins with the name of a user who is not there.
     """
     device = _device(config)
     mixed = device == "cuda" and config.model_dtype == "float32"
@@ -346,8 +364,8 @@ def resolve(
         "min_lr": (config.learning_rate / 10, "learning_rate / 10"),
         "lr_decay_steps": (config.max_steps, "max_steps"),
         "eval_bs": (config.batch_size, "batch_size"),
-        "pile_data_dir": _folder(config.pile_data_dir, "PILE_DATA_DIR", ROOT / "data" / "demo", environ),
-        "results_dir": _folder(config.results_dir, "RESULTS_DIR", ROOT / "results", environ),
+        "pile_data_dir": _folder("pile_data_dir", config.pile_data_dir, ROOT / "data" / "demo", environ),
+        "results_dir": _folder("results_dir", config.results_dir, ROOT / "results", environ),
         "run_name": (_run_name(config, now or datetime.now(UTC)), "method, architecture, batch_size, time"),
     }
     is_open = {name for name in found if getattr(config, name) is None}
@@ -355,6 +373,8 @@ def resolve(
     values = {name: found[name][0] for name in is_open}
     for name in ("pile_data_dir", "results_dir"):
         values[name] = os.path.abspath(found[name][0])
+    if config.init_from is not None:
+        values["init_from"] = expand_home(config.init_from, "--init_from")
     sources = {name: found[name][1] for name in found if name in is_open}
     return replace(config, **values, resolved_from={**config.resolved_from, **sources})
 
@@ -369,14 +389,15 @@ def _device(config: TrainingConfig) -> str:
     return ("cuda" if there else "cpu") if config.device == "auto" else config.device
 
 
-def _folder(given: str | None, variable: str, default: Path, environ: Mapping[str, str]) -> tuple[str, str]:
+def _folder(name: str, given: str | None, default: Path, environ: Mapping[str, str]) -> tuple[str, str]:
+    variable = name.upper()
     if given is not None:
-        return given, "flag"
+        return expand_home(given, f"--{name}"), "flag"
     if variable not in environ:
         return str(default), "default"
     if not environ[variable]:
         raise ConfigError(f"the environment variable {variable} is empty: name a folder, or unset it")
-    return environ[variable], f"environment variable {variable}"
+    return expand_home(environ[variable], variable), f"environment variable {variable}"
 
 
 def _run_name(config: TrainingConfig, now: datetime) -> str:

@@ -6,7 +6,6 @@ s*B + r of the order, with B the rows of all processes together: how many proces
 matter, and a step is found without walking through those before it. Nothing here is as large as the data.
 """
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import torch
 from batch_order import BatchOrder, seeded_choice
 from command_line import ConfigError
 from data_processing.shards import VOCAB, Shard, ShardError, list_shards
+from domain_lists import Selection, listed, shown
 
 BLOCK_BITS = 40  # a sample id is the number of the domain, then so many bits of the block's number
 
@@ -44,57 +44,70 @@ class BlockDataset:
     """The blocks of one split. Opening it reads no tokens: that happens as batches need them.
 
     domains: those in use, sorted; blocks_per_domain and checksums: of each of them, in that order;
-    num_blocks and max_token_id: over all of them; tokenizer: the one that made them.
+    num_blocks and max_token_id: over all of them; tokenizer: the one that made them; short: tokens of each
+    domain that is not used because it has no whole block.
     """
 
-    def __init__(self, shards: Sequence[Shard], block_size: int, domains: tuple[str, ...] | None) -> None:
-        """shards: all of the split, sorted; domains: those to use, None for all. Raises as `open` does."""
+    def __init__(self, shards: Sequence[Shard], block_size: int, selection: Selection) -> None:
+        """shards: all of the split, sorted. Raises as `open` does."""
         if block_size < 1:
             raise ConfigError(f"--block_size {block_size}: at least 1")
-        folder = shards[0].path.parent
         self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
         self.all_domains = list(self._numbers)
-        self.domains = tuple(sorted(self._numbers if domains is None else domains))
-        missing = [domain for domain in self.domains if domain not in self._numbers]
-        if missing or not self.domains:
-            seen = ", ".join(missing) or "no domain"
-            raise ConfigError(f"--domains: {seen} in {folder}; it has {', '.join(self._numbers)}")
-        self._shards = {domain: shards[self._numbers[domain]] for domain in self.domains}
         self.block_size = block_size
         self.tokenizer = shards[0].tokenizer
+        wanted = self._wanted(shards, selection)
+        short = [shard for shard in wanted if self._blocks_of(shard) == 0]
+        if short and (selection.domains is not None or len(short) == len(wanted)):
+            raise ConfigError(self._too_short(short, wanted, selection))
+        self.short = {shard.domain: shard.num_tokens for shard in short}
+        self._shards = {shard.domain: shard for shard in wanted if shard not in short}
+        self.domains = tuple(self._shards)
         self.checksums = {domain: shard.checksum for domain, shard in self._shards.items()}
         self.max_token_id = max(shard.max_token_id for shard in self._shards.values())
-        self.blocks_per_domain = {
-            domain: (shard.num_tokens - 1) // block_size for domain, shard in self._shards.items()
-        }
+        self.blocks_per_domain = {domain: self._blocks_of(shard) for domain, shard in self._shards.items()}
         self.num_blocks = sum(self.blocks_per_domain.values())
-        self._check_lengths(folder)
 
     @classmethod
-    def open(
-        cls, data_dir: Path, split: str, block_size: int, domains: tuple[str, ...] | None = None
-    ) -> Self:
-        """Opens a split, or some domains of it.
+    def open(cls, data_dir: Path, block_size: int, selection: Selection) -> Self:
+        """Opens a split, or some domains of it. Without names, domains without a whole block are left out.
 
-        Raises ShardError if a shard is missing or damaged, ConfigError if a domain is not there or has fewer
-        tokens than one block needs.
+        Raises ShardError if a shard is missing or damaged, ConfigError if a domain that was named is not
+        there or has no whole block, or if none has one.
         """
-        return cls(list_shards(data_dir, split), block_size, domains)
+        return cls(list_shards(data_dir, selection.split), block_size, selection)
 
-    def _check_lengths(self, folder: Path) -> None:
-        short = [domain for domain, blocks in self.blocks_per_domain.items() if blocks == 0]
-        if not short:
-            return
-        lengths = ", ".join(f"{domain} ({self._shards[domain].num_tokens} tokens)" for domain in short)
-        rest = ",".join(domain for domain in self.domains if domain not in short)
-        raise ConfigError(
-            f"--block_size {self.block_size}: a block is {self.block_size + 1} tokens, longer than these "
-            f"shards in {folder}: {lengths}. Choose a smaller --block_size"
-            + (f', or the domains that are long enough: "{rest}"' if rest else "")
+    def _blocks_of(self, shard: Shard) -> int:
+        return (shard.num_tokens - 1) // self.block_size
+
+    def _wanted(self, shards: Sequence[Shard], selection: Selection) -> list[Shard]:
+        names = self.all_domains if selection.domains is None else selection.domains
+        missing = [name for name in names if name not in self._numbers]
+        if missing:
+            raise ConfigError(
+                f"{selection.given}: no {listed(missing)} in {shards[0].path.parent}; choose from "
+                f"{listed(self.all_domains)}"
+            )
+        return [shard for shard in shards if shard.domain in names]
+
+    def _too_short(self, short: Sequence[Shard], wanted: Sequence[Shard], selection: Selection) -> str:
+        folder, block = short[0].path.parent, f"a block is {self.block_size + 1} tokens"
+        longest = max(wanted, key=lambda shard: shard.num_tokens)
+        if longest in short:
+            return (
+                f"{selection.given}: {block}, and the longest of these domains in {folder} is "
+                f"{_length(longest)}; choose --block_size {longest.num_tokens - 1} or smaller"
+            )
+        rest = selection.only(shard.domain for shard in wanted if shard not in short)
+        enough = min(shard.num_tokens for shard in short) - 1
+        return (
+            f"{selection.given}: {block}, and in {folder} there are fewer in "
+            f"{', '.join(map(_length, short))}; choose {rest}, or --block_size {enough} or smaller"
         )
 
     def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:
-        """(T+1,) uint16: a view of the memory map. Raises IndexError if there is no such block."""
+        """(T+1,) uint16: a view of the memory map, not to be kept. Raises IndexError if there is no such
+        block, ShardError if the shard cannot be read any more."""
         if not 0 <= block < self.blocks_per_domain[domain]:
             raise IndexError(f"block {block} of {domain!r}, which has {self.blocks_per_domain[domain]}")
         start = block * self.block_size
@@ -107,7 +120,9 @@ class BlockDataset:
 
     def batch(self, places: Sequence[tuple[str, int]]) -> Batch:
         """The batch of these (domain, block). Raises ShardError if a token is beyond the vocabulary."""
-        rows = np.stack([self.tokens(domain, block) for domain, block in places])  # (b, T+1)
+        rows = np.empty((len(places), self.block_size + 1), np.uint16)  # (b, T+1)
+        for row, (domain, block) in zip(rows, places, strict=True):
+            row[:] = self.tokens(domain, block)  # one view at a time: each keeps a file open
         if rows.max() >= VOCAB:
             self._report_foreign_token(places, rows)
         tokens = torch.from_numpy(rows.astype(np.int64))
@@ -127,6 +142,10 @@ class BlockDataset:
             f"{path}: token id {rows.max()} in block {block} is beyond the vocabulary of {VOCAB} ids: the "
             "file is damaged; tokenize again"
         )
+
+
+def _length(shard: Shard) -> str:
+    return f"{shown(shard.domain)} ({shard.num_tokens} tokens)"
 
 
 class BatchLoader:
@@ -204,33 +223,3 @@ def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
             f"positions; choose 1 to {dataset.num_blocks}, or a smaller --block_size"
         )
     return dataset.batch(seeded_choice(m, dataset.blocks_per_domain, seed))
-
-
-def parse_domains(text: str) -> tuple[tuple[str, ...], dict[str, float] | None]:
-    """`--domains`: "ArXiv,Wikipedia (en)" -> names and None; "ArXiv:2,Pile-CC:1" -> names and their weights.
-
-    A name may hold anything but commas and colons. Raises ConfigError for an empty or repeated name, a weight
-    that is not finite and above 0, and weights for some names only.
-    """
-    pairs = [entry.partition(":")[::2] for entry in text.split(",")]
-    names = tuple(name.strip() for name, _ in pairs)
-    for number, name in enumerate(names):
-        if not name:
-            raise ConfigError(f'--domains {text!r}: an empty name; say "ArXiv,Pile-CC", "ArXiv:2,Pile-CC:1"')
-        if name in names[:number]:
-            raise ConfigError(f"--domains {text!r}: {name!r} is named twice")
-    if ":" not in text:
-        return names, None
-    return names, {name: _weight(text, name, weight) for name, (_, weight) in zip(names, pairs, strict=True)}
-
-
-def _weight(text: str, name: str, weight: str) -> float:
-    try:
-        value = float(weight)
-    except ValueError as error:
-        raise ConfigError(
-            f"--domains {text!r}: {name!r} has the weight {weight!r}, not a number; all have one, or none"
-        ) from error
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"--domains {text!r}: {name!r} has the weight {weight!r}, not a finite one above 0")
-    return value

@@ -1,7 +1,7 @@
 """The processes of a run, as torchrun starts them: one for each GPU, or several on CPUs."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -14,8 +14,19 @@ from config_file import ConfigError, TrainingConfig
 from foundation.errors import UserError
 
 T = TypeVar("T")
-# What torchrun sets.
+# What torchrun sets for each process.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+OF_USERS = {"MASTER_ADDR", "MASTER_PORT"}  # batch scripts export them for themselves: no sign of a launcher
+GROUPS = "GROUP_WORLD_SIZE"  # torchrun's, and no other launcher's
+# How many tasks srun or an MPI launcher started in this step, and which of them this one is: Slurm; Open MPI;
+# MPICH and what is made of it, of all machines and of this one; MVAPICH.
+TASKS = {
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MPI_LOCALNRANKS": "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
 
 
 class SharedError(UserError):
@@ -97,30 +108,125 @@ class World:
         return values
 
 
-def first_of_machine() -> bool:
-    """Whether this process tells what all of its machine meet before they know of each other: they have one
-    command line and one environment."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+@dataclass(frozen=True)
+class Place:
+    """This process's place among those that a launcher has started, on all machines and on this one. groups:
+    how many launchers work together (torchrun's nodes)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    groups: int
+
+
+def launched(environ: Mapping[str, str]) -> Place | None:
+    """Return the place that the launcher's environment gives this process; None without a launcher.
+
+    Raises:
+        ConfigError: some of LAUNCHED are missing, or are not what a launcher sets.
+    """
+    given = [name for name in LAUNCHED if name in environ]
+    if not set(given) - OF_USERS:
+        return None
+    if missing := [name for name in LAUNCHED if name not in environ]:
+        raise ConfigError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but not {', '.join(missing)} "
+            f"(seen: {', '.join(f'{name}={environ[name]}' for name in given)}): start several processes with "
+            "torchrun, which sets all of them, or unset what is left of a launcher"
+        )
+    size, local_size = _whole(environ, "WORLD_SIZE", 1), _whole(environ, "LOCAL_WORLD_SIZE", 1)
+    place = Place(
+        rank=_whole(environ, "RANK", 0, size - 1),
+        size=size,
+        local_rank=_whole(environ, "LOCAL_RANK", 0, local_size - 1),
+        local_size=local_size,
+        groups=_whole(environ, GROUPS, 1) if GROUPS in environ else size,
+    )
+    if local_size > size:
+        raise _malformed("LOCAL_WORLD_SIZE", str(local_size), f"at most WORLD_SIZE, {size}")
+    _whole(environ, "MASTER_PORT", 1, 65535)
+    if not environ["MASTER_ADDR"]:
+        raise _malformed("MASTER_ADDR", "", "the name of a machine")
+    return place
+
+
+def _whole(environ: Mapping[str, str], name: str, at_least: int, at_most: int | None = None) -> int:
+    text = environ[name]
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if number < at_least or (at_most is not None and number > at_most):
+        upper = "or more" if at_most is None else f"to {at_most}"
+        raise _malformed(name, text, f"a whole number, {at_least} {upper}")
+    return number
+
+
+def _malformed(name: str, text: str, must: str) -> ConfigError:
+    return ConfigError(
+        f"the environment variable {name} is {text!r}, and must be {must}: start several processes with "
+        "torchrun, which sets it, or unset it and the rest of a launcher's variables"
+    )
+
+
+def first_of_machine(environ: Mapping[str, str] = os.environ) -> bool:
+    """True on the process that reports errors which all of a machine meet before they know of each other:
+    they have one command line and one environment. Of tasks that do not know of each other it is the first.
+
+    A process is silent only if a whole environment says that there is another one to speak for it: what a
+    launcher of before left behind hides no message.
+    """
+    try:
+        place = launched(environ)
+    except ConfigError:
+        return True
+    if place is not None and (place.local_rank > 0 or place.groups > 1):
+        return place.local_rank == 0
+    return all(
+        int(environ[rank]) == 0
+        for _, tasks, rank in several_tasks(environ)
+        if environ.get(rank, "").isdecimal() and int(environ[rank]) < tasks
+    )
+
+
+def several_tasks(environ: Mapping[str, str]) -> list[tuple[str, int, str]]:
+    """Return the variables that say that srun or an MPI launcher started several tasks of this program in one
+    step, each with its number and the name of the variable with the task's own place."""
+    found = ((name, environ.get(name, ""), rank) for name, rank in TASKS.items())
+    return [(name, int(text), rank) for name, text, rank in found if text.isdecimal() and int(text) > 1]
+
+
+def check_tasks(place: Place | None, environ: Mapping[str, str]) -> None:
+    """Check that the tasks of a job step know of each other.
+
+    A launcher in each of them (torchrun --nnodes) that works with the others is as good as a group of the
+    tasks themselves. SLURM_NTASKS does not matter: it is the allocation's, whatever is started in it.
+
+    Raises:
+        ConfigError: each of them would train the same run.
+    """
+    tasks = several_tasks(environ)
+    if not tasks or (place is not None and place.groups > 1):
+        return
+    name, number, _ = tasks[0]
+    raise ConfigError(
+        f"{number} tasks of this program were started ({name}={number}), and do not know of each other: each "
+        "would train the same run. Start one task for each machine, with --nnodes: srun "
+        "--ntasks-per-node=1 (or mpirun --map-by ppr:1:node) ./Scripts/train.sh --nnodes N --nproc_per_node "
+        "GPUS --rdzv_backend c10d --rdzv_endpoint HOST:PORT ...; or one task in all (--ntasks=1). If this "
+        f"process has a run of its own, unset {name}"
+    )
 
 
 @contextmanager
-def distributed_world(config: TrainingConfig) -> Iterator[World]:
+def distributed_world(config: TrainingConfig, environ: Mapping[str, str] = os.environ) -> Iterator[World]:
     """The set-up and tear-down of the run's processes, for a configuration whose device is resolved: one
     process, or those that torchrun has started, with NCCL on GPUs and gloo on CPUs.
 
-    Raises ConfigError if they were started in a way that is not torchrun's, or more of them on a machine than
-    it has GPUs, and for --parallel fsdp with one process.
+    Raises ConfigError for what `launched` and `check_tasks` raise, for more processes on a machine than it
+    has GPUs, and for --parallel fsdp with one process.
     """
-    given = [name for name in LAUNCHED if name in os.environ]
-    if "RANK" not in given and os.environ.get("WORLD_SIZE", "1") == "1":
-        given = []
-    if given and len(given) < len(LAUNCHED):
-        missing = ", ".join(name for name in LAUNCHED if name not in given)
-        raise ConfigError(
-            f"{given[0]} is set, but not {missing}: start several processes with torchrun, or unset it"
-        )
-    size = int(os.environ["WORLD_SIZE"]) if given else 1
-    if size == 1:
+    place = launched(environ)
+    check_tasks(place, environ)
+    if place is None or place.size == 1:
         if config.parallel == "fsdp":
             raise ConfigError(
                 "--parallel fsdp divides a model among processes, and this is the only one: start several, "
@@ -129,15 +235,15 @@ def distributed_world(config: TrainingConfig) -> Iterator[World]:
         yield World(0, 1)
         return
     if config.device == "cuda":
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        processes, gpus = place.local_size, torch.cuda.device_count()
         if processes > gpus:
             raise ConfigError(f"this machine has {processes} processes for {gpus} GPU(s): start {gpus}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place.local_rank)
     try:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
         # beside NCCL, which would wait for the GPU to tell whether somebody pressed Ctrl-C
         host = dist.new_group(backend="gloo") if config.device == "cuda" else None
-        yield World(dist.get_rank(), size, host)
+        yield World(dist.get_rank(), place.size, host)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,12 +1,17 @@
-"""Ctrl-C, and the signals by which batch systems announce the end, at a point where the run can be saved."""
+"""Ctrl-C, a terminal that closes, and the signals by which batch systems announce the end, at a point where
+the run can be saved."""
 
+import os
+import select
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-# Ctrl-C; what kill, torchrun and schedulers send; what schedulers can be told to send some time before.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C; what kill, torchrun and schedulers send; what schedulers can be told to send some time before; the
+# terminal was closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,6 +36,8 @@ def stop_signals(*, wait: bool) -> Iterator[StopSignals]:
     stop = StopSignals()
 
     def arrived(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            drop_closed_outputs()
         if not wait:
             raise Interrupted(number)
         stop.received = stop.received or number
@@ -85,3 +92,18 @@ def interrupt_deferred() -> Iterator[Callable[[], AbstractContextManager[None]]]
         for number, handler in previous.items():
             signal.signal(number, handler)
     deliver()
+
+
+def drop_closed_outputs() -> None:
+    """Send standard output and standard error to nowhere where nobody reads them any more: the terminal is
+    closed, or what was at the other end of a pipe (`| tee log`) ended with it. An error of writing there
+    would otherwise take the place of the run's end, and of its exit status."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is None:
+            continue
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

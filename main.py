@@ -18,11 +18,19 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 import torch
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import RUN_CONFIG, find_checkpoint, read_manifest, remove_after, step_of
+from checkpoint import (
+    RUN_CONFIG,
+    find_checkpoint,
+    find_saved_model,
+    read_manifest,
+    remove_after,
+    step_of,
+)
 from config_file import ConfigError, TrainingConfig, describe, resolve
 from dataloader import to_device
 from distributed import SharedError, World, distributed_world, first_of_machine
 from evaluation import check_evaluation, evaluate
+from file_system import check_file_system
 from finite_guard import NonFiniteLoss
 from foundation.errors import UserError
 from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
@@ -31,7 +39,7 @@ from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.metrics_log import ScoreWriter, drop_rows_from
 from ghostEngines.strategies.instantiate import GPU_NUMEL
-from interrupts import Interrupted, stop_signals
+from interrupts import Interrupted, drop_closed_outputs, stop_signals
 from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
 from run_folder import (
     changes,
@@ -42,12 +50,15 @@ from run_folder import (
     prepare_result_dir,
     provenance,
     save,
+    settle_resume,
+    try_result_dir,
 )
 from run_log import RunLog, SilentLog, check_wandb
+from run_parts import check_parts
 from summary import print_summary
 from training_data import TrainingData, check_tokens
 from training_loop import Trainer
-from training_state import checkpoint_facts
+from training_state import checkpoint_facts, global_batch_size, space_needed
 from validation_rows import hash_of_rows, save_validation_rows
 
 logger = logging.getLogger("main")
@@ -97,11 +108,12 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     if world.rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     config = world.gather(config)[0]  # the name of a run has the time in it
-    world.first(lambda: check_result_dir(config))
+    config = world.first(lambda: settle_resume(config))
+    world.first(lambda: check_before(config))
     data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
     checkpoint = world.first(lambda: find_resumed(config, world, data, resources))
     model = world.every(lambda: prepare_model(config, checkpoint, data))
-    world.first(lambda: open_folder(config, checkpoint, resources))
+    world.first(lambda: open_folder(config, checkpoint, model, world, resources))
     logger.info("%s\n", describe(config))
     if config.eval_only:
         return evaluate_only(config, model, data, world)
@@ -125,13 +137,22 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     return status
 
 
+def check_before(config: TrainingConfig) -> None:
+    """Ask, before anything is loaded or made, for all that the run's folder, its file system and Weights &
+    Biases would refuse later. Raises UserError."""
+    check_result_dir(config)
+    if not config.eval_only:
+        try_result_dir(config)
+        check_wandb(config)
+
+
 def find_resumed(
     config: TrainingConfig, world: World, data: TrainingData, resources: ExitStack
 ) -> Path | None:
     """The checkpoint that --resume or --resume_from means; None for a run that begins.
 
     Raises ConfigError if it is not there, not whole, or of a run with other settings, data, or another global
-    batch, and if that run is still at work."""
+    batch, if that run is still at work, and if files are missing that it wrote before."""
     if not config.resumes:
         return None
     resources.enter_context(locked(config))
@@ -139,6 +160,11 @@ def find_resumed(
     manifest = read_manifest(checkpoint)
     found = changes(config, checkpoint / RUN_CONFIG)
     now = checkpoint_facts(config, world, data)
+    if missing := [name for name in (*now, "evaluation_due") if name not in manifest]:
+        raise ConfigError(
+            f"--resume: {checkpoint} does not say its {', '.join(missing)}: another version of this program "
+            "wrote it; resume with that version"
+        )
     found += [f"{name} is {now[name]}, was {manifest[name]}" for name in now if now[name] != manifest[name]]
     if found:
         raise ConfigError(f"--resume: not the run that made {checkpoint}: {'; '.join(found)}")
@@ -147,18 +173,23 @@ def find_resumed(
             f"--resume: {checkpoint} is beyond --max_steps {config.max_steps}: give more, or --resume_from "
             "an earlier one"
         )
+    check_parts(config, checkpoint, global_batch_size(config, world))
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 
 
-def open_folder(config: TrainingConfig, checkpoint: Path | None, resources: ExitStack) -> None:
-    """The run's folder, made or ready to go on, and for this run alone as long as the resources are held."""
+def open_folder(
+    config: TrainingConfig, checkpoint: Path | None, model: CausalLM, world: World, resources: ExitStack
+) -> None:
+    """The run's folder, made or ready to go on, and for this run alone as long as the resources are held.
+    ConfigError if its file system lacks what the run will need."""
     if config.eval_only:
         return
-    check_wandb(config)
+    space = space_needed(config, world, model, checkpoint)
     if checkpoint is None:
-        prepare_result_dir(config, resources)
+        prepare_result_dir(config, resources, space)
     else:
+        check_file_system(config.result_dir, space)
         remove_after(checkpoint)
 
 
@@ -174,7 +205,7 @@ def choose_model(config: TrainingConfig, checkpoint: Path | None) -> CausalLM:
     if checkpoint is not None:
         return load_model(checkpoint, config)
     if config.eval_only and config.saved_model is not None:
-        return load_model(config.saved_model, config)
+        return load_model(find_saved_model(config.saved_model), config)
     if config.init_from is not None:
         return load_model(Path(config.init_from), config, drop_dropout=True)
     return build_model(config)
@@ -253,6 +284,7 @@ def train(trainer: Trainer) -> int:
     try:
         trainer.run()
     except KeyboardInterrupt as error:
+        drop_closed_outputs()
         logger.warning(
             "interrupted after step %d: scores and a checkpoint are saved; --resume --run_name %s goes on",
             trainer.progress.steps,

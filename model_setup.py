@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,6 +19,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from config_file import ConfigError, TrainingConfig
 from distributed import World
 from ghostEngines import CrossEntropyHead
+from pretrained import read_config, read_model
 
 logger = logging.getLogger(__name__)
 
@@ -169,23 +169,15 @@ def build_model(config: TrainingConfig) -> CausalLM:
 def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = False) -> CausalLM:
     """The model in a folder in Hugging Face format, as a run saves it. Raises ConfigError if it is not there
     or not whole, has too few positions, or has dropout, which `drop_dropout` sets to 0."""
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"there is no saved model in {folder}")
-    try:
-        hf_config = GPT2Config.from_pretrained(folder)
-        if drop_dropout:
-            for name in DROPOUT_FIELDS:
-                if getattr(hf_config, name) != 0:
-                    logger.info("%s: %s=%s is set to 0", folder, name, getattr(hf_config, name))
-                    setattr(hf_config, name, 0.0)
-        hf, loaded = GPT2LMHeadModel.from_pretrained(folder, config=hf_config, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"the saved model in {folder} cannot be read: {error}") from error
-    if loaded["missing_keys"]:
-        raise ConfigError(f"the saved model in {folder} lacks {', '.join(sorted(loaded['missing_keys']))}")
-    check_positions(hf.config, config)
-    check_sizes(hf.config, config)
-    return place(CausalLM(hf), config)
+    hf_config = read_config(folder)
+    check_positions(hf_config, config)
+    check_sizes(hf_config, config)
+    if drop_dropout:
+        for name in DROPOUT_FIELDS:
+            if getattr(hf_config, name) != 0:
+                logger.info("%s: %s=%s is set to 0", folder, name, getattr(hf_config, name))
+                setattr(hf_config, name, 0.0)
+    return place(CausalLM(read_model(folder, hf_config, getattr(torch, config.model_dtype))), config)
 
 
 def check_sizes(hf_config: GPT2Config, config: TrainingConfig) -> None:

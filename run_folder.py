@@ -13,17 +13,27 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
+from checkpoint import list_checkpoints
 from command_line import flags_of
 from config_file import ROOT, ConfigError, TrainingConfig
-from foundation.errors import file_errors
+from file_system import TRIAL, Space, bytes_below, check_file_system
+from foundation.errors import UserError, file_errors
 
 LOCK = ".lock"  # held by the process that works in the folder
+NO_SPACE = Space()
 UNFINISHED = ".config.json.tmp"  # config.json while it is written
+# What config.json has besides the fields of TrainingConfig: `provenance`, and main.computation.
+EXTRAS = {
+    "python", "platform", "packages", "git_commit", "contraction_by_layer", "tile_numel", "tile_side",
+    "gpu_numel", "head_part_positions", "head_softmax_positions",
+}  # fmt: skip
 PACKAGES = ("torch", "numpy", "transformers", "tiktoken", "pyarrow", "wandb")  # whose versions are recorded
 
 logger = logging.getLogger(__name__)
@@ -45,11 +55,70 @@ def check_result_dir(config: TrainingConfig) -> None:
                 f"--resume --run_name {config.run_name}: {config.result_dir} is not the folder of a run; "
                 "check --run_name and --results_dir"
             )
+    elif config.resume == "auto":
+        if os.path.lexists(config.result_dir):
+            _check_is_run(config.result_dir, "--resume auto")
     elif os.path.lexists(config.result_dir) and not config.overwrite:
         raise ConfigError(
             f"--run_name {config.run_name}: {config.result_dir} is there already; choose another name, or "
             "replace that run with --overwrite, or go on with it with --resume"
         )
+
+
+def settle_resume(config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with --resume auto settled: always, if the run has a checkpoint. Otherwise it
+    stays auto, and the run begins."""
+    if config.resume != "auto" or not os.path.lexists(config.result_dir):
+        return config
+    with file_errors(config.result_dir, ConfigError):
+        if not list_checkpoints(config.result_dir / "checkpoints"):
+            return config
+    resolved_from = {**config.resolved_from, "resume": "auto: the run has a checkpoint"}
+    return replace(config, resume="always", resolved_from=resolved_from)
+
+
+def try_result_dir(config: TrainingConfig) -> None:
+    """Ask the file system, for a run's folder that is to be made, what it would refuse later: its name, the
+    right to write, locks, links, renames. Leave nothing behind.
+
+    Raises:
+        ConfigError: it refuses.
+    """
+    folder = config.result_dir
+    if os.path.lexists(folder):
+        return  # its own lock is taken before anything in it changes
+    there = next(parent for parent in folder.parents if os.path.lexists(parent))
+    with _making(config), TemporaryDirectory(prefix=".trial-", dir=there) as trial:
+        twin = Path(trial) / folder.relative_to(there)
+        twin.mkdir(parents=True)
+        check_file_system(twin, NO_SPACE, named=folder)
+
+
+@contextmanager
+def _making(config: TrainingConfig) -> Iterator[None]:
+    """Raise an OSError of the block, which makes the run's folder, as a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--results_dir {config.results_dir}: cannot make {config.result_dir} ({error.strerror}); name a "
+            "folder that can be written, with --results_dir or RESULTS_DIR, or another --run_name"
+        ) from error
+
+
+def _lock(file: IO[str], config: TrainingConfig) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"--run_name {config.run_name}: another process is at work in {config.result_dir}; wait for "
+            "it, stop it, or choose another name"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"--results_dir {config.results_dir}: its file system locks no files ({error.strerror}), by "
+            "which runs are kept out of each other's folder; choose a folder on another one"
+        ) from error
 
 
 def differences(config: TrainingConfig) -> list[str]:
@@ -70,9 +139,10 @@ def differences(config: TrainingConfig) -> list[str]:
         "seed",
     )
     return [
-        f"{name} is {getattr(config, name)}, was {values[name]}"
+        f"{name} is {getattr(config, name)}, "
+        + (f"was {values[name]}" if name in values else "was not recorded by the version that made the run")
         for name in (*names, "model_dtype", "train_dtype")
-        if getattr(config, name) != values[name]
+        if name not in values or getattr(config, name) != values[name]
     ]
 
 
@@ -82,23 +152,19 @@ def locked(config: TrainingConfig) -> Iterator[None]:
     however it ends.
 
     Raises:
-        ConfigError: another process works there.
+        ConfigError: another process works there; it cannot be written, or has no locks.
     """
-    with (config.result_dir / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"--run_name {config.run_name}: another process is at work in {config.result_dir}; wait for "
-                "it, stop it, or choose another name"
-            ) from error
+    with file_errors(config.result_dir / LOCK, ConfigError):
+        file = (config.result_dir / LOCK).open("a")
+    with file:
+        _lock(file, config)
         yield
 
 
 def changes(config: TrainingConfig, checkpoint_config: Path) -> list[str]:
     """In what a run that is resumed differs from what it was when the checkpoint was made, of what must not
-    change."""
-    values = json.loads(checkpoint_config.read_text(encoding="utf-8"))
+    change. ConfigError for the configuration of another version of this program."""
+    values = _read_config(checkpoint_config)
     found = []
     for spec in flags_of(config):
         now = getattr(config, spec.name)
@@ -108,6 +174,30 @@ def changes(config: TrainingConfig, checkpoint_config: Path) -> list[str]:
     return found
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run. ConfigError if a field that must not change is missing, whose value would
+    have to be guessed, or if there is one that this version of the program does not know."""
+    with file_errors(path, ConfigError):
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): copy the run's folder again") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not the configuration of a run: copy the run's folder again")
+    fields = {spec.name: spec.metadata["may_change"] for spec in flags_of(TrainingConfig)}
+    lacks = sorted(name for name in fields if name not in values and not fields[name])
+    unknown = sorted(values.keys() - fields.keys() - EXTRAS - {"resolved_from"})
+    found = [f"it lacks {', '.join(lacks)}"] if lacks else []
+    found += [f"it has {', '.join(unknown)}, which this version does not know"] if unknown else []
+    if found:
+        raise ConfigError(
+            f"{path} is of another version of this program, {' and '.join(found)}: resume with that version "
+            f"(git commit {values.get('git_commit')})"
+        )
+    return values
+
+
 def lasting(config: TrainingConfig) -> dict[str, Any]:
     """The settings that stay as they are when the run is resumed."""
     return {
@@ -115,31 +205,57 @@ def lasting(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def prepare_result_dir(config: TrainingConfig, resources: ExitStack) -> None:
+def prepare_result_dir(config: TrainingConfig, resources: ExitStack, space: Space = NO_SPACE) -> None:
     """Make the run's folder, empty, and keep others out of it for as long as the resources are held; with
-    --eval_only make nothing.
+    --eval_only make nothing. With --resume auto a run that is there, stopped before its first checkpoint, is
+    set aside.
+
+    Args:
+        space: what the run will write.
 
     Raises:
-        ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; a folder that cannot be
-        made.
+        ConfigError: what `check_result_dir` raises; --overwrite of what is not a run; --resume auto of a run
+        that has got a checkpoint meanwhile; a folder that cannot be made; a file system that lacks what a run
+        needs. What was there before is as it was, then.
     """
     check_result_dir(config)
     if config.eval_only:
         return
     folder = config.result_dir
     if os.path.lexists(folder):
-        _check_is_run(folder)
-        resources.enter_context(locked(config))
-        _empty_run(folder)
-        return
-    try:
+        if config.resume == "auto" and _read_run(folder) is not None:
+            _set_aside(config)
+        else:
+            _check_is_run(folder, "--resume auto" if config.resume == "auto" else "--overwrite")
+            resources.enter_context(locked(config))
+            check_file_system(folder, space, bytes_below(folder))
+            _empty_run(folder)
+            return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with _making(config):
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--results_dir {config.results_dir}: cannot make {folder} ({error.strerror}); name a folder "
-            "that can be written, with --results_dir or RESULTS_DIR"
-        ) from error
+    try:
+        check_file_system(folder, space)
+    except UserError:
+        for each in made:
+            each.rmdir()
+        raise
     resources.enter_context(locked(config))
+
+
+def _set_aside(config: TrainingConfig) -> None:
+    """Give a run without a checkpoint another name: it has nothing to go on from, but scores, perhaps."""
+    folder = config.result_dir
+    with locked(config), file_errors(folder, ConfigError):
+        if list_checkpoints(folder / "checkpoints"):
+            raise ConfigError(
+                f"--resume auto: {folder} has got a checkpoint from another process; start again to go on "
+                "from it"
+            )
+        names = (folder.with_name(f"{folder.name}.stopped-{number}") for number in count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        folder.rename(aside)
+    logger.info("%s has no checkpoint to go on from: it is now %s, and the run begins", folder, aside)
 
 
 def save(config: TrainingConfig, path: Path, extra: Mapping[str, Any]) -> None:
@@ -201,6 +317,11 @@ def _check_saved_run(config: TrainingConfig) -> None:
             f"--eval_only --run_name {config.run_name}: {config.result_dir} is not the folder of a run; "
             "check --run_name and --results_dir"
         )
+    if "architecture" not in values:
+        raise ConfigError(
+            f"{config.result_dir}/config.json has no architecture: another version of this program wrote it; "
+            "evaluate the run with that version"
+        )
     if values["architecture"] != config.architecture:
         raise ConfigError(
             f"--architecture {config.architecture}: the model of run {config.run_name} is another; "
@@ -208,12 +329,13 @@ def _check_saved_run(config: TrainingConfig) -> None:
         )
 
 
-def _check_is_run(folder: Path) -> None:
+def _check_is_run(folder: Path, flag: str) -> None:
     # of a run that was killed before it had its config.json, no more than these is there
-    empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED}
+    with file_errors(folder, ConfigError):
+        empty = folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK, UNFINISHED, TRIAL}
     if folder.is_symlink() or not (empty or _read_run(folder)):
         raise ConfigError(
-            f"--overwrite: {folder} is not the folder of a run (it has no config.json of one) and is left as "
+            f"{flag}: {folder} is not the folder of a run (it has no config.json of one) and is left as "
             "it is; choose another --run_name, or remove it by hand"
         )
 

@@ -8,8 +8,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,8 +18,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config_file import ConfigError, TrainingConfig
-from foundation.errors import file_errors
+from foundation.errors import UserError, file_errors
 from ghostEngines.score_files import sync
+
+WANDB_NAME = 128  # characters that its server takes as a run's name; it says so when it is too late
 
 logger = logging.getLogger(__name__)
 
@@ -103,18 +105,41 @@ class RunLog(SilentLog):
         self._resources.__exit__(kind, error, traceback)
 
 
+def records_before(path: Path, step: int) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl with records of steps before this one, and the records. A last line that is
+    not whole is left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no record.
+    """
+    with file_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            text = line.decode()
+            record = json.loads(text)
+            before = record["step"] < step
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}: line {number} is not a record of a step ({error}): copy the file again, or remove "
+                "the line"
+            ) from error
+        if before:
+            found.append((text, record))
+    return found
+
+
 def keep_records_before(path: Path, step: int, evaluation_due: bool) -> None:
-    """Leaves out the records of this step and later ones, a due evaluation's, and a last line that is not
-    whole."""
-    kept = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                continue
-            record = json.loads(line)
-            again = evaluation_due and record["step"] == step - 1 and "train_loss" not in record
-            if record["step"] < step and not again:
-                kept.append(line)
+    """Leave out the records of this step and later ones, a due evaluation's, and a last line that is not
+    whole. Raises as `records_before`."""
+    kept = [
+        line
+        for line, record in records_before(path, step)
+        if not (evaluation_due and record["step"] == step - 1 and "train_loss" not in record)
+    ]
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("".join(kept), encoding="utf-8")
     sync(unfinished)  # else a power failure could leave an empty file in the place of the records
@@ -136,18 +161,42 @@ def progress_bar(steps: int, done: int) -> tqdm:
 
 
 def check_wandb(config: TrainingConfig) -> None:
-    """Logs in to Weights & Biases if the run will need it, asking for the key at a terminal. ConfigError
-    without one: better now than after the run's folder is made."""
-    if config.wandb_mode != "online":
+    """Ask Weights & Biases, if the run will need it, for what it would refuse later: names, settings in its
+    environment variables and files, the key (at a terminal it asks for one).
+
+    Raises:
+        ConfigError: it refuses; better now than after the run's folder is made.
+    """
+    if config.wandb_mode == "disabled":
         return
     import wandb
 
-    try:
-        wandb.login()
-    except wandb.errors.UsageError as error:
+    assert config.run_name is not None
+    if len(config.run_name) > WANDB_NAME:
         raise ConfigError(
-            f"--wandb_mode online: {error}; set WANDB_API_KEY, or use --wandb_mode offline"
-        ) from error
+            f"--run_name {config.run_name}: has {len(config.run_name)} characters, and Weights & Biases "
+            f"takes {WANDB_NAME}; choose a shorter one, or use --wandb_mode disabled"
+        )
+    with wandb_errors(f"--wandb_project {config.wandb_project}", "choose another name", ValueError):
+        wandb.Settings(project=config.wandb_project)
+    advice = "correct its WANDB_... variable or settings file"
+    with wandb_errors(f"--wandb_mode {config.wandb_mode}", advice, ValueError):
+        wandb.setup()
+    if config.wandb_mode == "online":
+        with wandb_errors("--wandb_mode online", "set WANDB_API_KEY, or use --wandb_mode offline"):
+            wandb.login()
+
+
+@contextmanager
+def wandb_errors(what: str, advice: str, *more: type[Exception]) -> Iterator[None]:
+    """Raise what Weights & Biases, or its server, refuses as a ConfigError in one line. more: ValueError
+    where it checks settings, which is what pydantic raises."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.errors.Error, *more) as error:
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}; {advice}") from error
 
 
 def start_wandb(config: TrainingConfig) -> Any:
@@ -159,12 +208,14 @@ def start_wandb(config: TrainingConfig) -> Any:
     memory = config.result_dir / "wandb_id"
     if not (config.resumes and memory.exists()):
         memory.write_text(uuid.uuid4().hex, encoding="utf-8")
-    return wandb.init(
-        id=memory.read_text(encoding="utf-8"),
-        resume="allow" if config.wandb_mode == "online" else None,
-        project=config.wandb_project,
-        name=config.run_name,
-        dir=config.result_dir,
-        mode=config.wandb_mode,
-        config=json.loads(Path(config.result_dir / "config.json").read_text(encoding="utf-8")),
-    )
+    settings = json.loads((config.result_dir / "config.json").read_text(encoding="utf-8"))
+    with wandb_errors(f"--wandb_mode {config.wandb_mode}", "--wandb_mode offline needs no server"):
+        return wandb.init(
+            id=memory.read_text(encoding="utf-8"),
+            resume="allow" if config.wandb_mode == "online" else None,
+            project=config.wandb_project,
+            name=config.run_name,
+            dir=config.result_dir,
+            mode=config.wandb_mode,
+            config=settings,
+        )

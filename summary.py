@@ -9,6 +9,7 @@ from attribution.screen import plain_console, print_extremes
 from attribution.values import sample_sums, samples_sql
 from attribution.values_folder import extremes
 from config_file import TrainingConfig
+from run_log import records_before
 from training_data import TrainingData
 from training_state import Progress
 
@@ -18,10 +19,13 @@ EXTREMES = 3  # samples shown at either end
 def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData) -> None:
     """Prints the table of a run that has made at least one step, to standard output."""
     console = plain_console()
+    idle = progress.steps == progress.resumed_at  # what is shown is of the process before
+    nothing_left = idle and progress.steps == config.max_steps
     lines = {
-        "steps": f"{progress.steps} of {config.max_steps}",
+        "steps": f"{progress.steps} of {config.max_steps}"
+        + (", none was left to make" if nothing_left else ""),
         "tokens/s": f"{progress.tokens / progress.seconds:,.0f}",
-        "train loss, last step": f"{progress.train_loss.item():.4f}",
+        **(recorded_loss(config, progress) if idle else last_loss(progress)),
         **evaluation_lines(progress, data),
         "results": config.result_dir,
     }
@@ -32,6 +36,21 @@ def print_summary(config: TrainingConfig, progress: Progress, data: TrainingData
         console.print(f"{name:22s} {value}", soft_wrap=True)  # a path stays in one piece
     if config.method == "GradDotProd":
         print_extreme_samples(console, config, data)
+
+
+def last_loss(progress: Progress) -> dict[str, str]:
+    """The training loss of the last step, which this process made."""
+    return {"train loss, last step": f"{progress.train_loss.item():.4f}"}
+
+
+def recorded_loss(config: TrainingConfig, progress: Progress) -> dict[str, str]:
+    """The training loss that metrics.jsonl recorded last, where this process made no step."""
+    lines = records_before(config.result_dir / "metrics.jsonl", progress.steps)
+    losses = [(record["step"], record["train_loss"]) for _, record in lines if "train_loss" in record]
+    if not losses:
+        return {"train loss, last step": f"not recorded (--log_interval {config.log_interval})"}
+    step, loss = losses[-1]
+    return {f"train loss, step {step}": f"{loss:.4f}"}
 
 
 def evaluation_lines(progress: Progress, data: TrainingData) -> dict[str, str]:

@@ -1,15 +1,20 @@
 """The data of a run: which batches it trains on, evaluates on, and which rows its dot products refer to."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from config_file import ConfigError, TrainingConfig, split_and_domain
+from config_file import ConfigError, TrainingConfig
 from data_processing.tokenizers import Tokenizer, get_tokenizer
-from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, parse_domains, validation_batch
+from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, validation_batch
 from distributed import World
+from domain_lists import Selection, shown
 
 EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are not the first training batches
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,22 +30,24 @@ class TrainingData:
 
     @classmethod
     def open(cls, config: TrainingConfig, world: World) -> "TrainingData":
-        """Opens the shards that the configuration names.
+        """Opens the shards that the configuration names, and logs which domains have no whole block.
 
-        Raises ShardError for shards that are missing or damaged, ConfigError for a domain that is not there,
-        blocks longer than a shard, too few validation blocks, or shards of different tokenizers."""
-        names, weights = (None, None) if config.domains is None else parse_domains(config.domains)
+        Raises ShardError for shards that are missing or damaged, ConfigError for a domain that was named and
+        is not there or has no whole block, a split without a whole block, too few validation blocks, or
+        shards of different tokenizers."""
+        assert config.pile_data_dir is not None
+        data_dir, selections = Path(config.pile_data_dir), config.selections()
         blocks = {
-            "train": open_blocks(config, config.train_set, names),
-            "val": open_blocks(config, config.val_set, None),
-            "test": open_blocks(config, config.test_set, None),
+            name: BlockDataset.open(data_dir, config.block_size, selection)
+            for name, selection in selections.items()
         }
         check_tokenizers(blocks)
+        log_short_domains(selections, blocks, config.block_size)
         train = BatchLoader(
             blocks["train"],
             batch_size=config.batch_size,
             seed=config.seed,
-            weights=weights,
+            weights=selections["train"].weights,
             rank=world.rank,
             world_size=world.size,
             micro_batches=config.gradient_accumulation_steps,
@@ -61,13 +68,23 @@ class TrainingData:
         self.train.close()
 
 
-def open_blocks(config: TrainingConfig, name: str, domains: tuple[str, ...] | None) -> BlockDataset:
-    """The blocks of SPLIT or SPLIT:DOMAIN."""
-    split, domain = split_and_domain(name)
-    assert config.pile_data_dir is not None
-    return BlockDataset.open(
-        Path(config.pile_data_dir), split, config.block_size, (domain,) if domain else domains
-    )
+def log_short_domains(
+    selections: Mapping[str, Selection], blocks: Mapping[str, BlockDataset], block_size: int
+) -> None:
+    """Log one line that names the domains without a whole block, if there are any."""
+    found = [
+        f"{shown(domain)} in {selections[name].split} ({tokens} tokens)"
+        for name, part in blocks.items()
+        for domain, tokens in part.short.items()
+    ]
+    if found:
+        logger.warning(
+            "domains without a whole block of %d tokens (--block_size %d and the last target) are not used: "
+            "%s",
+            block_size + 1,
+            block_size,
+            ", ".join(dict.fromkeys(found)),
+        )
 
 
 def check_tokenizers(blocks: dict[str, BlockDataset]) -> None:

@@ -4,7 +4,7 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 import checkpoint
 from config_file import TrainingConfig
 from distributed import World
+from file_system import Space
 from model_setup import CausalLM
 from training_data import TrainingData
 from validation_rows import hash_of_rows
+
+SCORE_BYTES = 26  # of a sample's row in one step, compressed, without its parts
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Progress:
     step, on the device; loss_shown: as of the last look at it."""
 
     steps: int = 0
+    resumed_at: int = 0  # how many of the steps were made before this process went on with the run
     tokens: int = 0
     seconds: float = 0.0
     train_loss: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
@@ -37,6 +41,8 @@ class Progress:
 @dataclass
 class TrainingState:
     """All that changes in the course of a run. parallel: what model_setup.parallelise made of the model."""
+
+    KEYS: ClassVar = ("optimizer", "scaler", "random", "tokens", "seconds", "evaluation_due", "evaluation")
 
     model: CausalLM
     parallel: nn.Module
@@ -62,6 +68,8 @@ class TrainingState:
             "evaluation": progress.evaluation,
         }
 
+        assert tuple(state) == self.KEYS, state.keys()
+
         def write(folder: Path) -> None:
             self.model.hf.save_pretrained(folder, state_dict=weights)
             torch.save(state, folder / checkpoint.TRAINER_STATE)
@@ -80,18 +88,45 @@ class TrainingState:
         return checkpoint.optimizer_state(self.model, self.optimizer, sharded=sharded)
 
     def load(self, folder: Path) -> None:
-        """Everything but the weights, which the model was made with. Called by all processes."""
-        state = torch.load(folder / checkpoint.TRAINER_STATE, map_location="cpu", weights_only=True)
+        """Everything but the weights, which the model was made with. Called by all processes. Raises
+        CheckpointError for a checkpoint of another version of this program."""
+        path = folder / checkpoint.TRAINER_STATE
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := [name for name in self.KEYS if name not in state]:
+            raise checkpoint.CheckpointError(
+                f"{path} lacks {', '.join(missing)}: another version of this program wrote it; resume with "
+                "that version"
+            )
         sharded = isinstance(self.parallel, FSDPModule)
         if state["optimizer"] is not None:
             checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"], sharded=sharded)
         self.scaler.load_state_dict(state["scaler"])
         checkpoint.set_random_state(state["random"])
         progress = self.progress
-        progress.steps = checkpoint.step_of(folder)
+        progress.steps = progress.resumed_at = checkpoint.step_of(folder)
         progress.tokens = progress.tokens_logged = state["tokens"]
         progress.seconds = progress.seconds_logged = state["seconds"]
         progress.evaluation_due, progress.evaluation = state["evaluation_due"], state["evaluation"]
+
+
+def space_needed(config: TrainingConfig, world: World, model: nn.Module, start: Path | None) -> Space:
+    """Return how many bytes the run will write, in checkpoints and scores. start: the checkpoint that it goes
+    on from."""
+    done = 0 if start is None else checkpoint.step_of(start)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    one = parameters * (3 if config.optimizer == "AdamW" else 1)  # AdamW keeps two moments of each
+    to_come = math.ceil((config.max_steps - done) / config.checkpoint_interval)
+    there = 0
+    if start is not None:
+        before = checkpoint.list_checkpoints(start.parent)
+        there = sum(checkpoint.step_of(each) <= done for each in before)
+    # An old one is removed after the new one is whole.
+    at_a_time = min(to_come, max(1, config.keep_checkpoints + 1 - there))
+    rows = (config.max_steps - done) * global_batch_size(config, world)
+    layers = sum(next(module.parameters(recurse=False), None) is not None for module in model.modules())
+    parts = {"total": 0, "pairwise": config.val_batch_size, "per_layer": layers}[config.score_granularity]
+    scores = rows * (SCORE_BYTES + 8 * parts) if config.method == "GradDotProd" else 0
+    return Space(one if to_come else 0, one * at_a_time + scores)
 
 
 def global_batch_size(config: TrainingConfig, world: World) -> int:

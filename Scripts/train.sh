@@ -33,6 +33,12 @@ if ((${#launcher[@]} == 0)); then
     exec "$python" "$root/main.py" "${flags[@]}"
 fi
 [[ -n $machines ]] || launcher+=(--standalone) # a free port of this machine: runs may start beside each other
-[[ " ${launcher[*]}" == *" --signals"* ]] || # torchrun's own, and the warning of batch systems
-    launcher+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+if [[ " ${launcher[*]}" != *" --signals"* ]]; then
+    signals=
+    for signal in SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2; do # torchrun's own, and the warnings of batch systems
+        # what is ignored stays so, as SIGHUP under nohup: torchrun would handle it, and end the run
+        [[ $(trap -p "$signal") == "trap -- '' "* ]] || signals+=,$signal
+    done
+    launcher+=(--signals_to_handle "${signals#,}")
+fi
 exec "$python" -m torch.distributed.run "${launcher[@]}" "$root/main.py" "${flags[@]}"

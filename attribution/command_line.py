@@ -14,7 +14,9 @@ from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import printable
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError
+from foundation.paths import path_argument
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class RunOptions:
 def argument_parser(module: str, description: str, *, several: bool = True) -> argparse.ArgumentParser:
     """A parser with the shared arguments. module: as after `python -m`; several: whether the command takes
     more than one run."""
-    parser = argparse.ArgumentParser(f"python -m {module}", description=description, allow_abbrev=False)
+    parser = ArgumentParser(f"python -m {module}", description=description, allow_abbrev=False)
     parser.add_argument(
         "result_dirs",
         metavar="RESULT_DIR",
         nargs="+" if several else 1,
-        type=Path,
+        type=path_argument,
         help="folder of a run with scores"
         + ("; values are the mean over several of them" if several else ""),
     )
@@ -51,7 +53,7 @@ def argument_parser(module: str, description: str, *, several: bool = True) -> a
         "--steps", metavar="FIRST:LAST", default=":", help="only these steps, both included [all: ':']"
     )
     parser.add_argument(
-        "--pile_data_dir", type=Path, metavar="FOLDER", help="of the training shards [as in the run]"
+        "--pile_data_dir", type=path_argument, metavar="FOLDER", help="of the training shards [as in the run]"
     )
     parser.add_argument(
         "--memory_limit",

@@ -37,6 +37,7 @@ from attribution.screen import first_words, plain_console
 from attribution.units import Unit, write_units
 from attribution.values import description
 from data_processing.shards import Shard, list_shards, write_json_atomically
+from foundation.paths import path_argument
 
 FORMAT = {"format": "attribution curation", "format_version": 1}
 MANIFEST = "curation.json"
@@ -139,7 +140,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--unit", choices=get_args(Unit), default="samples", help="what to leave out [samples]"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="the new data folder")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, metavar="SHARDS", help="the new data folder"
+    )
     arguments = parser.parse_args(argv)
     options = run_options(arguments)
     chosen = {name: getattr(arguments, name) for name in ("output", "drop", "unit")}

@@ -18,7 +18,7 @@ from attribution.progress import progress_bar
 from attribution.scored_run import AttributionError
 from attribution.units import Unit
 from attribution.values_folder import being_written
-from data_processing.shards import TOKEN_TYPE, Shard, ShardWriter, list_shards
+from data_processing.shards import TOKEN_TYPE, Shard, ShardWriter, list_shards, visible
 from ghostEngines.score_files import sync
 
 COPY_BYTES = 1 << 24
@@ -113,8 +113,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
 
 def other_splits(source: Path, split: str) -> list[Path]:
     """The folders of the splits but this one. ShardError if a shard of them is damaged."""
-    folders = [path for path in sorted(source.iterdir()) if any(path.glob("*.bin"))]
-    others = [path for path in folders if path.name != split and not path.name.startswith(".")]
+    folders = [path for path in sorted(source.iterdir()) if visible(path.glob("*.bin"))]
+    others = [path for path in visible(folders) if path.name != split]
     for path in others:
         list_shards(source, path.name)
     return others
@@ -124,7 +124,7 @@ def write_splits(target: Path, others: Sequence[Path], cuts: Sequence[CutShard],
     """Writes the splits of these folders, and the one that is cut, with a bar in bytes. dropped: as `choose`
     wrote it."""
     of_state = {state: [each for each in cuts if each.state == state] for state in ("unchanged", "cut")}
-    copies = [path for folder in others for path in sorted(folder.iterdir()) if path.is_file()]
+    copies = [path for folder in others for path in sorted(visible(folder.iterdir())) if path.is_file()]
     copies += [each.shard.path.with_suffix(end) for each in of_state["unchanged"] for end in SUFFIXES]
     total = sum(path.stat().st_size for path in copies)
     total += sum(each.shard.num_tokens * TOKEN_TYPE.itemsize for each in of_state["cut"])

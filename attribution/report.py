@@ -35,6 +35,7 @@ from attribution.values import write_values
 from attribution.values_folder import Values
 from data_processing.tokenizers import get_tokenizer
 from foundation.errors import file_errors
+from foundation.paths import path_argument
 
 NEEDED_SETTINGS = ("optimizer", "direction", "val_set", "val_batch_size")
 
@@ -153,7 +154,7 @@ def domain_section(database: ScoreDatabase, values: Values, unit_name: str) -> d
 def main(argv: list[str]) -> None:
     parser = argument_parser("attribution.report", "A report on a run's values, as one HTML file.")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="[RESULT_DIR/report.html, of the first run]"
+        "--output", type=path_argument, metavar="FILE", help="[RESULT_DIR/report.html, of the first run]"
     )
     arguments = parser.parse_args(argv)
     options = run_options(arguments)

@@ -10,11 +10,23 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config_file import split_and_domain
 from data_processing.shards import Shard, list_shards
 from dataloader import BlockDataset
+from domain_lists import Selection
 from foundation.errors import UserError, file_errors
 from ghostEngines.metrics_log import open_scores
+
+# What the metadata of scores must say, for any use of them.
+METADATA = (
+    "run_configuration",
+    "validation_sha256",
+    "block_size",
+    "split",
+    "shard_sha256",
+    "domains",
+    "granularity",
+)
+OTHER_VERSION = "another version of this program wrote it; use that version"
 
 
 class AttributionError(UserError):
@@ -49,6 +61,8 @@ class ScoredRun:
                 )
             scores = open_scores(folder / "grad_dotprods")
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
+        if missing := [key for key in METADATA if key not in metadata]:
+            raise AttributionError(f"{scores.files[0]} lacks {', '.join(missing)}: {OTHER_VERSION}")
         return cls(folder, config, metadata, tuple(map(Path, scores.files)))
 
     @property
@@ -62,12 +76,17 @@ class ScoredRun:
     @property
     def direction(self) -> str:
         """What the training gradients were contracted with, "gradient" or "adamw"."""
-        return json.loads(self.metadata["run_configuration"])["direction"]
+        configuration = json.loads(self.metadata["run_configuration"])
+        if "direction" not in configuration:
+            raise AttributionError(
+                f"{self.folder}: the scores' configuration lacks direction: {OTHER_VERSION}"
+            )
+        return configuration["direction"]
 
     @property
     def split(self) -> str:
         """The folder of the training shards."""
-        return split_and_domain(self.metadata["split"])[0]
+        return self.metadata["split"].partition(":")[0]
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
@@ -107,7 +126,8 @@ class ScoredRun:
 
     def blocks(self, pile_data_dir: Path | None = None) -> BlockDataset:
         """The training samples, with the ids that the scores have. Raises as `shards`."""
-        return BlockDataset(self.shards(pile_data_dir), self.block_size, tuple(self.checksums))
+        used = Selection("--train_set", self.metadata["split"], self.split, tuple(self.checksums))
+        return BlockDataset(self.shards(pile_data_dir), self.block_size, used)
 
     def validation_rows(self) -> pa.Table:
         """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to.
@@ -140,11 +160,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AttributionError(f"{path} is not JSON ({error}): name the folder of a run") from error
-    if (
-        not isinstance(config, dict)
-        or not {"method", "run_name", "resolved_from", "pile_data_dir"} <= config.keys()
-    ):
+    if not isinstance(config, dict) or not {"method", "run_name"} <= config.keys():
         raise AttributionError(f"{path} is not of a run (a saved model has one, too); name a result_dir")
+    if "pile_data_dir" not in config:
+        raise AttributionError(f"{path} lacks pile_data_dir: {OTHER_VERSION}")
     return config
 
 

@@ -27,6 +27,7 @@ from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_wri
 from data_processing.shards import write_json_atomically
 from data_processing.tokenizers import get_tokenizer
 from dataloader import BLOCK_BITS
+from foundation.paths import path_argument
 
 EXTREMES = 3  # samples shown at either end
 
@@ -169,7 +170,9 @@ def check_finite(database: ScoreDatabase) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argument_parser("attribution.values", "Values of the samples, documents and domains of a run.")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="[RESULT_DIR/values, of the first run]")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="FOLDER", help="[RESULT_DIR/values, of the first run]"
+    )
     arguments = parser.parse_args(argv)
     options = run_options(arguments)
     values = write_values(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from foundation.paths import path_argument
+
 METHODS = ("hf_n", "hf_nm", "regular_nm", "graddotprod")
 
 
@@ -54,7 +56,7 @@ def row(n: int, m: int, compiled: bool, report: dict) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("benchmarks.cuda_table", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--output", type=path_argument, help="also write the table to this file")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU that PyTorch sees")

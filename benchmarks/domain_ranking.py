@@ -16,6 +16,7 @@ import pandas as pd
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from benchmarks.experiment import experiment_parser, sample_shards, side_by_side, train
+from foundation.paths import path_argument
 
 FEWEST = 20  # samples of a domain that is ranked
 SHUFFLES = 1000
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     parser = experiment_parser("benchmarks.domain_ranking", __doc__.split("\n")[0])
     parser.add_argument("--domain", default="PubMed Abstracts", help="of the validation rows")
     parser.add_argument("--val_batch_size", type=int, default=8)
-    parser.add_argument("--plot", type=Path, help="draw the ranking into this file")
+    parser.add_argument("--plot", type=path_argument, help="draw the ranking into this file")
     args = parser.parse_args(argv)
     shards = sample_shards(args.work_dir / "shards")
     flags = {

@@ -22,6 +22,7 @@ from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from benchmarks.launch import ROOT, flags_of
 from data_processing.shards import EOT, Shard, ShardWriter, list_shards
+from foundation.paths import expand_home, path_argument
 
 SPLITS = ("train", "val", "test")
 
@@ -29,7 +30,9 @@ SPLITS = ("train", "val", "test")
 def experiment_parser(name: str, about: str) -> argparse.ArgumentParser:
     """With the options that all experiments have."""
     parser = argparse.ArgumentParser(name, description=about, allow_abbrev=False)
-    parser.add_argument("--work_dir", type=Path, required=True, help="shards and runs; what is there is used")
+    parser.add_argument(
+        "--work_dir", type=path_argument, required=True, help="shards and runs; what is there is used"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_steps", type=int, default=400)
@@ -53,7 +56,7 @@ def sample_shards(folder: Path) -> Path:
     """The three splits of the sample, tokenized with gpt2, unless they are there already."""
     if "PILE_SAMPLE_DIR" not in os.environ:
         raise SystemExit("set PILE_SAMPLE_DIR to a folder with pile/train.jsonl, val.jsonl and test.jsonl")
-    sample = Path(os.environ["PILE_SAMPLE_DIR"]) / "pile"
+    sample = Path(expand_home(os.environ["PILE_SAMPLE_DIR"], "PILE_SAMPLE_DIR")) / "pile"
     for split in SPLITS:
         if not (folder / split).exists():
             python(

@@ -29,6 +29,7 @@ from benchmarks.experiment import (
 from data_processing.shards import EOT, list_shards
 from data_processing.tokenizers import Tokenizer, get_tokenizer
 from dataloader import BlockDataset, validation_batch
+from domain_lists import parse_set
 
 BLOCK, BATCH, ROWS = 64, 8, 8
 EDITS = {"light": 0.1, "heavy": 0.4}  # share of the words that are left out or change places
@@ -57,7 +58,7 @@ def document(tokens: npt.NDArray[np.uint16], share: float, random: np.random.Gen
 
 def data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list[tuple[str, int]]:
     """About `blocks` blocks of the sample, and the copies as their own domain. Its blocks: level, row."""
-    val = BlockDataset.open(source, "val", BLOCK)
+    val = BlockDataset.open(source, BLOCK, parse_set("--val_set", "val"))
     batch = validation_batch(val, ROWS, seed)
     random, tokenizer = np.random.default_rng(seed), get_tokenizer("gpt2")
     places, copies = [], []

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.step_methods import METHODS, Method, Setup, make_loop, make_methods
+from foundation.paths import path_argument
 from model_setup import ARCHITECTURES, CausalLM
 
 RATIOS = (
@@ -199,7 +199,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--no_time", action="store_true", help="peak memory alone")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--output", type=path_argument, help="also write the figures as JSON")
     parser.add_argument("--peak_of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.methods = args.methods.split(",")

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import tiktoken
 
-from data_processing.pile_records import find_inputs, line_batches, numbered_lines, parse_record
+from data_processing.input_files import find_inputs
+from data_processing.pile_records import line_batches, numbered_lines, parse_record
 from data_processing.tokenize_pile import tokenize
+from foundation.paths import path_argument
 
 
 def repeated(inputs: Sequence[Path], megabytes: float, folder: Path) -> list[Path]:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, help="Pile records, as for tokenize_pile"
+        "--input", nargs="+", type=path_argument, required=True, help="Pile records, as for tokenize_pile"
     )
     parser.add_argument("--num_workers", type=int, required=True, help="processes here, threads of tiktoken")
     parser.add_argument("--rounds", type=int, default=5, help="of both (default %(default)s)")

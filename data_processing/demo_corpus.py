@@ -26,7 +26,9 @@ from pathlib import Path
 from data_processing.shards import list_shards
 from data_processing.split_parts import MANIFEST
 from data_processing.tokenize_pile import SPLITS, tokenize
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
+from foundation.paths import path_argument
 
 TOKENIZER = "gpt2_bytes"
 DOMAIN_BYTES = 1_200_000  # at most, so that the corpus is a few megabytes
@@ -206,13 +208,15 @@ def make_demo(output_dir: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m data_processing.demo_corpus",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder for corpus and shards")
+    parser.add_argument(
+        "--output_dir", type=path_argument, required=True, help="the folder for corpus and shards"
+    )
     arguments = parser.parse_args(argv)
     try:
         with file_errors(f"--output_dir {arguments.output_dir}", DemoError):

@@ -1,30 +1,36 @@
-"""The shard format: tokens of one domain of one split on disk, written once and memory-mapped ever after.
+"""The shard format: tokens of one domain of one split on disk, written once and memory-mapped when read.
 
     {data_dir}/{split}/{domain}.bin    uint16 little-endian token ids, END_OF_TEXT after every whole document
     {data_dir}/{split}/{domain}.idx    int64 little-endian, the position in .bin at which each document starts
     {data_dir}/{split}/{domain}.json   magic, format version, names, counts, largest id, checksums
 
 The JSON is renamed into place last, so a shard whose JSON is there is whole. File names are the
-percent-encoded domain; the true name stands in the JSON, so that no domain name can lead out of the folder.
+percent-encoded domain, or of a long one the beginning of that and a hash; the true name stands in the JSON,
+so that no domain name can lead out of the folder. All files of a shard end in .bin, .idx or .json (while they
+are written, with .partial after it), whatever the domain; other files in the folder of a split must end
+otherwise. Names that begin with a dot are skipped: other systems leave such files beside those they copy.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 
-from foundation.errors import UserError
+from data_processing.shard_files import AppendedFile, MappedFile, ShardError
 
 MAGIC = "pile-token-shard"
 FORMAT_VERSION = 1
 EOT = 50256  # <|endoftext|>, the last id of GPT-2's vocabulary
 VOCAB = 50257
+MAX_DOMAIN = 1000  # characters of a domain's name; a longer one is a text in the wrong place
 MAX_FILE_NAME = 200  # characters of an encoded domain; file systems allow 255 with the suffixes
+KEPT = 100  # characters that the file name of a long one keeps
 TOKEN_TYPE = np.dtype("<u2")
 INDEX_TYPE = np.dtype("<i8")
 
@@ -43,13 +49,12 @@ FIELDS = {
 }
 
 
-class ShardError(UserError):
-    """A shard, or a folder of shards, is missing, damaged or not what it should be."""
-
-
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One open shard. Its arrays are memory maps: opening costs nothing, whatever the size."""
+    """One open shard. Its arrays are memory maps: opening costs nothing, whatever the size.
+
+    They are mapped when they are needed, and hold no descriptor in between: see `MappedFile.array`.
+    """
 
     path: Path  # the JSON
     split: str
@@ -59,23 +64,38 @@ class Shard:
     num_documents: int
     max_token_id: int
     checksum: str  # sha256 of .bin, hexadecimal
-    tokens: np.memmap  # (num_tokens,) uint16
-    document_starts: np.memmap  # (num_documents,) int64
+    token_file: MappedFile
+    start_file: MappedFile
+
+    @property
+    def tokens(self) -> npt.NDArray[np.uint16]:
+        """(num_tokens,)"""
+        return self.token_file.array()
+
+    @property
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """(num_documents,)"""
+        return self.start_file.array()
 
 
 def domain_file_name(domain: str) -> str:
     """The file stem of a domain: percent-encoded, but for letters, digits and ` ()+,_.~-`; a first dot too.
 
-    Raises ShardError for an empty name and for one whose encoding is longer than MAX_FILE_NAME.
+    If that is longer than MAX_FILE_NAME, then its first KEPT characters, "%~", which no encoding has, and a
+    hash of the domain.
+
+    Raises ShardError for an empty name, and for one of more than MAX_DOMAIN characters.
     """
+    if not 0 < len(domain) <= MAX_DOMAIN:
+        raise ShardError(
+            f"domain {domain[:80]!r} cannot name a shard: it has {len(domain)} characters, "
+            f"1 to {MAX_DOMAIN} are allowed"
+        )
     name = quote(domain, safe=" ()+,")
     if name.startswith("."):
         name = "%2E" + name[1:]
-    if not 0 < len(name) <= MAX_FILE_NAME:
-        raise ShardError(
-            f"domain {domain[:80]!r} cannot name a shard: encoded it has {len(name)} characters, "
-            f"1 to {MAX_FILE_NAME} are allowed"
-        )
+    if len(name) > MAX_FILE_NAME:
+        name = f"{name[:KEPT]}%~{hashlib.sha256(domain.encode()).hexdigest()[:32]}"
     return name
 
 
@@ -83,7 +103,8 @@ class ShardWriter:
     """Writes one shard: `with ShardWriter(...) as shard: shard.append(token_ids)`.
 
     Files have the suffix `.partial` until the block ends without an exception; after one they are removed.
-    Memory does not grow with the shard. Raises ShardError if the shard exists, or if nothing was appended.
+    They are open during a write only, so that there may be hundreds of writers. Memory does not grow with the
+    shard. Raises ShardError if the shard exists or is being written, or if nothing was appended.
     """
 
     def __init__(self, folder: Path, domain: str, *, split: str, tokenizer: str) -> None:
@@ -94,13 +115,17 @@ class ShardWriter:
         self._max_token_id = 0
         self._last_token = EOT
         self._checksums = {"checksum": hashlib.sha256(), "index_checksum": hashlib.sha256()}
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, AppendedFile] = {}
 
     def __enter__(self) -> Self:
         if self._path("json").exists():
             raise ShardError(f"{self._path('json')}: this shard exists already; remove it first")
-        for suffix in ("bin", "idx"):
-            self._files[suffix] = self._partial(suffix).open("wb")
+        try:
+            for suffix in ("bin", "idx"):
+                self._files[suffix] = self._new_file(suffix)
+        except BaseException:
+            self._remove_partial_files()
+            raise
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -108,9 +133,24 @@ class ShardWriter:
             if error_type is None:
                 self._commit()
         finally:
-            for suffix, file in self._files.items():
-                file.close()
-                self._partial(suffix).unlink(missing_ok=True)
+            self._remove_partial_files()
+
+    def _new_file(self, suffix: str) -> AppendedFile:
+        """Make a file that no other writer has: some file systems take the names of two domains for one."""
+        path = self._partial(suffix)
+        try:
+            return AppendedFile(path)
+        except FileExistsError as error:
+            raise ShardError(
+                f"{path}: is there already, left by a process that was killed, or of a domain whose name "
+                f"this file system does not tell from {self._names['domain']!r}; remove it, or rename the "
+                "domain"
+            ) from error
+
+    def _remove_partial_files(self) -> None:
+        """Remove those that this writer made and did not commit."""
+        for suffix in self._files:
+            self._partial(suffix).unlink(missing_ok=True)
 
     def append(self, token_ids: npt.ArrayLike) -> None:
         """Adds one document: its token ids without END_OF_TEXT, which is added here.
@@ -168,7 +208,7 @@ class ShardWriter:
             raise ShardError(f"{self._path('json')}: no document was written; a shard has at least one")
         assert self._last_token == EOT, "the shard's last document is without END_OF_TEXT"
         for suffix, file in self._files.items():
-            file.close()
+            file.flush()
             self._partial(suffix).rename(self._path(suffix))
         counts = {
             "num_tokens": self.num_tokens,
@@ -209,16 +249,17 @@ def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:
             f"{json_path}: its largest token id {fields['max_token_id']} is beyond the vocabulary of {VOCAB} "
             "ids; it was not made for GPT-2: tokenize again"
         )
-    tokens = _map_file(json_path, "bin", TOKEN_TYPE, fields["num_tokens"])
-    document_starts = _map_file(json_path, "idx", INDEX_TYPE, fields["num_documents"])
+    token_file = _mapped_file(json_path, "bin", TOKEN_TYPE, fields["num_tokens"], fields["checksum"])
+    start_file = _mapped_file(json_path, "idx", INDEX_TYPE, fields["num_documents"], fields["index_checksum"])
+    document_starts, tokens = start_file.array(), token_file.array()
     if document_starts[0] != 0 or document_starts[-1] >= fields["num_tokens"] or tokens[-1] != EOT:
         raise ShardError(f"{json_path}: .bin, .idx and .json do not belong together; tokenize again")
     if verify_checksum:
-        _verify(json_path.with_suffix(".bin"), fields["checksum"])
-        _verify(json_path.with_suffix(".idx"), fields["index_checksum"])
+        token_file.verify()
+        start_file.verify()
     unneeded = ("magic", "format_version", "index_checksum")
     kept = {name: value for name, value in fields.items() if name not in unneeded}
-    return Shard(path=json_path, tokens=tokens, document_starts=document_starts, **kept)
+    return Shard(path=json_path, token_file=token_file, start_file=start_file, **kept)
 
 
 def _read_fields(json_path: Path) -> dict[str, Any]:
@@ -246,24 +287,22 @@ def _read_fields(json_path: Path) -> dict[str, Any]:
     return {name: fields[name] for name in FIELDS}
 
 
-def _map_file(json_path: Path, suffix: str, item_type: np.dtype, count: int) -> np.memmap:
-    """Memory-maps a file of `count` > 0 items, after its size on disk was compared with that."""
+def _mapped_file(json_path: Path, suffix: str, item_type: np.dtype, count: int, checksum: str) -> MappedFile:
+    """A file of `count` > 0 items, after its size on disk was compared with that."""
     path = json_path.with_suffix(f".{suffix}")
     if not path.is_file():
         raise ShardError(f"{json_path}: its {path.name} is missing; copy it there, or tokenize again")
-    size, expected = path.stat().st_size, count * item_type.itemsize
-    if size != expected or count <= 0:
+    file, expected = MappedFile(path, item_type, checksum), count * item_type.itemsize
+    if file.size != expected or count <= 0:
         raise ShardError(
-            f"{path}: has {size} bytes, its JSON says {expected}; truncated or foreign: tokenize again"
+            f"{path}: has {file.size} bytes, its JSON says {expected}; truncated or foreign: tokenize again"
         )
-    return np.memmap(path, dtype=item_type, mode="r")
+    return file
 
 
-def _verify(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        raise ShardError(f"{path}: sha256 is {actual}, its JSON says {expected}; damaged: tokenize again")
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Those of the paths whose name does not begin with a dot."""
+    return [path for path in paths if not path.name.startswith(".")]
 
 
 def list_shards(data_dir: Path, split: str) -> list[Shard]:
@@ -272,8 +311,8 @@ def list_shards(data_dir: Path, split: str) -> list[Shard]:
     Raises ShardError if there is none (and names the commands that make some), or if one of them is damaged.
     """
     folder = data_dir / split
-    json_paths = sorted(folder.glob("*.json"))
-    for path in sorted(folder.glob("*.bin")):
+    json_paths = sorted(visible(folder.glob("*.json")))
+    for path in sorted(visible(folder.glob("*.bin"))):
         if path.with_suffix(".json") not in json_paths:
             raise ShardError(f"{path}: has no {path.stem}.json beside it; copy it there, or tokenize again")
     if not json_paths:
@@ -291,7 +330,7 @@ def list_shards(data_dir: Path, split: str) -> list[Shard]:
 
 
 def _no_shards(data_dir: Path, split: str) -> str:
-    others = sorted({path.parent.name for path in data_dir.glob("*/*.json")} - {split})
+    others = sorted({path.parent.name for path in visible(data_dir.glob("[!.]*/*.json"))} - {split})
     found = f" (splits there: {', '.join(others)})" if others else ""
     return (
         f"no shards of split {split!r} in {data_dir}{found}. Make them with\n"

@@ -1,6 +1,7 @@
 """A split in the making: a part for each finished input file, in a hidden folder beside the split's own.
 
-    {output_dir}/.{split}.work/{hash of the input's path}/   shards, bad_records.txt; at the end part.json
+    {output_dir}/.{split}.work/{hash of the input's path}/   bad_records.txt; at the end part.manifest
+    {output_dir}/.{split}.work/{hash of the input's path}/shards/
     {output_dir}/.{split}.work/joined/                       all parts joined; becomes {output_dir}/{split}
 
 So a split appears whole or not at all, and an input file that was finished before an interruption is not done
@@ -33,10 +34,12 @@ from data_processing.shards import (
     write_json_atomically,
 )
 
-MAX_DOMAINS = 256  # two open files each while a part is written
+MAX_DOMAINS = 256  # a writer with two buffers for each while a part is written
 JOIN_TOKENS = 1 << 23  # read at a time when parts are joined
+# Beside shards in the finished split: no file of a shard ends like these, whatever the domain.
 BAD_RECORDS = "bad_records.txt"
-MANIFEST = "inputs.manifest"  # in the finished split; no shard's file can have this name
+MANIFEST = "inputs.manifest"
+PART = "part.manifest"  # of a finished part
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def work_folder(output_dir: Path, split: str) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if folder.exists() and not any(folder.glob("*/part.json")):
+            if folder.exists() and not any(folder.glob(f"*/{PART}")):
                 shutil.rmtree(folder)
 
 
@@ -71,6 +74,14 @@ class Part:
     folder: Path
     counts: Counts
     domains: list[str]
+
+    def shard(self, domain: str) -> Shard:
+        return open_shard(shards_of(self.folder) / f"{domain_file_name(domain)}.json")
+
+
+def shards_of(part: Path) -> Path:
+    """Where the shards of a part are: what domains are named must not meet the part's own files."""
+    return part / "shards"
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class PartKey:
 def finished_part(work: Path, key: PartKey) -> Part | None:
     """The part of this key, if it is whole."""
     folder = key.folder(work)
-    path = folder / "part.json"
+    path = folder / PART
     if not path.is_file():
         return None
     content = json.loads(path.read_bytes())
@@ -114,7 +125,7 @@ class PartWriter:
     def __enter__(self) -> Self:
         if self._folder.exists():
             shutil.rmtree(self._folder)
-        self._folder.mkdir()
+        shards_of(self._folder).mkdir(parents=True)
         self._bad_records = self._stack.enter_context(
             (self._folder / BAD_RECORDS).open("w", encoding="utf-8")
         )
@@ -128,7 +139,7 @@ class PartWriter:
                 "counts": asdict(self._counts),
                 "domains": list(self._shards),
             }
-            write_json_atomically(self._folder / "part.json", content)
+            write_json_atomically(self._folder / PART, content)
 
     def add(self, batch: EncodedBatch) -> None:
         """Adds a batch of this input file; in the file's order. Raises PileError on too many domains."""
@@ -146,7 +157,9 @@ class PartWriter:
                 f"{self.key.source.path}: has more than {MAX_DOMAINS} domains, the next is {domain!r}; "
                 "meta.pile_set_name is the name of a set of many documents"
             )
-        shard = ShardWriter(self._folder, domain, split=self.key.split, tokenizer=self.key.tokenizer)
+        shard = ShardWriter(
+            shards_of(self._folder), domain, split=self.key.split, tokenizer=self.key.tokenizer
+        )
         return self._stack.enter_context(shard)
 
 
@@ -168,7 +181,7 @@ def join_parts(work: Path, parts: Sequence[Part], *, split: str, tokenizer: str)
         with ShardWriter(folder, domain, split=split, tokenizer=tokenizer) as joined:
             for part in parts:
                 if domain in part.domains:
-                    _append_shard(joined, open_shard(part.folder / f"{domain_file_name(domain)}.json"))
+                    _append_shard(joined, part.shard(domain))
     if any(part.counts.bad_records for part in parts):
         with (folder / BAD_RECORDS).open("wb") as joined_list:
             for part in parts:

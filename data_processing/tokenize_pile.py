@@ -3,11 +3,13 @@ r"""Turns Pile records into the token shards of one split.
     python -m data_processing.tokenize_pile --input train/ --split train --output_dir data/pile \
         --tokenizer gpt2
 
-Each `--input` is a .jsonl, .jsonl.zst or .jsonl.gz file, or a folder of them. Documents keep the order of
-the inputs, whatever the number of workers. Memory does not depend on the size of the input. Run again after
-an interruption: the input files that were finished are not done again. Blank lines are ignored; a record
-whose text is "" is left out and counted; every other line that is not a Pile record is an error, unless
---on_bad_record skip.
+Each `--input` is a file whose name ends in .jsonl or .ndjson, or one of these and .zst, .zstd or .gz, or a
+folder of such files. Below a folder, names that begin with a dot are skipped, links are followed, what is
+reached twice is read once, and the log says what was left out. Documents keep the order of the inputs,
+whatever the number of workers. Memory does not depend on the size of the input, except that zstd needs the
+window of the file: up to 2 GiB after zstd --long=31. Run again after an interruption: the input files that
+were finished are not done again. Blank lines are ignored; a record whose text is "" is left out and counted;
+every other line that is not a Pile record is an error, unless --on_bad_record skip.
 """
 
 import argparse
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
-from data_processing.pile_records import InputFile, LineBatch, PileError, find_inputs, line_batches
+from data_processing.input_files import ENDINGS, InputFile, PileError, find_inputs
+from data_processing.pile_records import LineBatch, line_batches
 from data_processing.progress import Progress
 from data_processing.shards import FORMAT_VERSION, list_shards
 from data_processing.split_parts import (
@@ -38,7 +41,9 @@ from data_processing.split_parts import (
 )
 from data_processing.tokenizers import TOKENIZERS, get_tokenizer
 from data_processing.worker_pool import WorkerPool
+from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
+from foundation.paths import path_argument
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
@@ -216,17 +221,25 @@ def _log_result(job: Job, counts: Counts) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m data_processing.tokenize_pile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--input", dest="inputs", nargs="+", type=Path, required=True, metavar="PATH", help="files or folders"
+        "--input",
+        dest="inputs",
+        nargs="+",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help=f"files whose names end in {ENDINGS}; or folders of them",
     )
     parser.add_argument("--split", choices=SPLITS, required=True, help="the split the shards are for")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the shards go to OUTPUT_DIR/SPLIT")
+    parser.add_argument(
+        "--output_dir", type=path_argument, required=True, help="the shards go to OUTPUT_DIR/SPLIT"
+    )
     parser.add_argument(
         "--tokenizer",
         choices=TOKENIZERS,

@@ -5,6 +5,7 @@ gpt2_bytes  one id a byte: the ids of GPT-2's 256 single-byte tokens; needs no d
             many tokens for the same text, which a real GPT-2 decodes to that text.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,8 +17,10 @@ import tiktoken
 
 from data_processing.shards import EOT
 from foundation.errors import UserError
+from foundation.paths import expand_home
 
 TOKENIZERS = ("gpt2", "gpt2_bytes")
+CACHES = {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"}  # where tiktoken looks, taking `~` for a name
 
 
 class TokenizerError(UserError):
@@ -71,7 +74,10 @@ class Gpt2:
 
     @classmethod
     def load(cls) -> Self:
-        """Loads the vocabulary. Raises TokenizerError if that fails."""
+        """Loads the vocabulary. Raises TokenizerError if that fails, UserError for a cache's `~user` that is
+        not there."""
+        for variable in CACHES & os.environ.keys():
+            os.environ[variable] = expand_home(os.environ[variable], variable)
         try:
             return cls(tiktoken.get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network, a read-only cache, a damaged file

@@ -1,7 +1,8 @@
 """The scores of a run on disk: their columns, the writer and the readers.
 
 A folder of Parquet files with one row per training sample and step, and nothing else, so that
-`pandas.read_parquet(folder)`, DuckDB and Polars just open it. score_files.py says what is sure after a crash.
+`pandas.read_parquet(folder)` and `pyarrow.dataset.dataset(folder)` just open it. score_files.py says
+what is sure after a crash.
 """
 
 import os

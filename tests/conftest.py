@@ -1,6 +1,8 @@
 """What all tests rely on."""
 
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of results for a module's runs, each under a name of its own."""
     return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    """No more than 64 files can be opened besides those that are open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(highest + 65, before[1]), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from dataloader import BlockDataset
+from domain_lists import parse_set
 from ghostEngines.metrics_log import ScoreWriter
 
 T = 8  # block size
@@ -38,8 +39,7 @@ def write_run(
         "pile_data_dir": str(data),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    domain = split.partition(":")[2]
-    blocks = BlockDataset.open(data, "train", T, (domain,) if domain else None)
+    blocks = BlockDataset.open(data, T, parse_set("--train_set", split))
     metadata = {
         "run_configuration": json.dumps({"seed": seed, "direction": direction}),
         "validation_sha256": "0", "block_size": str(T),

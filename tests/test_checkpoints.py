@@ -11,19 +11,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import wandb
-from run_helpers import ROOT, Run, command, environment, start, tree, write_shards
+from run_helpers import ROOT, Run, command, environment, one_thread, start, tree, write_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
 import main
 import training_loop
+from attribution.scored_run import ScoredRun
 from benchmarks.kill_and_resume import compare, differences
 from benchmarks.launch import fork
-from checkpoint import list_checkpoints, read_manifest
+from checkpoint import CheckpointError, list_checkpoints, read_manifest
+from config_file import TrainingConfig
+from distributed import World
+from file_system import bytes_below
 from training_loop import Trainer
+from training_state import TrainingState, space_needed
 
 FLAGS = {"max_steps": 8, "checkpoint_interval": 3, "eval_interval": 2, "dot_prod_save_interval": 2}
 
@@ -69,6 +75,19 @@ def test_checkpoints_by_interval_and_at_the_end(alone: Run) -> None:
     }  # fmt: skip
     assert GPT2LMHeadModel.from_pretrained(newest).lm_head.weight.shape == (50304, 128)
     assert read_manifest(newest)["step"] == 8
+
+
+def test_the_size_of_checkpoints_is_foreseen(alone: Run, data: Path) -> None:
+    """Of the run before it begins, and of what is left after the second of three checkpoints."""
+    config = TrainingConfig.from_command_line(command(data, alone.folder.parent, **FLAGS))
+    checkpoint = alone.folder / "checkpoints" / "step_000006"
+    space = space_needed(config, World(0, 1), alone.model, None)
+    assert space.one == pytest.approx(bytes_below(checkpoint), rel=0.01)
+    assert space.total == pytest.approx(3 * space.one + 16 * 26)  # 8 steps of 2 samples
+    left = space_needed(config, World(0, 1), alone.model, checkpoint)
+    assert (left.one, left.total) == (space.one, space.one + 4 * 26)
+    finished = space_needed(config, World(0, 1), alone.model, checkpoint.with_name("step_000008"))
+    assert (finished.one, finished.total) == (0, 0)
 
 
 # ---- going on
@@ -244,6 +263,34 @@ def test_signals_in_steps(
     assert run.status == 0 and same(run, alone)
 
 
+def test_a_batch_job_that_is_requeued(
+    alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """One command line, and RESULTS_DIR set: the job is killed before its first checkpoint, begins anew, goes
+    on twice, and has nothing left to do."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    given = command(data, tmp_path, run_name="night", resume="auto", keep_checkpoints=9, **FLAGS)
+    place = given.index("--results_dir")
+    flags = [*given[:place], *given[place + 2 :]]
+    run = Run(-1, tmp_path / "night", "", "")
+    with monkeypatch.context() as patch, one_thread():
+        patch.setattr(
+            Trainer, "_record", lambda *args: 1 / 0
+        )  # an error leaves no checkpoint, as a kill does
+        with pytest.raises(ZeroDivisionError):
+            main.main(flags)
+    assert run.folder.is_dir() and names(run.folder) == []
+    for index, ended in ((4, "step_000004"), (2, "step_000006"), (9, "step_000008")):
+        with monkeypatch.context() as patch, one_thread():
+            signal_in_step(patch, index, signal.SIGUSR1)
+            assert main.main(flags) == (0 if index == 9 else 128 + signal.SIGUSR1)
+        assert names(run.folder)[-1] == ended
+    assert caplog.text.count("interrupted") == 2 and same(run, alone)
+    before = tree(run.folder / "checkpoints")
+    assert main.main(flags) == 0 and tree(run.folder / "checkpoints") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["night", "night.stopped-1"]
+
+
 def test_an_optimizer_without_a_state(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = FLAGS | {"optimizer": "SGD", "checkpoint_interval": 100}
     whole = start(data, tmp_path / "whole", run_name="a", **flags)
@@ -405,6 +452,170 @@ def test_two_runs_in_one_folder(data: Path, tmp_path: Path) -> None:
         process.join()
     run = start(data, tmp_path, run_name="a", overwrite=True, **FLAGS)  # the lock went with the process
     assert run.status == 0
+
+
+# ---- folders that travelled
+
+
+def copy_without_links(run: Path, target: Path) -> Path:
+    """As `cp -rL`, object stores and zip do."""
+    return shutil.copytree(run, target)
+
+
+def test_a_copy_without_symbolic_links(alone: Run, data: Path, copied: Path, tmp_path: Path) -> None:
+    """Its model is a folder, which is evaluated, scored, and replaced by the link when the run goes on."""
+    copy = copy_without_links(copied / "a", tmp_path / "copies" / "a")
+    assert not (copy / "model").is_symlink()
+    assert start(data, copy.parent, run_name="a", eval_only=True, **FLAGS).status == 0
+    assert ScoredRun.open(copy).granularity == "total"
+    (copy / ".model.copy.tmp").mkdir()  # of a run that was killed in the middle of it
+    run = start(data, copy.parent, run_name="a", resume_from="step_000006", keep_checkpoints=3, **FLAGS)
+    assert run.status == 0 and same(run, alone)  # which sees what is left over, too
+    assert os.readlink(copy / "model") == "checkpoints/step_000008"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda model: (model / "notes.txt").write_text("precious"), "it has notes.txt, too"),
+        (lambda model: flip(model / "model.safetensors"), "the checksum of model.safetensors is not"),
+        (lambda model: (model / "manifest.json").unlink(), "it is not whole"),
+        (lambda model: shutil.rmtree(model) or model.write_text("precious"), "it is a file"),
+    ],
+)
+def test_a_model_that_is_not_the_runs_is_left(
+    damage: Callable[[Path], object], said: str, data: Path, copied: Path
+) -> None:
+    model = copied / "a" / "model"
+    model.unlink()
+    shutil.copytree(copied / "a" / "checkpoints" / "step_000008", model)
+    damage(model)
+    message = refused(data, copied)
+    assert f"{model} is neither the link to the newest checkpoint nor a copy" in message and said in message
+
+
+@pytest.mark.parametrize("text", [None, "checkpoints/step_000008"], ids=["missing", "a file with its text"])
+def test_a_link_that_was_lost(text: str | None, data: Path, copied: Path) -> None:
+    link = copied / "a" / "model"
+    link.unlink()
+    if text is not None:
+        link.write_text(text)
+    run = start(data, copied, run_name="a", eval_only=True, **FLAGS)
+    assert run.status == 2
+    message = run.err
+    assert f"`ln -sfn checkpoints/step_000008 {link}`" in message
+    assert start(data, copied, run_name="a", resume=True, **FLAGS).status == 0
+    assert os.readlink(link) == "checkpoints/step_000008"
+
+
+def test_the_link_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before is there, and nothing else."""
+    checkpoint_folder = tmp_path / "checkpoints" / "step_000001"
+    checkpoint.publish(checkpoint_folder.parent, 1, lambda folder: (folder / "x").touch(), {}, 1)
+    (tmp_path / "model").unlink()
+    shutil.copytree(checkpoint_folder, tmp_path / "model")
+
+    def fail(*_: object) -> None:
+        raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match="model: Is a directory"):
+        checkpoint.remove_after(checkpoint_folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "model"}
+    assert (tmp_path / "model" / "x").exists()
+
+
+def test_parts_that_were_not_copied(data: Path, copied: Path) -> None:
+    folder = copied / "a"
+    (scores,) = (folder / "grad_dotprods").iterdir()
+    pq.write_table(pq.read_table(scores, filters=[("step", "!=", 3)]), scores)
+    message = refused(data, copied, max_steps=9, lr_decay_steps=8)
+    assert "grad_dotprods has 14 scores" in message and "the run had 16 samples" in message
+    shutil.rmtree(folder / "grad_dotprods")
+    shutil.rmtree(folder / "validation")
+    (folder / "metrics.jsonl").unlink()
+    message = refused(data, copied)
+    missing = "lacks metrics.jsonl, grad_dotprods, validation/rows.parquet of the steps before step_000008"
+    assert missing in message and f"--init_from {folder}/checkpoints/step_000008" in message
+
+
+@pytest.mark.parametrize("line", [b"{\n", b"[1]\n", b'{"loss": 1}\n', b"\0\0\xff\n"])
+def test_a_line_of_metrics_that_is_damaged(line: bytes, data: Path, copied: Path) -> None:
+    path = copied / "a" / "metrics.jsonl"
+    path.write_bytes(line + path.read_bytes())
+    assert f"{path}: line 1 is not a record of a step" in refused(data, copied)
+
+
+def rewrite(checkpoint_folder: Path, *, config: dict | None = None, manifest: dict | None = None) -> None:
+    """Other fields in run_config.json and the manifest, "": left out; with the checksums of then."""
+
+    def changed(path: Path, fields: dict) -> dict:
+        values = json.loads(path.read_text()) | fields
+        return {name: value for name, value in values.items() if value != ""}
+
+    path = checkpoint_folder / "run_config.json"
+    path.write_text(json.dumps(changed(path, config or {})))
+    values = changed(checkpoint_folder / "manifest.json", manifest or {})
+    del values["sha256"]
+    size, digest = path.stat().st_size, checkpoint.sha256_of(path)
+    values["files"]["run_config.json"] = {"bytes": size, "sha256": digest}
+    values["sha256"] = checkpoint._hash_of_manifest(values)
+    (checkpoint_folder / "manifest.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"config": {"direction": ""}}, "is of another version of this program, it lacks direction"),
+        ({"config": {"future": 1}}, "it has future, which this version does not know: resume with"),
+        ({"manifest": {"evaluation_due": ""}}, "does not say its evaluation_due: another version"),
+        ({"manifest": {"SHA-256 of the shards": ""}}, "does not say its SHA-256 of the shards"),
+        ({"manifest": {"format": 2}}, "has the format 2, this program reads 1: another version"),
+        ({"manifest": {"format": None}}, "has the format None, this program reads 1"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_version(fields: dict, said: str, data: Path, copied: Path) -> None:
+    rewrite(copied / "a" / "checkpoints" / "step_000008", **fields)
+    assert said in refused(data, copied)
+
+
+def test_a_setting_that_may_change_may_be_missing(data: Path, copied: Path) -> None:
+    rewrite(copied / "a" / "checkpoints" / "step_000008", config={"log_interval": ""})
+    assert start(data, copied, run_name="a", resume=True, **FLAGS).status == 0
+
+
+def test_a_state_of_another_version(alone: Run, tmp_path: Path) -> None:
+    torch.save({"optimizer": None, "scaler": {}}, tmp_path / "trainer_state.pt")
+    state = TrainingState(alone.model, alone.model, None, None)
+    with pytest.raises(CheckpointError, match="lacks random, tokens, seconds, evaluation_due, evaluation"):
+        state.load(tmp_path)
+
+
+def test_eval_only_of_another_version(data: Path, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = copied / "a" / "config.json"
+    values = json.loads(path.read_text())
+    del values["val_set"]
+    path.write_text(json.dumps(values))
+    with caplog.at_level("INFO"):
+        assert start(data, copied, run_name="a", eval_only=True, **FLAGS).status == 0
+    assert "val_set is val, was not recorded by the version that made the run" in caplog.text
+    del values["architecture"]
+    path.write_text(json.dumps(values))
+    run = start(data, copied, run_name="a", eval_only=True, **FLAGS)
+    assert run.status == 2
+    message = run.err
+    assert "config.json has no architecture: another version of this program wrote it" in message
+
+
+def test_the_table_of_a_run_that_is_finished(alone: Run, data: Path, copied: Path) -> None:
+    loss = alone.metrics().train_loss.iloc[-1]
+    run = start(data, copied, run_name="a", resume=True, **FLAGS)
+    assert run.status == 0 and "nan" not in run.out
+    assert "steps                  8 of 8, none was left to make\n" in run.out
+    assert f"train loss, step 7     {loss:.4f}\n" in run.out
+    (copied / "a" / "metrics.jsonl").write_text("")
+    run = start(data, copied, run_name="a", resume=True, **FLAGS | {"log_interval": 100})
+    assert "train loss, last step  not recorded (--log_interval 100)\n" in run.out
 
 
 # ---- starting from another model

@@ -1,8 +1,10 @@
 """config_file.py, command_line.py and run_folder.py."""
 
+import argparse
 import ast
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +20,10 @@ import torch
 
 import run_folder
 from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
-from config_file import ROOT, TrainingConfig, describe, resolve, split_and_domain
-from run_folder import prepare_result_dir, provenance, save
+from config_file import ROOT, TrainingConfig, describe, resolve
+from foundation.errors import UserError
+from foundation.paths import path_argument
+from run_folder import check_result_dir, prepare_result_dir, provenance, save, settle_resume
 
 NOON = datetime(2026, 1, 2, 12, 34, 56, 789_000, tzinfo=UTC)
 PACKAGES = ("ghostEngines", "data_processing", "attribution", "foundation")
@@ -71,7 +75,14 @@ def test_a_flag_sets_its_field_and_no_other(flags: list[str], field: str, value:
 
 
 def test_the_commands_of_the_readme_are_valid() -> None:
-    for flags in ("--batch_size 2 --max_steps 20", "--learning_rate 1e-5", "--eval_only --run_name a"):
+    requeued = "--run_name night --batch_size 8 --resume auto"
+    assert requeued in (ROOT / "README.md").read_text()
+    for flags in (
+        "--batch_size 2 --max_steps 20",
+        "--learning_rate 1e-5",
+        "--eval_only --run_name a",
+        requeued,
+    ):
         resolve(TrainingConfig.from_command_line(flags.split()), {}, NOON)
 
 
@@ -99,7 +110,10 @@ def test_the_commands_of_the_readme_are_valid() -> None:
         ("--train_dtype float64", "--train_dtype float64 does not go with --model_dtype float32"),
         ("--model_dtype bfloat16 --train_dtype float16", "choose from auto, bfloat16"),
         ("--model_dtype float16", "--model_dtype: invalid choice: 'float16'"),
-        ("--val_set val:", "--val_set 'val:': must be SPLIT or SPLIT:DOMAIN"),
+        ("--val_set val:", "--val_set 'val:': must be SPLIT or SPLIT:DOMAIN,DOMAIN"),
+        ("--test_set test:A:2", "--test_set 'test:A:2': only --domains takes weights"),
+        ("--train_set train:A,A", "--train_set 'train:A,A': 'A' is named twice"),
+        ("--domains A:x", "--domains 'A:x': 'A' has the weight 'x'"),
         ("--train_set ../train", "--train_set '../train'"),
         ("--train_set train:ArXiv --domains Github", "give one"),
         ("--run_name a/b", "--run_name 'a/b'"),
@@ -112,6 +126,14 @@ def test_the_commands_of_the_readme_are_valid() -> None:
         ("--direction adamw --parallel fsdp", "--direction adamw with --parallel fsdp"),
         ("--direction adamw --compile", "--direction adamw with --compile"),
         ("--eval_only --overwrite", "--overwrite or --resume with --eval_only"),
+        ("--eval_only --resume auto --run_name a", "--overwrite or --resume with --eval_only"),
+        ("--resume auto --overwrite --run_name a", "--resume and --overwrite"),
+        ("--resume auto", "--resume: which run? give its --run_name"),
+        (
+            "--resume auto --resume_from step_000001 --run_name a",
+            "--resume auto and --resume_from step_000001",
+        ),
+        ("--resume maybe --run_name a", "--resume: invalid choice: 'maybe'"),
     ],
 )
 def test_what_is_wrong_ends_the_program_and_is_named(
@@ -121,6 +143,27 @@ def test_what_is_wrong_ends_the_program_and_is_named(
         TrainingConfig.from_command_line(flags.split())
     assert exit.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ("", "never"),
+        ("--resume --batch_size 1", "always"),
+        ("--batch_size 1 --resume", "always"),
+        ("--resume always", "always"),
+        ("--resume=auto", "auto"),
+    ],
+)
+def test_resume_alone_or_with_a_value(flags: str, want: str) -> None:
+    assert TrainingConfig.from_command_line([*flags.split(), "--run_name", "a"]).resume == want
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1b[2J", "caf\udce9"])
+def test_a_run_name_is_printable(name: str) -> None:
+    """The third is an escape of the terminal, the last a byte that is no UTF-8."""
+    with pytest.raises(ConfigError, match="of printable characters"):
+        TrainingConfig(run_name=name)
 
 
 def test_a_configuration_built_in_code_is_validated_too() -> None:
@@ -225,10 +268,60 @@ def test_folders_flag_before_environment_before_default(no_gpu: None, monkeypatc
         resolve(TrainingConfig(), {"RESULTS_DIR": ""})
 
 
-def test_split_and_domain() -> None:
-    assert split_and_domain("val") == ("val", None)
-    assert split_and_domain("val:PubMed Abstracts") == ("val", "PubMed Abstracts")
-    assert split_and_domain("val:a:b") == ("val", "a:b")
+def test_what_the_sets_are_made_of() -> None:
+    config = TrainingConfig(val_set="val:PubMed Abstracts,ArXiv", domains="ArXiv:2,Pile-CC:1")
+    chosen = config.selections()
+    assert (chosen["train"].split, chosen["train"].domains) == ("train", ("ArXiv", "Pile-CC"))
+    assert chosen["train"].weights == {"ArXiv": 2, "Pile-CC": 1}
+    assert (chosen["val"].split, chosen["val"].domains) == ("val", ("PubMed Abstracts", "ArXiv"))
+    assert (chosen["test"].split, chosen["test"].domains) == ("test", None)
+    assert {selection.flag for selection in chosen.values()} == {"--domains", "--val_set", "--test_set"}
+
+
+def test_the_home_folder_is_expanded(no_gpu: None, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = resolve(TrainingConfig(results_dir="~/x", init_from="~/model"), {"PILE_DATA_DIR": "~/data"})
+    assert config.results_dir == f"{tmp_path}/x" and config.pile_data_dir == f"{tmp_path}/data"
+    assert config.init_from == f"{tmp_path}/model"
+    config = resolve(TrainingConfig(pile_data_dir="~", init_from="a/~"), {"RESULTS_DIR": "~root/runs"})
+    assert config.pile_data_dir == str(tmp_path) and config.init_from == "a/~"
+    assert config.results_dir == os.path.expanduser("~root/runs")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(TrainingConfig(results_dir="./~"), {}).results_dir == f"{tmp_path}/~"
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "where"),
+    [
+        ({"results_dir": "~nobody-here"}, {}, "--results_dir ~nobody-here"),
+        ({"pile_data_dir": "~nobody-here/a"}, {}, "--pile_data_dir ~nobody-here/a"),
+        ({"init_from": "~nobody-here/a"}, {}, "--init_from ~nobody-here/a"),
+        ({}, {"RESULTS_DIR": "~nobody-here/a"}, "RESULTS_DIR ~nobody-here/a"),
+        ({}, {"PILE_DATA_DIR": "~nobody-here/a"}, "PILE_DATA_DIR ~nobody-here/a"),
+    ],
+)
+def test_the_home_folder_of_nobody(given: dict, environ: dict[str, str], where: str) -> None:
+    with pytest.raises(UserError, match=f"^{where}: there is no home folder for ~nobody-here"):
+        resolve(TrainingConfig(**given), environ)
+
+
+def test_paths_of_the_commands_are_expanded_in_one_place(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=path_argument)
+    assert parser.parse_args(["--output=~/a"]).output == tmp_path / "a"
+    with pytest.raises(argparse.ArgumentTypeError, match="~nobody-here: there is no home folder"):
+        path_argument("~nobody-here")
+    commands = [*SOURCES, *ROOT.glob("benchmarks/*.py")]
+    types = {
+        keyword.value.id
+        for path in commands
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "type" and isinstance(keyword.value, ast.Name)
+    }
+    assert "path_argument" in types and "Path" not in types
 
 
 def test_describe_shows_every_field_and_where_it_came_from(no_gpu: None) -> None:
@@ -370,6 +463,49 @@ def test_overwrite_takes_an_empty_folder(tmp_path: Path) -> None:
     prepare(config)
 
 
+AUTO = ("--run_name", "a", "--resume", "auto")
+
+
+def test_resume_auto_begins_where_there_is_no_run(tmp_path: Path) -> None:
+    """Or no more of one than a kill at once left."""
+    config = run_config(tmp_path, *AUTO)
+    assert not settle_resume(config).resumes
+    prepare(config)
+    prepare(config)
+    assert [path.name for path in config.result_dir.parent.iterdir()] == ["a"]
+
+
+def test_resume_auto_sets_a_run_without_a_checkpoint_aside(tmp_path: Path) -> None:
+    config = run_config(tmp_path, *AUTO)
+    for number in (1, 2):
+        make_run(config)
+        (config.result_dir / "scores").write_text(f"of part {number}")
+        assert settle_resume(config) is config
+    prepare(config)
+    for number in (1, 2):
+        assert (tmp_path / "runs" / f"a.stopped-{number}" / "scores").read_text() == f"of part {number}"
+    assert [path.name for path in config.result_dir.iterdir()] == [".lock"]
+
+
+def test_resume_auto_goes_on_where_there_is_a_checkpoint(tmp_path: Path) -> None:
+    config = run_config(tmp_path, *AUTO)
+    make_run(config)
+    (config.result_dir / "checkpoints" / "step_000003").mkdir(parents=True)
+    settled = settle_resume(config)
+    assert settled.resumes and settled.resolved_from["resume"] == "auto: the run has a checkpoint"
+    with pytest.raises(ConfigError, match="has got a checkpoint from another process"):
+        prepare(config)  # which was settled before there was one
+    assert (config.result_dir / "checkpoints" / "step_000003").is_dir()
+
+
+def test_resume_auto_leaves_what_is_not_a_run(tmp_path: Path) -> None:
+    config = run_config(tmp_path, *AUTO)
+    config.result_dir.mkdir(parents=True)
+    (config.result_dir / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match=r"--resume auto: .* is not the folder of a run"):
+        check_result_dir(config)
+
+
 def test_a_results_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"--results_dir .*cannot make .*RESULTS_DIR"):
@@ -428,7 +564,7 @@ def test_no_field_is_dead() -> None:
     for node in ast.walk(parse(ROOT / "config_file.py")):
         if (
             isinstance(node, ast.FunctionDef)
-            and node.name in ("result_dir", "saved_model", "resumes")
+            and node.name in ("result_dir", "saved_model", "resumes", "selections")
             and node.name in used
         ):
             used |= reads(node, ("self",))
@@ -446,14 +582,15 @@ def imported(paths: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
     own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
-    return names - own - {*PACKAGES, "benchmarks"} - sys.stdlib_module_names
+    standard = sys.stdlib_module_names | {"compression"}  # which is new in Python 3.14
+    return names - own - {*PACKAGES, "benchmarks"} - standard
 
 
 def required(name: str) -> set[str]:
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     lines = [line for line in lines if line and not line.startswith("-r ")]
     assert all(re.search(r"==|>=.*,<", line) for line in lines), "every requirement is bounded"
-    return {re.split(r"[=<>]", line)[0] for line in lines}
+    return {re.split(r"[.=<>]", line)[0] for line in lines}
 
 
 def test_requirements_are_what_the_code_imports() -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,17 @@ def test_interrupted_or_failed_it_leaves_nothing(
     with pytest.raises((AttributionError, KeyboardInterrupt), match=r"nothing was written: .*No space|^$"):
         curate([run], tmp_path / "new", drop="negative")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_files_are_not_copied(data: Path, tmp_path: Path) -> None:
+    """As macOS leaves them beside shards on other file systems."""
+    shutil.copytree(data, tmp_path / "source")
+    for name in ("val/._Alpha.json", "val/._Alpha.bin", "test/.DS_Store"):
+        (tmp_path / "source" / name).write_bytes(b"\0\5\x16\7")
+    others = curated_folder.other_splits(tmp_path / "source", "train")
+    assert [path.name for path in others] == ["test", "val"]
+    (tmp_path / "target").mkdir()
+    curated_folder.write_splits(tmp_path / "target", others, [], tmp_path / "none")
+    for split in ("test", "val"):
+        copied = {path.name for path in (tmp_path / "target" / split).iterdir()}
+        assert copied == {path.name for path in (data / split).iterdir()}

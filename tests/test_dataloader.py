@@ -1,5 +1,6 @@
 """Blocks, their ids and their order: permanent, seeded, complete, the same for any number of processes."""
 
+import shlex
 import threading
 import time
 import tracemalloc
@@ -10,11 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run_helpers import start
 
 import batch_order
+from attribution.scored_run import ScoredRun
+from attribution.values import print_values, write_values
 from batch_order import BatchOrder, WeightedDraws, permute
+from command_line import ConfigError
+from config_file import TrainingConfig, resolve
 from data_processing.shards import EOT, ShardError, ShardWriter, open_shard
-from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, parse_domains, validation_batch
+from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, validation_batch
+from distributed import World
+from domain_lists import Selection, listed, parse_domains, parse_set, quoted
+from training_data import TrainingData
 
 BLOCK_SIZE = 8
 BLOCKS = {"ArXiv": 12, "Pile-CC": 5, "Wikipedia (en)": 30}
@@ -33,9 +42,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def train_blocks(data_dir: Path, block_size: int, domains: str | None = None) -> BlockDataset:
+    selection = parse_set("--train_set", "train") if domains is None else parse_domains(domains, "train")
+    return BlockDataset.open(data_dir, block_size, selection)
+
+
 @pytest.fixture
 def dataset(data_dir: Path) -> BlockDataset:
-    return BlockDataset.open(data_dir, "train", BLOCK_SIZE)
+    return train_blocks(data_dir, BLOCK_SIZE)
 
 
 def places(batch: Batch) -> list[tuple[str, int]]:
@@ -64,8 +78,8 @@ def test_blocks_are_views_that_share_one_token(dataset: BlockDataset) -> None:
             start = 1000 * number + block * BLOCK_SIZE
             assert tokens.tolist() == list(range(start, start + BLOCK_SIZE + 1))
             assert tokens.dtype == np.uint16
-            assert isinstance(tokens, np.memmap)
             assert not tokens.flags.owndata
+            assert not tokens.flags.writeable
     for block in (-1, BLOCKS["ArXiv"]):
         with pytest.raises(IndexError, match=f"block {block} of 'ArXiv', which has 12"):
             dataset.tokens("ArXiv", block)
@@ -75,7 +89,8 @@ def test_a_shard_that_is_just_long_enough(tmp_path: Path) -> None:
     for tokens, blocks in ((BLOCK_SIZE, 1), (2 * BLOCK_SIZE - 1, 1), (2 * BLOCK_SIZE, 2)):
         with ShardWriter(tmp_path, f"{tokens}", split=tmp_path.name, tokenizer="gpt2") as shard:
             shard.append(range(tokens))  # and END_OF_TEXT
-        dataset = BlockDataset.open(tmp_path.parent, tmp_path.name, BLOCK_SIZE, (f"{tokens}",))
+        selection = parse_set("--train_set", f"{tmp_path.name}:{tokens}")
+        dataset = BlockDataset.open(tmp_path.parent, BLOCK_SIZE, selection)
         assert dataset.num_blocks == blocks
         assert len(dataset.tokens(f"{tokens}", blocks - 1)) == BLOCK_SIZE + 1
 
@@ -94,7 +109,7 @@ def test_targets_are_shifted_once(dataset: BlockDataset) -> None:
 
 
 def test_sample_ids_do_not_depend_on_the_domains_in_use(data_dir: Path, dataset: BlockDataset) -> None:
-    some = BlockDataset.open(data_dir, "train", BLOCK_SIZE, ("Wikipedia (en)", "Pile-CC"))
+    some = train_blocks(data_dir, BLOCK_SIZE, "Wikipedia (en),Pile-CC")
     assert some.domains == ("Pile-CC", "Wikipedia (en)")
     for domain in some.domains:
         for block in range(BLOCKS[domain]):
@@ -105,26 +120,73 @@ def test_sample_ids_do_not_depend_on_the_domains_in_use(data_dir: Path, dataset:
     assert some.batch([("Pile-CC", 4)]).sample_ids.tolist() == [2**40 + 4]
 
 
-def test_domains_that_are_not_there(data_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"--domains: Enron, arxiv in .*train; it has ArXiv, Pile-CC, Wikip"):
-        BlockDataset.open(data_dir, "train", BLOCK_SIZE, ("arxiv", "ArXiv", "Enron"))
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (parse_domains("arxiv,ArXiv,Enron", "train"), "--domains 'arxiv,ArXiv,Enron': no arxiv, Enron in "),
+        (parse_set("--train_set", "train:Enron"), "--train_set 'train:Enron': no Enron in "),
+        (parse_set("--val_set", 'train:ArXiv,"a, b"'), '--val_set \'train:ArXiv,"a, b"\': no "a, b" in '),
+        (parse_set("--test_set", "train:Arxiv"), "--test_set 'train:Arxiv': no Arxiv in "),
+    ],
+)
+def test_domains_that_are_not_there(data_dir: Path, selection: Selection, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"choose from ArXiv, Pile-CC, Wikipedia \(en\)$") as error:
+        BlockDataset.open(data_dir, BLOCK_SIZE, selection)
+    assert str(error.value).startswith(message)
+
+
+def test_a_split_that_is_not_there(data_dir: Path) -> None:
     with pytest.raises(ShardError, match="no shards of split 'val'"):
-        BlockDataset.open(data_dir, "val", BLOCK_SIZE)
+        BlockDataset.open(data_dir, BLOCK_SIZE, parse_set("--val_set", "val"))
+    with pytest.raises(ConfigError, match="--block_size 0"):
+        train_blocks(data_dir, 0)
 
 
-def test_blocks_longer_than_a_shard(data_dir: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"--block_size 60: .*train: Pile-CC \(44 tokens\).*\"ArXiv,Wikip"
-    ) as error:
-        BlockDataset.open(data_dir, "train", 60)
-    assert "100 tokens" not in str(error.value)
-    with pytest.raises(
-        ValueError, match=r"ArXiv \(100 tokens\), Pile-CC \(44 tokens\), Wikip.*Choose a smaller"
-    ):
-        BlockDataset.open(data_dir, "train", 1000)
-    assert BlockDataset.open(data_dir, "train", 60, ("ArXiv",)).num_blocks == 1
-    with pytest.raises(ValueError, match="--block_size 0"):
-        BlockDataset.open(data_dir, "train", 0)
+def test_a_domain_without_a_whole_block_has_no_samples(data_dir: Path, dataset: BlockDataset) -> None:
+    """The others keep their sample ids."""
+    longer = train_blocks(data_dir, 60)
+    assert longer.domains == ("ArXiv", "Wikipedia (en)")
+    assert longer.blocks_per_domain == {"ArXiv": 1, "Wikipedia (en)": 4}
+    assert longer.short == {"Pile-CC": 44}
+    assert list(longer.checksums) == ["ArXiv", "Wikipedia (en)"]
+    assert longer.all_domains == dataset.all_domains == list(BLOCKS)
+    assert longer.sample_id("Wikipedia (en)", 3) == 2 * 2**40 + 3
+    assert dataset.short == {}
+    seen = {
+        place for step in range(5) for place in places(BatchLoader(longer, batch_size=1, seed=0).batch(step))
+    }
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("selection", "remedy"),
+    [
+        (parse_domains("Pile-CC,ArXiv", "train"), "--domains ArXiv"),
+        (
+            parse_domains("Wikipedia (en):2,Pile-CC:1,ArXiv:0.5", "train"),
+            "--domains 'Wikipedia (en):2,ArXiv:0.5'",
+        ),
+        (parse_set("--val_set", "train:Pile-CC,Wikipedia (en)"), "--val_set 'train:Wikipedia (en)'"),
+    ],
+)
+def test_a_domain_that_was_named_must_have_a_block(data_dir: Path, selection: Selection, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        BlockDataset.open(data_dir, 60, selection)
+    assert str(error.value) == (
+        f"{selection.flag} {selection.value!r}: a block is 61 tokens, and in {data_dir / 'train'} there are "
+        f"fewer in Pile-CC (44 tokens); choose {remedy}, or --block_size 43 or smaller"
+    )
+
+
+@pytest.mark.parametrize("value", ["train", "train:ArXiv,Wikipedia (en)"])
+def test_a_split_without_a_whole_block_is_an_error(data_dir: Path, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        BlockDataset.open(data_dir, 1000, parse_set("--test_set", value))
+    BlockDataset.open(data_dir, 243, parse_set("--test_set", "train:Wikipedia (en)"))
+    assert str(error.value) == (
+        f"--test_set {value!r}: a block is 1001 tokens, and the longest of these domains in "
+        f"{data_dir / 'train'} is Wikipedia (en) (244 tokens); choose --block_size 243 or smaller"
+    )
 
 
 def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) -> None:
@@ -134,7 +196,7 @@ def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) 
     data = np.fromfile(tmp_path / "A.bin", "<u2")
     data[19] = 50257
     data.tofile(tmp_path / "A.bin")
-    dataset = BlockDataset.open(tmp_path.parent, tmp_path.name, BLOCK_SIZE)
+    dataset = BlockDataset.open(tmp_path.parent, BLOCK_SIZE, parse_set("--train_set", tmp_path.name))
     dataset.batch([("A", 0), ("A", 1)])
     with pytest.raises(ShardError, match=r"A\.bin: token id 50257 in block 2 is beyond"):
         dataset.batch([("A", 0), ("A", 2), ("A", 1)])
@@ -325,16 +387,113 @@ def test_validation_rows_are_fixed_distinct_and_seeded(dataset: BlockDataset) ->
             validation_batch(dataset, m, seed=1)
 
 
-# --domains
+# Runs
+
+
+def write_lengths(data_dir: Path, split: str, tokens: dict[str, int]) -> None:
+    """A split of domains with one document each."""
+    (data_dir / split).mkdir()
+    for domain, length in tokens.items():
+        with ShardWriter(data_dir / split, domain, split=split, tokenizer="gpt2_bytes") as shard:
+            shard.append(range(length))
+
+
+def test_a_run_on_domains_of_which_some_have_no_whole_block(tmp_path: Path) -> None:
+    """It trains, evaluates, resumes and is read by attribution."""
+    write_lengths(tmp_path, "train", {"A": 5, "B, b": 60, "C": 90})
+    write_lengths(tmp_path, "val", {"A": 60, "B, b": 4})
+    write_lengths(tmp_path, "test", {"A": 60})
+    flags = {"eval_interval": 2, "checkpoint_interval": 2, "run_name": "run", "lr_decay_steps": 4}
+    first = start(tmp_path, tmp_path / "results", max_steps=2, **flags)
+    assert first.status == 0, first.err
+    again = start(tmp_path, tmp_path / "results", max_steps=4, resume=True, **flags)
+    assert again.status == 0, again.err
+    scores = again.scores()
+    assert sorted(set(scores["step"])) == [0, 1, 2, 3]
+    assert set(scores["domain"]) == {"B, b", "C"}
+    assert (scores["sample_id"] >= 2**40).all()  # A, the domain without samples, keeps number 0
+    run = ScoredRun.open(again.folder)
+    assert run.domains == ("A", "B, b", "C") and run.blocks().domains == ("B, b", "C")
+    values = write_values([run], tmp_path / "values")
+    print_values(values, [run], None)
+
+
+def test_the_log_names_domains_without_a_whole_block_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_lengths(tmp_path, "train", {"A, b": 5, "C": 60})
+    write_lengths(tmp_path, "val", {"A, b": 60})
+    flags = ["--pile_data_dir", str(tmp_path), "--block_size", "8", "--test_set", "train", "--device", "cpu"]
+    config = resolve(TrainingConfig.from_command_line(flags))
+    with TrainingData.open(config, World(0, 1, None)):
+        pass
+    assert [record.message for record in caplog.records] == [
+        "domains without a whole block of 9 tokens (--block_size 8 and the last target) are not used: "
+        '"A, b" in train (6 tokens)'
+    ]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, few_descriptors: None) -> None:
+    """180 domains in three splits are trained and evaluated on, and read by attribution."""
+    for split in ("train", "val", "test"):
+        write_lengths(tmp_path, split, {f"domain {number}": 20 for number in range(180)})
+    run = start(tmp_path, tmp_path / "results", batch_size=100, eval_bs=4, max_steps=1, run_name="run")
+    assert run.status == 0, run.err
+    assert len(set(run.scores()["domain"])) > 60
+    scored = ScoredRun.open(run.folder)
+    print_values(write_values([scored], tmp_path / "values"), [scored], None)
+    assert len(scored.shards()) == 180
+
+
+# Lists of domains
 
 
 def test_domains_are_parsed() -> None:
-    assert parse_domains("ArXiv") == (("ArXiv",), None)
-    assert parse_domains("Wikipedia (en), ArXiv") == (("Wikipedia (en)", "ArXiv"), None)
-    assert parse_domains("Wikipedia (en):2,ArXiv: 0.5") == (
+    def parsed(text: str) -> tuple[tuple[str, ...] | None, dict[str, float] | None]:
+        selection = parse_domains(text, "train")
+        assert selection.split == "train"
+        return selection.domains, selection.weights
+
+    assert parsed("ArXiv") == (("ArXiv",), None)
+    assert parsed("Wikipedia (en), ArXiv") == (("Wikipedia (en)", "ArXiv"), None)
+    assert parsed("Wikipedia (en):2,ArXiv: 0.5") == (
         ("Wikipedia (en)", "ArXiv"),
         {"Wikipedia (en)": 2.0, "ArXiv": 0.5},
     )
+    assert parsed('"C4: news, en"') == (("C4: news, en",), None)
+    assert parsed(' "C4: news, en" : 2 , ArXiv:1') == (
+        ("C4: news, en", "ArXiv"),
+        {"C4: news, en": 2.0, "ArXiv": 1.0},
+    )
+    assert parsed('"say ""hi""",12" records') == (('say "hi"', '12" records'), None)
+
+
+@pytest.mark.parametrize("split", ["val", "val:ArXiv,Pile-CC", 'val:"C4: news, en", ArXiv'])
+def test_a_set_is_a_split_or_some_of_its_domains(split: str) -> None:
+    domains = {"val": None, "val:ArXiv,Pile-CC": ("ArXiv", "Pile-CC")}.get(split, ("C4: news, en", "ArXiv"))
+    assert parse_set("--val_set", split) == Selection("--val_set", split, "val", domains)
+
+
+NAMES = ["ArXiv", "C4: news, en", " space ", 'say "hi"', '"', '"",":', "a\nb", "it's", "中, 文"]
+
+
+def test_any_name_can_be_quoted() -> None:
+    """Also in what a message says to type: the shell and the list give back the names."""
+    assert parse_domains(",".join(map(quoted, NAMES)), "train").domains == tuple(NAMES)
+    weights = {name: number + 0.5 for number, name in enumerate(NAMES)}
+    given = [
+        parse_domains(",".join(f"{quoted(name)}:{weight}" for name, weight in weights.items()), "train"),
+        parse_set("--val_set", "val:" + ",".join(map(quoted, NAMES))),
+    ]
+    for selection in given:
+        flag, value = shlex.split(selection.only(NAMES[1:]))
+        again = parse_domains(value, "train") if flag == "--domains" else parse_set(flag, value)
+        assert again.domains == tuple(NAMES[1:])
+        assert again.weights is None or again.weights == {name: weights[name] for name in NAMES[1:]}
+
+
+def test_a_list_in_a_message_is_one_line() -> None:
+    assert listed(["A", "b: c", "\x1b[31m\n."]) == 'A, "b: c", \\x1b[31m\\n.'
 
 
 @pytest.mark.parametrize(
@@ -343,17 +502,38 @@ def test_domains_are_parsed() -> None:
         ("", "an empty name"),
         ("ArXiv,", "an empty name"),
         (":1", "an empty name"),
+        ('""', "an empty name"),
         ("ArXiv,Pile-CC,ArXiv", "'ArXiv' is named twice"),
+        ('ArXiv,"ArXiv"', "'ArXiv' is named twice"),
         ("ArXiv:1,ArXiv:2", "'ArXiv' is named twice"),
         ("ArXiv:1,Pile-CC", "'Pile-CC' has the weight '', not a number; all have one, or none"),
         ("ArXiv:one", "'ArXiv' has the weight 'one', not a number"),
+        ("C4: news, en", "'C4' has the weight ' news', not a number.*a colon is put in double quotes"),
         ("ArXiv:0", "'ArXiv' has the weight '0', not a finite one above 0"),
         ("ArXiv:-1", "not a finite one above 0"),
         ("ArXiv:inf", "not a finite one above 0"),
         ("ArXiv:nan", "not a finite one above 0"),
+        ('ArXiv,"C4', "the quotes at '\"C4' do not match"),
+        ('"C4" news', "the quotes at '\"C4\" news' do not match"),
     ],
 )
 def test_domains_that_cannot_be_meant_are_errors(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        parse_domains(text)
-    assert f"--domains {text!r}" in str(error.value)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_domains(text, "train")
+    assert str(error.value).startswith(f"--domains {text!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("val:A:2", "only --domains takes weights"),
+        ("val:C4: news, en", "a comma or a colon is put in double quotes"),
+        ("val:", "must be SPLIT or SPLIT:DOMAIN,DOMAIN"),
+        ("../val", "must be SPLIT or SPLIT:DOMAIN,DOMAIN"),
+        ("val:A,,B", "an empty name"),
+    ],
+)
+def test_sets_that_cannot_be_meant_are_errors(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_set("--test_set", text)
+    assert str(error.value).startswith(f"--test_set {text!r}: ")

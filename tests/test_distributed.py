@@ -17,11 +17,12 @@ from run_helpers import ROOT, Run, TwoProcesses, command, environment, start
 from transformers import GPT2LMHeadModel
 
 import checkpoint
+import distributed
 import training_loop
 from benchmarks.launch import torchrun, world_of
 from config_file import ConfigError
 from data_processing.shards import ShardError
-from distributed import World, distributed_world
+from distributed import World, distributed_world, first_of_machine, launched
 from evaluation import evaluate
 from run_log import RunLog
 from training_data import TrainingData
@@ -142,6 +143,14 @@ def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Pat
     assert_same(run, alone)
 
 
+def test_the_first_process_decides_whether_to_go_on(data: Path, tmp_path: Path) -> None:
+    """--resume auto: a run of one process, and then of two, under one command line."""
+    flags = {"run_name": "a", "method": "Regular", "lr_decay_steps": 4, "resume": "auto"}
+    assert start(data, tmp_path, batch_size=2, max_steps=1, **flags).status == 0
+    run = TwoProcesses(data, tmp_path, batch_size=1, max_steps=2, **flags).ended()
+    assert run.err.count("resuming from") == 1 and run.metrics().step.tolist() == [0, 1]
+
+
 def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -256,7 +265,7 @@ def assert_stopped_at_one_step(run: Run) -> None:
     assert pd.DataFrame(run.records()).step.max() == steps - 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_one_process_stops_them_all_at_one_step(
     number: signal.Signals, data: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +319,85 @@ def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
 def children(pid: int) -> list[str]:
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return found.stdout.split()
+
+
+LAUNCHER = {
+    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", distributed.LAUNCHED)
+def test_half_of_a_launchers_environment(missing: str) -> None:
+    environ = {name: value for name, value in LAUNCHER.items() if name != missing}
+    with pytest.raises(ConfigError, match=rf"are set, but not {missing} \(seen: "):
+        launched(environ)
+    assert first_of_machine(environ), "said twice at worst, and not by none"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "must"),
+    [
+        ("RANK", "x", "a whole number, 0 to 3"),
+        ("RANK", "4", "a whole number, 0 to 3"),
+        ("RANK", "-1", "a whole number, 0 to 3"),
+        ("RANK", "\u00b2", "a whole number, 0 to 3"),
+        ("WORLD_SIZE", "0", "a whole number, 1 or more"),
+        ("WORLD_SIZE", "", "a whole number, 1 or more"),
+        ("LOCAL_RANK", "2", "a whole number, 0 to 1"),
+        ("LOCAL_WORLD_SIZE", "5", "at most WORLD_SIZE, 4"),
+        ("MASTER_PORT", "http", "a whole number, 1 to 65535"),
+        ("MASTER_ADDR", "", "the name of a machine"),
+        ("GROUP_WORLD_SIZE", "two", "a whole number, 1 or more"),
+    ],
+)
+def test_a_launchers_environment_that_is_not_one(name: str, value: str, must: str) -> None:
+    environ = LAUNCHER | {name: value}
+    with pytest.raises(ConfigError, match=f"environment variable {name} is '{value}', and must be {must}"):
+        launched(environ)
+    assert first_of_machine(environ)
+
+
+def test_what_is_no_launchers_environment() -> None:
+    """Batch scripts export the first two; SLURM_NTASKS is the allocation's."""
+    environ = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+    assert launched(environ) is None and first_of_machine(environ)
+    with distributed_world(SimpleNamespace(parallel="ddp"), environ) as world:
+        assert world.size == 1
+
+
+@pytest.mark.parametrize(("size", "rank"), distributed.TASKS.items())
+def test_tasks_of_one_step_without_a_group(size: str, rank: str) -> None:
+    """Nor is a launcher in each of them one, if it knows of itself alone."""
+    for environ in ({}, LAUNCHER | {"GROUP_WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
+        environ = environ | {size: "2", rank: "0"}
+        with (
+            pytest.raises(ConfigError, match=rf"2 tasks .* \({size}=2\).*srun --ntasks-per-node=1 "),
+            distributed_world(SimpleNamespace(parallel="ddp"), environ),
+        ):
+            pass
+        assert first_of_machine(environ) and not first_of_machine(environ | {rank: "1"})
+
+
+@pytest.mark.parametrize(
+    ("place", "tasks"),
+    [
+        (
+            None,
+            {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "16", "PMI_SIZE": "1"},
+        ),  # in an allocation
+        (launched(LAUNCHER), {"SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "2"}),  # torchrun in each of two tasks
+        (launched(LAUNCHER | {"LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"}), {}),
+    ],
+)
+def test_tasks_that_know_of_each_other(place: distributed.Place | None, tasks: dict[str, str]) -> None:
+    distributed.check_tasks(place, tasks)
+
+
+def test_one_process_of_each_machine_reports() -> None:
+    """Of a machine that is not the first, too: what is wrong there is not wrong on the others."""
+    second = LAUNCHER | {"RANK": "2", "LOCAL_RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    assert first_of_machine(second) and not first_of_machine(second | {"LOCAL_RANK": "1", "RANK": "3"})
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -272,3 +272,16 @@ def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask:
     with pytest.raises(AttributionError, match="train with --score_granularity pairwise"):
         validation_row(total, 0)
     assert ask("--validation", "3", status=2).startswith("attribution.query: error: --validation 3: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "-O2"], "--text: none of the 12 training documents in "),
+        (["--text", "--foo"], "--text: none of the 12 training documents in "),
+        (["--sample", "-x:3"], "--sample '-x:3': there is no domain '-x'"),
+        (["--text", "of", "--steps", "-5:1"], "--steps '-5:1': give FIRST:LAST"),
+    ],
+)
+def test_a_value_may_begin_with_a_dash(ask: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert ask(*arguments, status=2).startswith(f"attribution.query: error: {message}")

@@ -1,10 +1,12 @@
 """How a run ends when it cannot go on: what was asked is wrong, the loss is not finite, an error, Ctrl-C."""
 
+import errno
 import json
 import math
 import os
 import re
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -17,16 +19,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb
 from run_helpers import ROOT, Run, command, environment, python, start, tree
 from transformers import GPT2LMHeadModel
 
 import main
 import model_setup
+import run_folder
 import training_loop
 from benchmarks.launch import fork
 from data_processing.shards import ShardWriter
 from ghostEngines import GradDotProdEngine
-from interrupts import interrupt_deferred
+from interrupts import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
 from training_loop import Trainer
 
 
@@ -66,12 +70,31 @@ def refusal(arguments: list[str], results: Path, capsys: pytest.CaptureFixture[s
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"block_size": 1100}, "--block_size 1100 is longer than the 1024 positions of GPT2-Tiny"),
         ({"val_batch_size": 10_000}, "--val_batch_size 10000: there are "),
-        ({"domains": "Gamma"}, "Gamma in {data}/train; it has Alpha, Beta [b]"),
+        ({"domains": "Gamma"}, "--domains 'Gamma': no Gamma in {data}/train; choose from Alpha, Beta [b]"),
         ({"domains": "Alpha:0"}, "'Alpha' has the weight '0', not a finite one above 0"),
-        ({"val_set": "val:Gamma"}, "Gamma in {data}/val; it has Alpha, Beta [b]"),
+        (
+            {"val_set": "val:Gamma"},
+            "--val_set 'val:Gamma': no Gamma in {data}/val; choose from Alpha, Beta [b]",
+        ),
         ({"test_set": "exam"}, "no shards of split 'exam' in {data} (splits there: test, train, val)"),
         ({"pile_data_dir": "/nowhere"}, "no shards of split 'train' in /nowhere"),
         ({"run_name": "there", "eval_only": True}, "results/there is not the folder of a run"),
+        ({"run_name": "x" * 300}, "(File name too long); name a folder that can be written"),
+        ({"run_name": "x" * 300, "resume": "auto"}, "(File name too long); name a folder that can be"),
+        ({"results_dir": "/dev/null/runs"}, "--results_dir /dev/null/runs: cannot make /dev/null/runs/"),
+        (
+            {"results_dir": "~nobody-here/runs"},
+            "--results_dir ~nobody-here/runs: there is no home folder for",
+        ),
+        (
+            {"wandb_mode": "offline", "wandb_project": "a/b"},
+            "--wandb_project a/b: Invalid project name 'a/b'",
+        ),
+        ({"wandb_mode": "offline", "wandb_project": "x" * 129}, "exceeded 128 characters"),
+        (
+            {"wandb_mode": "offline", "run_name": "x" * 129},
+            "has 129 characters, and Weights & Biases takes 128",
+        ),
     ],
 )
 def test_wrong_flags(
@@ -86,8 +109,48 @@ def test_a_block_longer_than_a_shard(data: Path, tmp_path: Path, capsys: pytest.
     shards = shutil.copytree(data, tmp_path / "shards")
     with ShardWriter(shards / "val", "Short", split="val", tokenizer="gpt2_bytes") as shard:
         shard.append([1, 2, 3])
-    message = refusal(command(shards, tmp_path / "results"), tmp_path / "results", capsys)
-    assert "--block_size 8: a block is 9 tokens" in message and "Short (4 tokens)" in message
+    flags = command(shards, tmp_path / "results", val_set="val:Short")
+    message = refusal(flags, tmp_path / "results", capsys)
+    assert "--val_set 'val:Short': a block is 9 tokens" in message and "Short (4 tokens)" in message
+
+
+def test_a_file_system_without_locks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is found before the run's folder, or that of all runs, is made."""
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    message = refusal(command(data, tmp_path / "a" / "results"), tmp_path / "a" / "results", capsys)
+    assert message.startswith(f"{tmp_path}/a/results/GradDotProd-")
+    assert ": its file system has no locks (No locks available)" in message and "--results_dir" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        (
+            "login",
+            wandb.errors.AuthenticationError("the key is\n not good"),
+            "the key is not good; set WANDB_A",
+        ),
+        ("setup", ValueError("base_url: no URL"), "base_url: no URL; correct its WANDB_... variable"),
+    ],
+)
+def test_what_weights_and_biases_refuses(
+    where: str, error: Exception, said: str, data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(wandb, "login", lambda: True)
+    monkeypatch.setattr(wandb, where, refuse)
+    message = refusal(command(data, tmp_path / "results", wandb_mode="online"), tmp_path / "results", capsys)
+    assert message.startswith("--wandb_mode online: ") and said in message and "\n" not in message
 
 
 def truncate(folder: Path) -> None:
@@ -187,9 +250,9 @@ def test_overwrite_replaces_a_run(data: Path, saved: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda model: (model / "model.safetensors").write_bytes(b"short"), "cannot be read"),
-        (lambda model: (model / "model.safetensors").unlink(), "cannot be read"),
-        (lambda model: (model / "config.json").write_text("{"), "cannot be read"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"short"), "model.safetensors is damaged"),
+        (lambda model: (model / "model.safetensors").unlink(), "has no weights"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda model: shutil.rmtree(model), "there is no saved model in "),
     ],
 )
@@ -219,6 +282,30 @@ def test_one_of_several_processes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refusal(command(data, tmp_path / "results"), tmp_path / "results", capsys)
     assert message.startswith("WORLD_SIZE is set, but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT")
+
+
+@pytest.mark.parametrize("flags", [{"batch_size": 0}, {}])
+def test_what_a_launcher_left_behind_hides_no_message(
+    flags: dict[str, int], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    message = refusal(command(data, tmp_path / "results", **flags), tmp_path / "results", capsys)
+    assert message.startswith("--batch_size 0" if flags else "LOCAL_RANK is set, but not RANK, WORLD_SIZE")
+
+
+@pytest.mark.parametrize("task", ["0", "1"])
+def test_tasks_that_do_not_know_of_each_other(
+    task: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `srun --ntasks 4 python main.py`: the first says so, for all."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", task)
+    assert main.main(command(data, tmp_path / "results")) == 2
+    assert not (tmp_path / "results").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("main.py: error: 4 tasks of this program were started") == (task == "0")
+    assert (said == "") == (task != "0")
 
 
 # ---- a loss or a gradient that is not finite, and errors
@@ -446,6 +533,61 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_is_noted(number: signal.Signals) -> None:
+    with stop_signals(wait=True) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_outputs_that_nobody_reads_go_nowhere(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of `main.py | tee log`, where the closing terminal ended both."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "__stdout__", stream)
+        monkeypatch.setattr(sys, "__stderr__", None)
+        if not read:
+            os.close(reader)
+        drop_closed_outputs()
+        stream.write("said")
+    if read:
+        assert os.read(reader, 9) == b"said"
+        os.close(reader)
+
+
+def in_terminal(terminal: str, flags: list[str]) -> int:
+    """main() as the first process of a terminal."""
+    os.setsid()
+    for stream in range(3):
+        os.dup2(os.open(terminal, os.O_RDWR), stream)
+    return main.main(flags)
+
+
+def test_a_terminal_that_is_closed(data: Path, tmp_path: Path) -> None:
+    """The run ends with a checkpoint, and with SIGHUP's status, although there is nothing to print to."""
+    keyboard, terminal = os.openpty()
+    flags = command(data, tmp_path, run_name="a", max_steps=100_000)
+    process = fork(
+        in_terminal, os.ttyname(terminal), flags, output=tmp_path / "said", environment=environment(tmp_path)
+    )
+    run = Run(-1, tmp_path / "a", "", "")
+
+    def is_alive() -> bool:
+        while select.select([keyboard], [], [], 0)[0]:
+            os.read(keyboard, 65536)  # else it would wait to print
+        return process.is_alive()
+
+    wait_for_lines(run, 3, is_alive)
+    os.close(terminal)
+    os.close(keyboard)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGHUP
+    steps = steps_scored(run)
+    assert (run.folder / "model").resolve().name == f"step_{len(steps):06d}"
+    assert run.metrics().step.tolist() == steps == list(range(len(steps)))
 
 
 @pytest.mark.parametrize("interrupted", [True, False])

@@ -245,7 +245,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-SIGNALS = ["--signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+SIGNALS = ["--signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
 
 
 @pytest.mark.parametrize(
@@ -274,21 +274,42 @@ SIGNALS = ["--signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     ],
 )
 def test_train_sh_divides_its_flags(given: str, launcher: list[str] | None, tmp_path: Path) -> None:
-    """torchrun's go to torchrun, all others to main.py; here to a Python that prints what it gets."""
+    """torchrun's go to torchrun, all others to main.py."""
+    done = subprocess.run([train_sh(tmp_path), *given.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    flags = ["--batch_size", "2"] if "--batch_size 2" in given else []
+    run = [] if launcher is None else ["-m", "torch.distributed.run", *launcher]
+    assert done.stdout.splitlines() == [*run, f"{tmp_path}/main.py", *flags]
+
+
+def train_sh(folder: Path) -> Path:
+    """The script, with a Python that prints what it gets."""
     for name, text in (
         ("Scripts/train.sh", (ROOT / "Scripts" / "train.sh").read_text()),
         ("init.sh", "#!/bin/bash\n"),
         (".venv/bin/python", "#!/bin/bash\nprintf '%s\\n' \"$@\"\n"),
     ):
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    done = subprocess.run([tmp_path / "Scripts" / "train.sh", *given.split()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    flags = ["--batch_size", "2"] if "--batch_size 2" in given else []
-    run = [] if launcher is None else ["-m", "torch.distributed.run", *launcher]
-    assert done.stdout.splitlines() == [*run, f"{tmp_path}/main.py", *flags]
+    return folder / "Scripts" / "train.sh"
+
+
+@pytest.mark.parametrize(
+    ("before", "left"),
+    [
+        (["nohup"], "SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2"),
+        (["sh", "-c", 'trap "" INT QUIT USR2; exec "$@"', "sh"], "SIGTERM,SIGHUP,SIGUSR1"),
+    ],
+    ids=["nohup", "background"],
+)
+def test_torchrun_does_not_handle_what_is_ignored(before: list[str], left: str, tmp_path: Path) -> None:
+    """It would end the run that nohup protects when the terminal is closed."""
+    command = [*before, train_sh(tmp_path), "--nproc_per_node", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    lines = done.stdout.splitlines()
+    assert lines[lines.index("--signals_to_handle") + 1] == left
 
 
 def test_train_sh_names_a_flag_without_its_value() -> None:

@@ -1,12 +1,18 @@
 """The shard format: what is written is what is read, and nothing damaged or foreign is read at all."""
 
+import gc
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_processing import shard_files
+from data_processing.shard_files import BUFFER_BYTES
 from data_processing.shards import EOT, ShardError, ShardWriter, domain_file_name, list_shards, open_shard
 
 DOCUMENTS = [[1, 2, 3], [50255], [7] * 10]
@@ -27,7 +33,7 @@ def test_a_written_shard_reads_back(tmp_path: Path) -> None:
     assert (shard.num_tokens, shard.num_documents, shard.max_token_id) == (len(expected), 3, EOT)
     assert shard.tokens.tolist() == expected
     assert shard.document_starts.tolist() == [0, 4, 6]
-    assert isinstance(shard.tokens, np.memmap)
+    assert not shard.tokens.flags.owndata and not shard.tokens.flags.writeable  # mapped
     assert (tmp_path / "Wikipedia (en).bin").read_bytes() == np.array(expected, "<u2").tobytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "Wikipedia (en).bin",
@@ -133,10 +139,109 @@ def test_no_domain_name_leaves_the_folder(tmp_path: Path, domain: str) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize("domain", ["", "x" * 201, "中" * 23])
+@pytest.mark.parametrize("domain", ["", "x" * 1001])
 def test_a_domain_that_makes_no_file_name_is_an_error(domain: str) -> None:
     with pytest.raises(ShardError, match="cannot name a shard"):
         domain_file_name(domain)
+
+
+@pytest.mark.parametrize("domain", ["Я" * 34, "中" * 23, "Я" * 80, "中" * 80, "😀" * 1000, "x" * 201])
+def test_long_names_in_any_script(tmp_path: Path, domain: str) -> None:
+    """Names that differ in their last letter alone are other files; the JSON has the true name."""
+    names = {domain, domain[:-1] + "y", domain[:-1] + "z"}
+    for name in names:
+        write_shard(tmp_path / "train", name)
+    assert {shard.domain for shard in list_shards(tmp_path, "train")} == names
+    assert max(len(path.name.encode()) for path in (tmp_path / "train").iterdir()) <= 255 - len(".partial")
+
+
+def test_file_names_stay_as_they_are() -> None:
+    """Shards on disks have them."""
+    assert domain_file_name("Gutenberg (PG-19)") == "Gutenberg (PG-19)"
+    assert domain_file_name("a/b.é:") == "a%2Fb.%C3%A9%3A"
+    assert domain_file_name("..") == "%2E."
+    assert domain_file_name("Я" * 33) == "%D0%AF" * 33  # 198 characters
+    assert domain_file_name("x" * 200) == "x" * 200
+    assert domain_file_name("x" * 201) == "x" * 100 + "%~84a0678c90937f5dcf9994d5866668da"
+
+
+def test_two_domains_never_write_into_one_file(tmp_path: Path) -> None:
+    """As on a file system that takes "a" for "A"."""
+    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+        shard.append([1])
+        with pytest.raises(ShardError, match=r"A\.bin\.partial: is there already.*does not tell from 'A'"):
+            ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2").__enter__()
+        shard.append([2])
+    assert open_shard(tmp_path / "A.json", verify_checksum=True).num_documents == 2
+
+
+# Many shards, few descriptors
+
+
+def open_files(folder: Path) -> int:
+    """How many descriptors this process has of files in the folder."""
+    paths = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    return sum(path.startswith(f"{folder}/") for path in paths)
+
+
+def test_writers_have_no_file_open(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        shards = [
+            stack.enter_context(ShardWriter(tmp_path, f"{number}", split=tmp_path.name, tokenizer="gpt2"))
+            for number in range(100)
+        ]
+        for shard in shards:
+            shard.append([1])
+            shard.append([2] * (BUFFER_BYTES // 4))
+            shard.append([3] * (BUFFER_BYTES // 2))  # now the buffer is full
+        assert open_files(tmp_path) == 0
+        assert (tmp_path / "7.bin.partial").stat().st_size > BUFFER_BYTES
+    for number in range(100):
+        assert open_shard(tmp_path / f"{number}.json", verify_checksum=True).num_documents == 3
+
+
+def test_open_shards_share_a_few_maps(tmp_path: Path) -> None:
+    """Read again and again by four threads; all maps go with the shards."""
+    for number in range(60):
+        with ShardWriter(tmp_path, f"{number:02d}", split=tmp_path.name, tokenizer="gpt2") as shard:
+            shard.append([number] * 5)
+
+    def read_all() -> None:
+        shards = list_shards(tmp_path.parent, tmp_path.name)
+        assert open_files(tmp_path) == shard_files.MAX_MAPPED
+        with ThreadPoolExecutor(4) as threads:
+            places = [(17 * step) % 60 for step in range(2000)]
+            read = list(threads.map(lambda place: shards[place].tokens[:5].tolist(), places))
+        assert read == [[place] * 5 for place in places]
+        assert open_files(tmp_path) == shard_files.MAX_MAPPED
+
+    read_all()
+    gc.collect()
+    assert open_files(tmp_path) == 0
+
+
+def test_a_shard_that_changes_while_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Touched or copied back it is the same; with other content, or gone, it is an error."""
+    monkeypatch.setattr(shard_files, "MAX_MAPPED", 1)
+    shards = [open_shard(write_shard(tmp_path, domain)) for domain in ("A", "B")]
+    path, content = tmp_path / "A.bin", (tmp_path / "A.bin").read_bytes()
+
+    def read() -> list[int]:
+        assert shards[1].tokens[0] == 1  # takes the map's place
+        return shards[0].tokens[:3].tolist()
+
+    os.utime(path, (0, 0))
+    assert read() == [1, 2, 3]
+    path.write_bytes(content[::-1])
+    os.utime(path, (1, 1))
+    with pytest.raises(ShardError, match=r"A\.bin: sha256 is"):
+        read()
+    path.write_bytes(content)
+    os.utime(path, (2, 2))
+    assert read() == [1, 2, 3]
+    path.unlink()
+    with pytest.raises(ShardError, match=r"A\.bin: No such file"):
+        read()
 
 
 def change(**fields: object) -> Callable[[Path], None]:
@@ -214,6 +319,18 @@ def test_a_missing_split_names_the_commands_and_the_splits_that_are_there(tmp_pa
             list_shards(tmp_path, split)
         assert "python -m data_processing.tokenize_pile" in str(error.value)
         assert "python -m data_processing.demo_corpus" in str(error.value)
+
+
+def test_names_that_begin_with_a_dot_are_skipped(tmp_path: Path) -> None:
+    """As macOS leaves them beside files on other file systems."""
+    write_shard(tmp_path / "val", "A", split="val")
+    for name in ("._A.json", "._A.bin", ".ipynb_checkpoints"):
+        (tmp_path / "val" / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".copy").mkdir()
+    (tmp_path / ".copy" / "A.json").write_bytes(b"")
+    assert [shard.domain for shard in list_shards(tmp_path, "val")] == ["A"]
+    with pytest.raises(ShardError, match=r"\(splits there: val\)"):
+        list_shards(tmp_path, "train")
 
 
 def test_list_shards_refuses_what_does_not_belong_together(tmp_path: Path) -> None:

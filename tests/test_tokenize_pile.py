@@ -1,10 +1,12 @@
 """tokenize_pile: the right tokens in the right order, whatever goes wrong on the way."""
 
+import bz2
 import fcntl
 import gzip
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,17 +18,9 @@ import pyarrow as pa
 import pytest
 
 from data_processing import pile_records, progress, split_parts, tokenize_pile
-from data_processing.batch_encoder import Counts
-from data_processing.pile_records import (
-    BadRecord,
-    InputFile,
-    LineBatch,
-    PileError,
-    find_inputs,
-    line_batches,
-    numbered_lines,
-    parse_record,
-)
+from data_processing.batch_encoder import BatchEncoder, Counts
+from data_processing.input_files import InputFile, PileError, find_inputs
+from data_processing.pile_records import BadRecord, LineBatch, line_batches, numbered_lines, parse_record
 from data_processing.shards import EOT, list_shards
 from data_processing.tokenize_pile import main, tokenize
 from data_processing.tokenizers import get_tokenizer
@@ -187,42 +181,197 @@ def test_a_line_too_long_is_bad_but_the_others_are_not(
                 parse_record(read[number])
 
 
-def damaged_gzip() -> bytes:
-    return gzip.compress(b"".join(as_line(record) + b"\n" for record in RECORDS))[:-20]
+TEXT = b"".join(as_line(record) + b"\n" for record in RECORDS)
+SKIPPABLE = b"\x57\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
 
 
-def damaged_zstd() -> bytes:
-    data = b"".join(as_line(record) + b"\n" for record in RECORDS)
-    return pa.compress(data, codec="zstd", asbytes=True)[:-20]
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+def zstd_with_window(log: int, data: bytes) -> bytes:
+    """One raw block that is the last one, as `zstd --long=31` writes it without knowing the size."""
+    assert len(data) < 1 << 17
+    block = (len(data) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([log - 10 << 3]) + block + data
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", damaged_gzip()),
-        ("a.jsonl.zst", damaged_zstd()),
-        ("a.jsonl.gz", b"plain text"),
-        ("a.jsonl.zst", b"plain text"),
+        ("a.jsonl.zst", zstd_with_window(28, TEXT)),  # zstd -d needs --long=28 for it
+        ("a.jsonl.zst", zstd_with_window(31, TEXT)),
+        ("a.ndjson.zstd", zstd(TEXT)),
+        (
+            "a.jsonl.zst",
+            SKIPPABLE + zstd(TEXT[:1000]) + SKIPPABLE + zstd(b"") + zstd(TEXT[1000:]) + SKIPPABLE,
+        ),
+        ("a.ndjson.gz", gzip.compress(TEXT[:1000]) + gzip.compress(b"") + gzip.compress(TEXT[1000:])),
+        ("a.jsonl.gz", gzip.compress(TEXT[:1000]) + bytes(999) + gzip.compress(TEXT[1000:]) + bytes(512)),
+        ("a.ndjson", b"\xef\xbb\xbf" + TEXT),
+        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + TEXT)),
     ],
 )
-def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path: Path, name: str, data: bytes) -> None:
+@pytest.mark.parametrize("batch_bytes", [1, 1 << 20])
+def test_what_zstd_and_gzip_read_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, batch_bytes: int
+) -> None:
+    monkeypatch.setattr(pile_records, "BATCH_BYTES", batch_bytes)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(PileError, match=rf"{name}: cannot be read"):
-        run([tmp_path / name], tmp_path / "out")
+    (source,) = find_inputs([tmp_path])
+    assert b"".join(batch.data for batch in line_batches(source)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.jsonl.gz", gzip.compress(TEXT)[:-20], "ends in the middle of its gzip data"),
+        ("a.jsonl.gz", gzip.compress(TEXT)[:-4], "ends in the middle of its gzip data"),
+        ("a.jsonl.gz", gzip.compress(TEXT) + gzip.compress(TEXT)[:6], "ends in the middle of its gzip data"),
+        ("a.jsonl.zst", zstd(TEXT)[:-20], "ends in the middle of its zstd data"),
+        ("a.jsonl.zst", zstd(TEXT)[:3], "ends in the middle of its zstd data"),
+        ("a.jsonl.zst", zstd(TEXT) + zstd(TEXT)[:7], "ends in the middle of its zstd data"),
+        ("a.jsonl.gz", b"", "is empty, which no gzip file is"),
+        ("a.jsonl.zst", b"", "is empty, which no zstd file is"),
+        ("a.jsonl.gz", b'{"text"', r"is not gzip data, as its name says, but begins with b'\{\"text\"'"),
+        (
+            "a.jsonl.zst",
+            b"version https://git-lfs",
+            "is not zstd data, .* begins with b'version https://git-lfs'",
+        ),
+        ("a.jsonl.zst", gzip.compress(TEXT), r"holds gzip data, .*; let its name end in \.gz"),
+        ("a.jsonl.gz", SKIPPABLE + zstd(TEXT), r"holds zstd data, .*; let its name end in \.zst"),
+        ("a.jsonl", zstd(TEXT), r"holds zstd data, .*; let its name end in \.zst"),
+        ("a.jsonl.gz", bz2.compress(TEXT), "holds bzip2 data, .*; decompress it first"),
+        ("a.jsonl.gz", gzip.compress(TEXT)[:-5] + b"\0" * 5, "CRC check failed .*: it is damaged or"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(TEXT) + b"rest",
+            "Not a gzipped file .*: it is .* followed by something else",
+        ),
+        ("a.jsonl.zst", zstd(TEXT) + b"rest", "Unknown frame .*: it is .* followed by something else"),
+        (
+            "a.jsonl.zst",
+            zstd(TEXT)[:30] + b"\0" * 30 + zstd(TEXT)[60:],
+            "corruption detected: it is damaged or",
+        ),
+        (
+            "a.jsonl.zst",
+            b"\x28\xb5\x2f\xfd\x01\x58\x05" + zstd(TEXT)[6:],
+            "Dictionary .*: it needs the dictionary",
+        ),
+        ("a.jsonl", TEXT.decode().encode("utf-16"), "is UTF-16 text, .*iconv --from-code UTF-16 "),
+        ("a.jsonl", TEXT.decode().encode("utf-16-be"), "is UTF-16-BE text"),
+        ("a.jsonl.zst", zstd(TEXT.decode().encode("utf-32")), "is UTF-32 text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_with_the_true_reason(
+    tmp_path: Path, name: str, data: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PileError, match=rf"{name}: .*{reason}"):
+        list(line_batches(InputFile.at(tmp_path / name)))
+
+
+def test_too_little_memory_for_a_long_window_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd_with_window(31, TEXT))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
+    try:
+        with pytest.raises(PileError, match="not enough memory: it was packed with a long window"):
+            list(line_batches(InputFile.at(tmp_path / "a.jsonl.zst")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("start", [b"\0", b"\0\0\0\0", b"\xff\xfe", b"\xfe\xff"])
+def test_a_bad_beginning_is_no_other_encoding(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(start + TEXT)
+    counts = run([tmp_path / "a.jsonl"], tmp_path / "out", on_bad_record="skip")
+    assert (counts.bad_records, counts.documents) == (1, len(RECORDS) - 1)
+
+
+def test_a_truncated_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(TEXT)[:-20])
+    with pytest.raises(PileError, match="ends in the middle"):
+        run([tmp_path / "a.jsonl.gz"], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# Which files
 
 
 def test_inputs_that_are_not_there_or_not_inputs(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in" / "a.jsonl", RECORDS)
-    (tmp_path / "empty").mkdir()
+    write_jsonl(tmp_path / "none" / "b.json", RECORDS)
+    for name, target in (("gone", "nowhere.jsonl"), ("ring", "x.jsonl")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").symlink_to(target)
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for paths, message in (
-        ([tmp_path / "b.jsonl"], r"b\.jsonl: no such file"),
-        ([tmp_path / "b.json"], r"b\.json: the name must end in one of \.jsonl, \.jsonl\.zst, \.jsonl\.gz"),
-        ([tmp_path / "empty"], r"empty: holds no file"),
+        ([tmp_path / "b.jsonl"], r"b\.jsonl: no such file or folder$"),
+        (
+            [tmp_path / "b.json"],
+            r"b\.json: the name must end in \.jsonl or \.ndjson, or one of these and \.zst",
+        ),
+        ([tmp_path / "none"], r"none: holds no file that ends in .*; left out: 1 \*\.json \(.*b\.json\)"),
+        (
+            [tmp_path / "gone"],
+            r"x\.jsonl: no such file or folder, but a link to nowhere\.jsonl, which is not",
+        ),
+        ([tmp_path / "ring"], r"x\.jsonl: no such file or folder, but a link to x\.jsonl"),
+        ([tmp_path / "pipe.jsonl"], r"pipe\.jsonl: is neither a file nor a folder"),
+        ([tmp_path / ("x" * 300 + ".jsonl")], "--input .*: File name too long"),
         ([path, tmp_path / "in"], r"a\.jsonl: is given twice"),
     ):
         with pytest.raises(PileError, match=message):
             find_inputs(paths)
+
+
+def test_a_folder_stands_for_what_is_not_hidden_and_the_log_names_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    names = ["b.jsonl", "a.ndjson", "._b.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl", "one.json", "notes"]
+    for name in [*names, *(f"{number}.json.gz" for number in range(5))]:
+        write_jsonl(folder / name, RECORDS)
+    write_jsonl(elsewhere / "sub" / "c.jsonl", RECORDS)
+    (elsewhere / "blob").write_bytes(zstd(TEXT))
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked" / "round").symlink_to(folder)
+    (folder / "again").symlink_to(elsewhere / "sub")
+    (folder / "z.jsonl.zst").symlink_to(elsewhere / "blob")
+    (folder / "zz.jsonl.zst").symlink_to(elsewhere / "blob")
+    caplog.set_level("INFO")
+    sources = find_inputs([folder])
+    want = [folder / "a.ndjson", elsewhere / "sub" / "c.jsonl", folder / "b.jsonl", elsewhere / "blob"]
+    assert [source.path for source in sources] == [path.resolve() for path in want]
+    for source in sources:
+        assert sum(batch.data.count(b'"text"') for batch in line_batches(source)) == len(RECORDS)
+    assert [message.replace(f"{folder}/", "") for message in caplog.messages] == [
+        "left out of --input: 5 *.json.gz (0.json.gz, 1.json.gz, 2.json.gz, ...), "
+        "3 reached before by another name (linked/round, linked/sub, zz.jsonl.zst), "
+        "2 hidden (._b.jsonl, .ipynb_checkpoints), 2 without an ending (linked/blob, notes), "
+        "1 *.json (one.json)"
+    ]
+    hidden = find_inputs([folder / "._b.jsonl", folder / ".ipynb_checkpoints"])
+    assert [source.path.name for source in hidden] == ["._b.jsonl", "b-checkpoint.jsonl"]
+    assert len(caplog.messages) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "secret").mkdir(parents=True)
+    list_folder = os.scandir
+
+    def refused(path: str) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PileError, match=r"--input .*/in: .*/in/secret: Permission denied"):
+        find_inputs([tmp_path / "in"])
 
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -239,8 +388,14 @@ BAD_LINES = {
     b'{"text": "cut': "malformed JSON: Unterminated string",
     b'{"text": "a"} {}': "malformed JSON: Extra data at character 15",
     b"\xef\xbb\xbf{}": "malformed JSON: Unexpected UTF-8 BOM",
-    b"[" * 100_000: "malformed JSON",
-    b"1" * 5000: "malformed JSON: Exceeds the limit",
+    b"[" * 100_000: "malformed JSON: Expecting value at character 100001",
+    b"[" * 5000 + b"]" * 4999 + b"}": "malformed JSON: Expecting ',' delimiter at character 10000",
+    b'{"text": "x", "n": ' + b"1" * 5000 + b"]": "malformed JSON: Expecting ',' delimiter at character 5020",
+    b"[" * 5000 + b"]" * 5000: "the record is a JSON array, not an object with 'text'",
+    b"1" * 5000: "the record is a JSON number",
+    b'{"text": '
+    + b"1" * 5000
+    + b', "meta": {"pile_set_name": "A"}}': "'text' of the record is a JSON number",
     b'{"text": "caf\xe9"}': "invalid UTF-8: byte 0xe9 at position 14",
     b'{"text": "x"}'.decode().encode("utf-16"): "invalid UTF-8: byte 0xff at position 1",
     b"[1]": "the record is a JSON array, not an object with 'text'",
@@ -262,6 +417,19 @@ BAD_LINES = {
 def test_a_bad_record_says_what_is_wrong(line: bytes) -> None:
     with pytest.raises(BadRecord, match=BAD_LINES[line]):
         parse_record(line)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["1" * 5000, "-" + "1" * 5000, "1e999999", "[" * 5000 + "]" * 5000, '{"text":' * 5000 + "0" + "}" * 5000,
+     "NaN", "-Infinity", '"\\ud800"', '{"\\ud800": 0}'],
+    ids=range(9),
+)  # fmt: skip
+def test_what_a_document_does_not_need_cannot_refuse_it(other: str) -> None:
+    in_meta = f'{{"meta": {{"a": {other}, "pile_set_name": "A", "b": {other}}}, "text": "x\\n"}}'
+    beside = f'{{"a": {other}, "text": "y", "text": "x\\n", "meta": {{"pile_set_name": "A"}}, "b": {other}}}'
+    for line in (in_meta, beside):
+        assert parse_record(line.encode()) == ("x\n", "A")
 
 
 def with_bad_lines(path: Path) -> Path:
@@ -307,6 +475,54 @@ def test_domains_that_are_no_domains_are_an_error(tmp_path: Path, monkeypatch: p
     path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
     with pytest.raises(PileError, match=r"more than 2 domains, the next is '\.\./x'"):
         run([path], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["part", "inputs", "bad_records", "joined", "lock", "..", "CON", "a\0b"])
+def test_a_domain_may_be_named_as_what_the_writer_makes(tmp_path: Path, name: str) -> None:
+    domains = [
+        name,
+        "shards",
+        "part.manifest",
+        "inputs.manifest",
+        "bad_records.txt",
+        "a.json",
+        "a.bin.partial",
+    ]
+    path = write_jsonl(tmp_path / "in.jsonl", [(domain, "some text") for domain in domains])
+    split = join(tmp_path / "work", path)
+    split_parts.publish(split, tmp_path / "work", tmp_path / "train", {})
+    assert {shard.domain for shard in list_shards(tmp_path, "train")} == set(domains)
+
+
+def join(work: Path, path: Path) -> Path:
+    """One part, joined: as `tokenize` makes it, without worker processes."""
+    work.mkdir()
+    key = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes")
+    encoder = BatchEncoder(get_tokenizer("gpt2_bytes"))
+    with split_parts.PartWriter(work, key) as writer:
+        for batch in line_batches(key.source):
+            writer.add(encoder(batch))
+    part = split_parts.finished_part(work, key)
+    assert part is not None
+    return split_parts.join_parts(work, [part], split="train", tokenizer="gpt2_bytes")
+
+
+def test_more_domains_than_files_may_be_open(tmp_path: Path, few_descriptors: None) -> None:
+    records = [(f"domain {number}", f"text {number}") for number in range(split_parts.MAX_DOMAINS)]
+    joined = join(tmp_path / "work", write_jsonl(tmp_path / "in.jsonl", records))
+    assert len(list(joined.glob("*.json"))) == split_parts.MAX_DOMAINS
+
+
+def test_a_domain_named_part_and_the_folder_that_older_versions_left(tmp_path: Path) -> None:
+    """Of a part whose part.json was another's; the same command goes on."""
+    path = write_jsonl(tmp_path / "in.jsonl", [("part", "some text"), ("Я" * 80, "more text")])
+    work = tmp_path / "out" / ".train.work"
+    folder = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes").folder(work)
+    folder.mkdir(parents=True)
+    (folder / "part.json").write_text("{}")
+    run([path], tmp_path / "out")
+    assert tokens_in(tmp_path / "out") == expected_tokens([("part", "some text"), ("Я" * 80, "more text")])
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["train"]
 
 
 # What is there already
@@ -433,7 +649,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, name: str) -> None:
         start_new_session=True,
         cwd=Path(__file__).parent.parent,
     )
-    while not list(tmp_path.glob("out/.train.work/*/A.bin.partial")):
+    while not list(tmp_path.glob("out/.train.work/*/shards/A.bin.partial")):
         assert process.poll() is None
         time.sleep(0.01)
     assert len(live_processes(process.pid)) >= 3

@@ -14,7 +14,7 @@ import requests
 import tiktoken
 
 from data_processing import tokenizers
-from data_processing.tokenizers import EOT, TokenizerError, byte_ids, get_tokenizer
+from data_processing.tokenizers import EOT, Gpt2, TokenizerError, byte_ids, get_tokenizer
 
 needs_vocabulary = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no GPT-2 vocabulary"
@@ -147,6 +147,17 @@ def test_a_missing_vocabulary_is_an_error_with_the_ways_out(
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     with pytest.raises(TokenizerError, match=r"no route to host.*TIKTOKEN_CACHE_DIR.*gpt2_bytes"):
         get_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"])
+def test_the_home_folder_in_the_vocabularys_is_expanded(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """tiktoken would make a folder named ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variable, "~/cache")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: os.environ[variable])
+    assert Gpt2.load()._encoding == str(tmp_path / "cache")
 
 
 def test_unknown_names_and_ids_are_errors() -> None:

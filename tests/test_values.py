@@ -1,5 +1,6 @@
 """Values of samples, documents and domains, against pandas and a loop over tokens; and what is refused."""
 
+import ast
 import json
 import os
 import re
@@ -30,9 +31,26 @@ from attribution.values_folder import FILES, Values, being_written
 from data_processing.shards import ShardWriter, domain_file_name, list_shards
 from data_processing.tokenizers import get_tokenizer
 from dataloader import BlockDataset
+from domain_lists import parse_set
 from validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
+README = Path(__file__).parent.parent / "README.md"
+RUN_NAMES = (
+    "lr=0.5",
+    "domain=1",
+    "*",
+    "[ab]",
+    "a'b",
+    'a"b',
+    "back\\slash",
+    "_x",
+    ".x",
+    "s3:x",
+    "%41",
+    "-O2",
+    "a\nb",
+)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +239,56 @@ def test_sums_are_the_same_every_time(tmp_path: Path, data: Path) -> None:
     assert all(values_of(tmp_path, run).read("samples").equals(first) for _ in range(3))
 
 
+# ---- what README.md tells to write oneself
+
+
+def readme_answers(folder: Path) -> list[object]:
+    """The values of all expressions in README's Python lines about results/NAME, with this folder instead."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    blocks = [block for block in blocks if "results/NAME" in block]
+    answers: list[object] = []
+    for block in blocks:
+        lines = block.replace("results/NAME", json.dumps(str(folder))[1:-1])
+        names: dict[str, object] = {}
+        for statement in ast.parse(lines).body:
+            if isinstance(statement, ast.Expr):
+                answers.append(eval(ast.unparse(statement), names))
+            else:
+                exec(ast.unparse(statement), names)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def named_runs(tmp_path_factory: pytest.TempPathFactory, folders: list[Path]) -> Path:
+    """The same run under many names, and another one."""
+    results = tmp_path_factory.mktemp("named")
+    other = Path(shutil.copytree(folders[1], results / "a"))  # [ab] is a pattern for it
+    run = Path(shutil.copytree(folders[0], results / "plain"))
+    for folder in (other, run):
+        write_values([ScoredRun.open(folder)], folder / "values")
+    for name in RUN_NAMES:
+        shutil.copytree(run, results / name, copy_function=os.link)
+    return results
+
+
+@pytest.mark.parametrize("name", RUN_NAMES)
+def test_the_lines_of_readme_work_for_every_run_name(named_runs: Path, name: str) -> None:
+    folder = named_runs / name
+    scores, samples = scores_of(folder), pd.read_parquet(folder / "values" / "samples.parquet")
+    of_domains, of_samples, largest, mean_values, by_steps = readme_answers(folder)
+    want = scores.groupby("domain")["value"].sum()
+    assert of_domains.to_dict() == want.to_dict()
+    assert of_samples.tolist() == scores.groupby(["domain", "block"])["value"].sum().nlargest(10).tolist()
+    assert largest.equals(samples.nlargest(10, "value"))
+    groups = samples.groupby("domain")["value"]
+    assert dict(zip(mean_values["domain"], mean_values["samples"], strict=True)) == groups.size().to_dict()
+    np.testing.assert_allclose(mean_values["mean_value"], groups.mean().sort_values(ascending=False))
+    assert by_steps.columns.tolist() == ["from_step", "domain", "predicted_fall"]
+    np.testing.assert_allclose(by_steps.set_index("domain")["predicted_fall"][want.index], want)
+
+
 # ---- the efficiency check
 
 
@@ -320,6 +388,10 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no settings": (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
     "a saved model": (lambda run: (run / "config.json").write_text("{}"), "is not of a run"),
+    "settings of another version": (
+        lambda run: (run / "config.json").write_text('{"method": "GradDotProd", "run_name": "a"}'),
+        "config.json lacks pile_data_dir: another version",
+    ),
     "settings that are no JSON": (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
     "a Regular run": (edit_config(method="Regular"), "method Regular, which has no scores"),
     "no folder of scores": (lambda run: shutil.rmtree(run / "grad_dotprods"), "is not a folder of scores"),
@@ -374,6 +446,12 @@ def test_an_error_of_the_program_keeps_its_traceback() -> None:
 
     with pytest.raises(ValueError, match="a fault of ours"):
         run_command("attribution.values", fails, [])
+
+
+def test_scores_of_another_version() -> None:
+    run = ScoredRun(Path("a"), {}, {"run_configuration": "{}"}, ())
+    with pytest.raises(AttributionError, match="configuration lacks direction: another version"):
+        _ = run.direction
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -538,7 +616,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
     run = ScoredRun.open(folders[0])
     assert (run.block_size, run.split, run.granularity, run.domains) == (T, "train", "total", DOMAINS)
     assert [path.name for path in run.files] == sorted(os.listdir(folders[0] / "grad_dotprods"))
-    want = BlockDataset.open(data, "train", T)
+    want = BlockDataset.open(data, T, parse_set("--train_set", "train"))
     more = Path(shutil.copytree(data, tmp_path / "data"))
     with ShardWriter(more / "train", "Aardvarks", split="train", tokenizer="gpt2_bytes") as shard:
         shard.append(np.ones(50, np.int64))
@@ -549,7 +627,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
 
 def test_records_and_validation_rows(damaged: Path, data: Path) -> None:
     (damaged / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.5}\n{"step": 1, "train_loss"')
-    batch = BlockDataset.open(data, "val", T).batch([("Alpha", 2), ("Beta [b]", 0)])
+    batch = BlockDataset.open(data, T, parse_set("--val_set", "val")).batch([("Alpha", 2), ("Beta [b]", 0)])
     save_validation_rows(batch, get_tokenizer("gpt2_bytes"), damaged / "validation")
     run = ScoredRun.open(damaged)
     assert run.metrics() == [{"step": 0, "train_loss": 1.5}], "a line that is being written is left out"

@@ -1,0 +1,44 @@
+"""Whether all that a run wrote before a checkpoint is there, so that it can go on from it without a hole."""
+
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from checkpoint import MODEL, check_model_link, step_of
+from config_file import ConfigError, TrainingConfig
+from ghostEngines.metrics_log import open_scores
+from run_log import records_before
+
+
+def check_parts(config: TrainingConfig, checkpoint: Path, global_batch: int) -> None:
+    """Check the files that earlier steps wrote and no later step can make again, and the link to the model.
+
+    Args:
+        global_batch: samples in one optimizer step, each of which has a score.
+
+    Raises:
+        ConfigError: one is missing, or scores of earlier steps are; the message says what to copy. Something
+        else is in the link's place.
+        UserError: metrics.jsonl or a score file is damaged.
+    """
+    step, folder = step_of(checkpoint), config.result_dir
+    check_model_link(folder / MODEL)
+    if step == 0:
+        return
+    scored = config.method == "GradDotProd"
+    parts = ["metrics.jsonl"] + scored * ["grad_dotprods", "validation/rows.parquet"]
+    if missing := [part for part in parts if not (folder / part).exists()]:
+        raise ConfigError(
+            f"--resume: {folder} lacks {', '.join(missing)} of the steps before {checkpoint.name}: copy the "
+            f"whole folder of the run, or begin a new run from its weights with --init_from {checkpoint}"
+        )
+    records_before(folder / "metrics.jsonl", step)
+    if not scored:
+        return
+    rows = open_scores(folder / "grad_dotprods").count_rows(filter=pc.field("step") < step)
+    if rows != step * global_batch:
+        raise ConfigError(
+            f"--resume: {folder}/grad_dotprods has {rows} scores of the steps before {checkpoint.name}, and "
+            f"the run had {step * global_batch} samples in them: copy the whole folder of the run, or go on "
+            "from an earlier checkpoint with --resume_from"
+        )
