@@ -1,5 +1,6 @@
 """What a contraction strategy is, which there are, and which one is chosen for a weight."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,7 +77,10 @@ def choose_strategy(split: Split, positions: int, p: int, d: int, by_direction: 
     micro-batches or to precondition it.
     """
     problem = Problem(split, positions, p, d)
-    able = [
-        each for each in STRATEGIES.values() if each.automatic and (each.by_direction or not by_direction)
-    ]
-    return min(able, key=lambda strategy: strategy.extra_cost(problem)).name
+    best, least = "", math.inf
+    for name, strategy in STRATEGIES.items():  # a loop: torch.compile follows no min() with a key
+        if strategy.automatic and (strategy.by_direction or not by_direction):
+            cost = strategy.extra_cost(problem)
+            if cost < least:
+                best, least = name, cost
+    return best
