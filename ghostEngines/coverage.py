@@ -1,18 +1,26 @@
 """What the engine can score, and errors that say why it can't: the checks made when it attaches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .contraction import Split
 from .errors import AttachError
-from .layer_rules import RULES, CrossEntropyHead, LayerRule, find_rule
+from .layer_rules import CrossEntropyHead, LayerRule, find_rule
 from .layer_rules.cross_entropy_head import head_strategy
+from .layer_rules.registry import anything_goes
 from .strategies import choose_strategy
 from .tapped import own_parameters
+
+
+def _alone(layer: Any, inputs: tuple[Any, ...], backprops: Tensor) -> Any:
+    raise AssertionError("a parameter by itself is described where it is used")
+
+
+BARE = LayerRule(_alone, (), anything_goes, parameter=True)
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,12 @@ class Covered:
 def cover(model: nn.Module) -> Covered:
     """Find the layers with trainable parameters, and their rules.
 
-    Raises AttachError for parameters that no rule covers; it names all of them."""
+    Parameters of other modules are covered by themselves, if they meet the samples in an operation that can be taken
+    apart, which the first step shows.
+
+    Raises AttachError for a layer whose rule does not cover its options."""
     layers: dict[str, nn.Module] = {}
     rules: dict[str, LayerRule] = {}
-    uncovered: list[str] = []
     inside: list[str] = []  # names of layers whose children are their own
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside):
@@ -76,47 +86,20 @@ def cover(model: nn.Module) -> Covered:
         if not trainable and not (rule is not None and rule.always):
             continue
         if rule is None:
-            uncovered.append(_uncovered(name, module, trainable))
-            continue
+            rule = BARE
         if rule.whole:
             inside.append(name)
-        unknown = [] if rule.whole else sorted(set(trainable) - set(rule.parameters))
-        if unknown:
-            raise AttachError(
-                f"module '{name}' of type {type(module).__name__} has trainable parameters that its rule "
-                f"does not know: {', '.join(unknown)}. Is the layer reparametrised (weight norm, LoRA)? "
-                "Give it a type and a rule of its own."
-            )
+        if rule is not BARE and not rule.whole and set(trainable) - set(rule.parameters):
+            rule = BARE  # reparametrised (weight norm), or with more parameters than the layer's own
         if "forward" in vars(module):
             raise AttachError(
                 f"the forward of module '{name}' is overridden on the instance: the rule would bypass it."
             )
         rule.check(module)
         layers[name], rules[name] = module, rule
-    if uncovered:
-        raise AttachError(refusal(uncovered))
     if not any(p.requires_grad for p in model.parameters()):
         raise AttachError("the model has no trainable parameter")
     return Covered(layers, rules, find_ties(layers, rules))
-
-
-def _uncovered(name: str, module: nn.Module, trainable: Sequence[str]) -> str:
-    kind = type(module)
-    return (
-        f"'{name}' of type {kind.__name__} ({kind.__module__}), whose parameters {', '.join(trainable)} train"
-    )
-
-
-def refusal(uncovered: Sequence[str]) -> str:
-    """Say which modules are not covered, and the remedies, the shortest first."""
-    kinds = list(dict.fromkeys(each.split(" of type ")[1].split(" ")[0] for each in uncovered))
-    shown = [*uncovered[:5], *([f"{len(uncovered) - 5} more"] if len(uncovered) > 5 else [])]
-    return (
-        f"no rule covers module {'; '.join(shown)}: there are rules for "
-        f"{', '.join(sorted(kind.__name__ for kind in RULES))}, and for norms. Freeze the parameters "
-        "(requires_grad_(False)), take the module as one layer, slow but exact (ghostEngines.register_unit("
-        f"{kinds[0]})), or write a rule and register it with @ghostEngines.register_rule({kinds[0]})."
-    )
 
 
 def contraction_plan(

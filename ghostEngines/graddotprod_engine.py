@@ -27,7 +27,7 @@ from .coverage import (
     mixing_modules,
 )
 from .errors import AttachError, RowsError
-from .graph import find_bypass, is_reentrant
+from .graph import Graph, find_bypass, is_reentrant
 from .guard import Guard, random_states
 from .joins import Join, hook_joins
 from .layer_rules import CrossEntropyHead
@@ -40,7 +40,7 @@ from .sinks import DotProducts
 from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, Step
 from .strategies import STRATEGIES
 from .tap import REENTRANT
-from .tapped import RowMapMaker, TappedLayer
+from .tapped import RowMapMaker, TappedLayer, TappedParameters
 
 LossScale = float | Callable[[], float | Tensor]
 
@@ -189,7 +189,8 @@ class GradDotProdEngine:
         self._restore = [hook.remove for hook in hooks]
         for name, layer in covered.layers.items():
             owners = covered.owners[name]
-            tapped = TappedLayer(
+            kind = TappedParameters if covered.rule(name).parameter else TappedLayer
+            tapped = kind(
                 layer, name, covered.rule(name), covered.groups[name], owners, self._current,
                 self._row_maps.get(name),
             )  # fmt: skip
@@ -337,7 +338,8 @@ class GradDotProdEngine:
             loss = guard.head_loss()
             self._bypassed = self._find_bypass(loss)
             self._raise_bypassed()
-            self._joins = hook_joins(loss, step.free, step.rows)
+            if step.free:
+                self._joins = hook_joins(Graph(loss), step.free, step.rows)
             self._guard_backward(guard, mask, loss, retain_graph=False)
             self._forget_joins()
         guard.check_rows()
@@ -378,7 +380,9 @@ class GradDotProdEngine:
             )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled() and not self._rehearsing:  # a model may call itself without gradients within its forward
+        if (
+            torch.is_grad_enabled() and not self._rehearsing
+        ):  # a model may call itself without gradients within its forward
             self._current.phase = "idle"
             self._forward_stack.close()
             self._step().end_forward()
@@ -423,7 +427,7 @@ class GradDotProdEngine:
             if self._watched is not None:  # joint_loss may be asked for again, for a log
                 self._watched.remove()
             if first and step.free:
-                self._joins = hook_joins(loss, step.free, step.rows)
+                self._joins = hook_joins(Graph(loss), step.free, step.rows)
             if first and step.guard is not None and not self._heads():
                 self._guard_losses(step.guard, losses * weights)
             self._watched = losses.register_hook(self._begin_backward)

@@ -23,14 +23,30 @@ def graph_nodes(loss: Tensor) -> Iterator[Node]:
                 stack.append(child)
 
 
-def consumers_of(loss: Tensor) -> dict[tuple[Node, int], list[tuple[Node, int]]]:
-    """Return, of each output of each node, the nodes that take it, and as which of their inputs."""
-    consumers: dict[tuple[Node, int], list[tuple[Node, int]]] = {}
-    for node in graph_nodes(loss):
-        for number, (child, output) in enumerate(node.next_functions):
-            if child is not None:
-                consumers.setdefault((child, output), []).append((node, number))
-    return consumers
+class Graph:
+    """The graph behind a loss. nodes: all of it; consumers: of each output of each node, the nodes that take it, and
+    as which of their inputs."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.nodes = list(graph_nodes(loss))
+        self.consumers: dict[tuple[Node, int], list[tuple[Node, int]]] = {}
+        for node in self.nodes:
+            for number, (child, output) in enumerate(node.next_functions):
+                if child is not None:
+                    self.consumers.setdefault((child, output), []).append((node, number))
+
+    def reached_from(self, sources: set[Node]) -> set[Node]:
+        """Return the nodes whose result depends on that of a source, the sources themselves included."""
+        above: dict[Node, list[Node]] = {}
+        for (child, _), takers in self.consumers.items():
+            above.setdefault(child, []).extend(node for node, _ in takers)
+        reached, stack = set(sources), list(sources)
+        while stack:
+            for node in above.get(stack.pop(), []):
+                if node not in reached:
+                    reached.add(node)
+                    stack.append(node)
+        return reached
 
 
 def find_bypass(

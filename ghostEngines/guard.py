@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import RowsError
+from .row_maps import RowMap
 from .tap import Call
 
 # How far the gradient at a layer's output may be from that of the joint loss alone, relative to its norm.
@@ -79,10 +80,10 @@ class Guard:
         mask = call.row_map.of_rows(self._mask, len(backprops)) if self.checking else None
         return self._look(call, backprops, mask)
 
-    def watches_rows(self, call: Call, gradient: Tensor) -> bool:
-        """The same for the gradient (N, ...) at a join."""
+    def watches_rows(self, call: Call, gradient: Tensor, row_map: RowMap) -> bool:
+        """The same for the gradient (entries, ...) at a join."""
         if self.checking:
-            self._note(call, gradient, self._mask)
+            self._note(call, gradient, row_map.of_rows(self._mask, len(gradient)))
         return self.checking
 
     def _look(self, call: Call, backprops: Tensor, mask: Tensor | None) -> bool:

@@ -1,30 +1,42 @@
-"""Outputs without a sample dimension: position embeddings, tables of relative positions, parameters that are
-added to or multiplied with all rows.
+"""Outputs and parameters without a sample dimension: position embeddings, tables of relative positions, scales,
+class tokens, weights that a module uses in its own way.
 
-The gradient that arrives at such an output is a sum over the samples. The gradients of single samples are still
+The gradient that arrives at such a tensor is a sum over the samples. The gradients of single samples are still
 apart one node later in the graph: at the join, the first operation whose result has the sample dimension, because
-its other input has it, or because it expands. A hook on the join takes the gradient of its result, and the
-operation's own backward, given one sample's part of that, gives the sample's part of the output's gradient.
+its other input has it, or because it expands. A hook on the join takes the gradient of its result, and says of it
+what each sample adds to the tensor's gradient:
+
+- a lookup or a matrix product with the parameter itself: the description of an embedding or a linear layer;
+- an elementwise operation: its own derivative, before the sum over the samples;
+- any other operation: its own backward, given one sample's part at a time.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import consumers_of
+from .descriptions import Description, Matrix, PerSample, Rows
+from .graph import Graph
+from .row_maps import Flat, Identity, RowMap, by_sample
 from .tap import Call
 
-DIRECT = ("AddBackward0", "ExpandBackward0")  # operations that hand their gradient on as it is
+LARGEST = (
+    1 << 20
+)  # entries of a parameter that may be taken apart one sample at a time without the user's word
+
+Path = list[tuple[Node, int]]
+"""Operations, and which of their inputs is meant, from the join down to the tensor."""
 
 
 class Join:
-    """One join of an output: path leads from the join down to the output, operations without samples.
+    """One join of a tensor without a sample dimension."""
 
-    path: pairs of an operation and which of its inputs is meant; the first is the join.
-    """
-
-    def __init__(self, call: Call, path: list[tuple[Node, int]], rows: int, shape: torch.Size) -> None:
+    def __init__(self, call: Call, path: Path, rows: int, shape: torch.Size) -> None:
         self.call, self.path, self.rows, self.shape = call, path, rows, shape
+        result = tuple(path[0][0]._input_metadata[0].shape)
+        self.row_map: RowMap = Identity() if result[0] == rows else Flat(rows)
         self._handle = path[0][0].register_prehook(self.hook)
 
     def remove(self) -> None:
@@ -33,89 +45,174 @@ class Join:
         self.path = []
 
     def hook(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Take the gradient of the join's result, (N, ...), and note the output's for each sample."""
+        """Take the gradient of the join's result, and note what it says of each sample."""
         (gradient,) = gradients
         if gradient is None:
             return
-        if self.call.guard is not None and self.call.guard.watches_rows(self.call, gradient):
+        if self.call.guard is not None and self.call.guard.watches_rows(self.call, gradient, self.row_map):
             return
-        each = self._direct(gradient) if len(self.path) == 1 else None
-        if each is None:
-            each = torch.stack([self._of_sample(gradient, i) for i in range(self.rows)])
-        assert self.call.row_gradients is not None
-        self.call.row_gradients.append(each)
+        assert self.call.at_joins is not None
+        self.call.at_joins.append(by_sample(self._described(gradient), self.row_map))
 
-    def _direct(self, gradient: Tensor) -> Tensor | None:
-        """(N, *shape) where the join hands on its gradient: rows of it, summed to the output's shape."""
-        node, _ = self.path[0]
-        if node.name() not in DIRECT or getattr(node, "_saved_alpha", 1) != 1:
-            return None
-        one = (1, *gradient.shape[1:])
-        lacking = len(one) - len(self.shape)
-        if lacking < 0 or tuple(self.shape[max(0, 1 - lacking) :]) != one[max(1, lacking) :]:
-            return None
-        return gradient.reshape(self.rows, *self.shape) if lacking <= 1 else None
-
-    def _of_sample(self, gradient: Tensor, i: int) -> Tensor:
-        """The output's gradient for one sample, by the backward of each operation on the path."""
-        part = torch.zeros_like(gradient)
-        part[i] = gradient[i]
+    def _described(self, gradient: Tensor) -> Description:
+        names = [node.name() for node, _ in self.path]
+        join, number = self.path[0]
+        if self.call.rule.parameter:
+            if names == ["EmbeddingBackward0"]:
+                ignored = getattr(join, "_saved_padding_idx", -1)
+                ignored = None if ignored < 0 or ignored >= self.shape[0] else ignored
+                return Rows(join._saved_indices, gradient, ignored)  # type: ignore[attr-defined]
+            if names[0] in ("MmBackward0", "AddmmBackward0") and number == _second(names[0]):
+                left = join._saved_self if names[0] == "MmBackward0" else join._saved_mat1  # type: ignore[attr-defined]
+                if names[1:] == ["TBackward0"]:
+                    return Matrix(gradient, left)
+                if not names[1:]:
+                    return Matrix(left, gradient)
+        each = _elementwise(join, number, gradient, _input_shape(join, number))
+        if each is not None and isinstance(self.row_map, Flat):
+            each = each.unflatten(0, (self.rows, -1)).sum(1)
+        parts: Sequence[Tensor] | None = None if each is None else list(each)
+        if len(self.path) == 1 and each is not None:
+            return _per_sample(each.reshape(self.rows, *self.shape))
         with torch.no_grad():
-            for node, number in self.path:
-                results = node(part)
-                part = results[number] if isinstance(results, tuple) else results
-                child, output = node.next_functions[number]
-                part = part.sum_to_size(child._input_metadata[output].shape)  # autograd does so between nodes
-        return part
+            rows = [
+                self._of_sample(gradient, i, None if parts is None else parts[i]) for i in range(self.rows)
+            ]
+        return _per_sample(torch.stack(rows))
+
+    def _of_sample(self, gradient: Tensor, i: int, below: Tensor | None) -> Tensor:
+        """The tensor's gradient for one sample, by the backward of each operation on the path. below: the gradient
+        of the join's input, where it is known."""
+        part, path = gradient, self.path
+        if below is None:
+            entries = len(gradient) // self.rows
+            own = slice(i * entries, (i + 1) * entries)
+            part = torch.zeros_like(gradient)
+            part[own] = gradient[own]
+        else:
+            part, path = below, self.path[1:]
+        for node, number in path:
+            results = node(part)
+            part = results[number] if isinstance(results, tuple) else results
+            part = part.sum_to_size(_input_shape(node, number))  # autograd does so between nodes
+        return part.reshape(self.shape)
 
 
-def hook_joins(loss: Tensor, free: list[tuple[Call, Node]], rows: int) -> list[Join]:
-    """Find the joins of all outputs without a sample dimension, and put hooks on them. They must be removed at the
-    end of the step: they hold the graph that holds them.
+def _per_sample(gradients: Tensor) -> PerSample:
+    return PerSample(gradients)
+
+
+def _second(name: str) -> int:
+    """Which input of a matrix product is its second factor."""
+    return 1 if name == "MmBackward0" else 2
+
+
+def _input_shape(node: Node, number: int) -> torch.Size:
+    child, output = node.next_functions[number]
+    return torch.Size(child._input_metadata[output].shape)
+
+
+def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return the gradient of an elementwise operation's input for each entry of the first dimension (R, *shape),
+    where its input has none; None for other operations."""
+    name = node.name()
+    if name in ("AddBackward0", "ExpandBackward0") and getattr(node, "_saved_alpha", 1) == 1:
+        local = gradient
+    elif name == "SubBackward0" and getattr(node, "_saved_alpha", 1) == 1:
+        local = gradient if number == 0 else -gradient
+    elif name == "MulBackward0":
+        other = node._saved_other if number == 0 else node._saved_self  # type: ignore[attr-defined]
+        if other is None:
+            return None
+        local = gradient * other
+    elif name == "AddmmBackward0" and number == 0 and getattr(node, "_saved_beta", 1) == 1:
+        local = gradient
+    else:
+        return None
+    padded = (1,) * (local.dim() - len(shape)) + tuple(shape)
+    if len(shape) > local.dim() or padded[0] != 1:
+        return None
+    summed = [dim for dim in range(1, local.dim()) if padded[dim] == 1 and local.shape[dim] > 1]
+    if summed:
+        local = local.sum(summed, keepdim=True)
+    return local.reshape(len(local), *shape)
+
+
+def hook_joins(graph: Graph, free: list[tuple[Call, Node]], rows: int) -> list[Join]:
+    """Find the joins of all tensors without a sample dimension, and put hooks on them. They must be removed at the end
+    of the step: they hold the graph that holds them.
 
     Raises:
-        RuntimeError: an output that the loss depends on without a join: the model sums over it, gives it to
-            another covered layer, or to compiled code.
+        RuntimeError: tensors that the loss depends on without a join that can be taken apart; it names them all.
     """
-    consumers, found = consumers_of(loss), []
+    found, lost = [], {}
+    bearing = graph.reached_from({node for call, node in _taps(graph) if not call.free})
     for call, node in free:
-        call.row_gradients = []
-        if (node, 0) not in consumers:
-            continue  # the loss does not depend on it
-        shape = torch.Size(node._input_metadata[0].shape)  # of the output
-        for path in _paths(node, 0, consumers, rows, call):
-            found.append(Join(call, path, rows, shape))
+        call.at_joins = []
+        shape = torch.Size(node._input_metadata[0].shape)
+        for path in _paths(graph, bearing, node, rows):
+            if _can_be_taken_apart(call, path, shape, rows):
+                found.append(Join(call, path, rows, shape))
+            else:
+                lost[_what(call)] = path[0][0].name()
     free.clear()  # it holds the graph
+    if lost:
+        for join in found:
+            join.remove()
+        raise RuntimeError(refusal(lost))
     return found
 
 
-def _paths(
-    node: Node,
-    output: int,
-    consumers: dict[tuple[Node, int], list[tuple[Node, int]]],
-    rows: int,
-    call: Call,
-) -> list[list[tuple[Node, int]]]:
-    """All ways from an output of a node up to a join, each with the join first."""
-    found = []
-    for consumer, number in consumers.get((node, output), []):
+def _taps(graph: Graph) -> Iterator[tuple[Call, Node]]:
+    for node in graph.nodes:
+        if node.name() == "TapBackward":
+            yield node.call, node  # type: ignore[attr-defined]
+
+
+def _can_be_taken_apart(call: Call, path: Path, shape: torch.Size, rows: int) -> bool:
+    join = path[0][0]
+    results = [tuple(each.shape) for each in join._input_metadata]
+    names = [node.name() for node, _ in path]
+    if len(results) != 1 or any("Compiled" in name or "Tap" in name for name in names):
+        return False
+    (result,) = results
+    if not result or result[0] == 0 or result[0] % rows != 0:
+        return False
+    if not call.rule.parameter or shape.numel() <= LARGEST:
+        return True
+    return names == ["EmbeddingBackward0"] or names[0] in ("MmBackward0", "AddmmBackward0")
+
+
+def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int) -> list[Path]:
+    """All ways from a node's first output up to a join, each with the join first."""
+    found: list[Path] = []
+    for consumer, number in graph.consumers.get((node, 0), []):
         shapes = [tuple(each.shape) for each in consumer._input_metadata]
-        if "Compiled" in consumer.name() or "Tap" in consumer.name() or len(shapes) != 1:
-            raise RuntimeError(_no_join(call, consumer.name()))
-        (shape,) = shapes
-        if shape and shape[0] == rows:
+        ends = (
+            consumer in bearing
+            or len(shapes) != 1
+            or (shapes[0] and shapes[0][0] == rows)
+            or (consumer, 0) not in graph.consumers
+        )
+        if ends:
             found.append([(consumer, number)])
-            continue
-        if (consumer, 0) not in consumers:
-            raise RuntimeError(_no_join(call, consumer.name()))
-        above = _paths(consumer, 0, consumers, rows, call)
-        found += [[*path, (consumer, number)] for path in above]
+        else:
+            found += [[*path, (consumer, number)] for path in _paths(graph, bearing, consumer, rows)]
     return found
 
 
-def _no_join(call: Call, operation: str) -> str:
+def _what(call: Call) -> str:
+    kind = type(call.layer)
+    if call.rule.parameter:
+        return f"'{call.name}.{call.names[0]}' of {kind.__module__}.{kind.__qualname__}"
+    return f"the output of layer '{call.name}' of {kind.__module__}.{kind.__qualname__}"
+
+
+def refusal(lost: dict[str, str]) -> str:
+    """Say what is not covered, and the remedies, the shortest first."""
+    shown = "; ".join(f"{what} (it goes into {operation})" for what, operation in lost.items())
     return (
-        f"the output of layer '{call.name}' has no sample dimension, and the engine cannot tell what each sample "
-        f"adds to its gradient, since it goes through {operation}: expand the layer's input to (rows, ...) before "
-        "the layer, or freeze its parameters."
+        f"the engine cannot tell what each sample adds to the gradient of {shown}. Freeze the parameters "
+        "(requires_grad_(False)); or take the module as one layer, slow but exact: "
+        "ghostEngines.register_unit(ItsClass); or write a rule: ghostEngines.register_rule(ItsClass)."
     )

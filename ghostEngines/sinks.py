@@ -1,5 +1,6 @@
 """What is done with the descriptions of rules: DotProducts makes training gradients and dot products of them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,57 @@ class DotProducts:
             dots.append(direction @ gradient)
             total += gradient
         return total, torch.stack(dots)
+
+    def together(
+        self, sites: Sequence[Site], gradients: Callable[[int], list[Tensor]], samples: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Contract several parameters whose gradients come together, one sample at a time: `gradients(i)`.
+
+        Returns the training gradients and the sum of the dots (n, k).
+        """
+        n, directions = self.split.n, self._directions(sites, gradients, range(self.split.n, samples))
+        totals: list[Tensor] = []
+        dots = []
+        for i in range(n):
+            own = [each.to(accumulation_dtype(each.dtype)) for each in gradients(i)]
+            dots.append(
+                torch.stack([d.flatten(1) @ g.flatten() for d, g in zip(directions, own, strict=True)]).sum(0)
+            )
+            if totals:
+                torch._foreach_add_(totals, own)
+            else:
+                totals = [each.clone() for each in own]
+        return totals, torch.stack(dots)
+
+    def _directions(
+        self, sites: Sequence[Site], gradients: Callable[[int], list[Tensor]], rows: range
+    ) -> list[Tensor]:
+        """(k, *shape) for each parameter."""
+        made: list[Tensor] = []
+        if len(rows) > 0:
+            of_rows = (
+                [[g.to(accumulation_dtype(g.dtype)) for g in gradients(j)] for j in rows]
+                if self.split.pairwise
+                else []
+            )
+            if self.split.pairwise:
+                made = [torch.stack(each) for each in zip(*of_rows, strict=True)]
+            else:
+                for j in rows:
+                    own = [g.to(accumulation_dtype(g.dtype))[None] for g in gradients(j)]
+                    made = [a + b for a, b in zip(made, own, strict=True)] if made else own
+        directions = []
+        for number, site in enumerate(sites):
+
+            def make(number: int = number, site: Site = site) -> Tensor:
+                return (
+                    made[number]
+                    if site.preconditioner is None
+                    else site.preconditioner.apply(made[number].clone())
+                )
+
+            directions.append(make() if site.keep is None else site.keep.direction(make))
+        return directions
 
     def rows(self, site: Site, lookups: Rows, head: HeadPart | None) -> Taken:
         """Contract lookups, with what an output layer of the same weight has left for them."""

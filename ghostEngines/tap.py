@@ -7,7 +7,7 @@ backprops of the output: the rule describes each parameter's per-sample gradient
 description, and the results are the gradients of the parameters and of the probe.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .contraction import accumulation_dtype
+from .descriptions import Description, PerSample, Streamed, joined
+from .errors import RowsError
 from .layer_rules.registry import LayerRule
+from .layer_rules.units import part_of, rerun, sample_gradients, tensors_of
 from .precision import without_autocast
 from .row_maps import RowMap, by_sample
 from .sinks import DotProducts, Site
@@ -79,16 +82,16 @@ class Call:
     inputs: tuple[Any, ...]  # as the forward got them, but for tensors, which autograd keeps
     made: Recomputable | None  # how the first input can be recomputed
     dtype: torch.dtype | None  # in which the first input is needed then
+    # What follows is there outside of compiled code only.
+    name: str = ""  # of the layer
     parameters: tuple[Tensor, ...] = ()
-    uses: "Uses | None" = None  # None in compiled code
+    uses: "Uses | None" = None
     position: int = 0  # among those
     guard: "Guard | None" = None
-    name: str = ""
-    row_gradients: list[Tensor] | None = (
-        None  # (N, *output) of an output without a sample dimension (joins.py)
-    )
     free: bool = False  # the output has no sample dimension
+    at_joins: list[Description] | None = None  # what the joins of such an output say of its gradient
     recomputed: bool = False  # the call was made by checkpointing, in the backward pass
+    rerun: "Rerun | None" = None  # of a unit
 
     def guard_is_on(self) -> bool:
         """Return whether the backward pass under way is one of the guard's."""
@@ -104,47 +107,119 @@ class Call:
         return tuple(next(tensors) if each is KEPT else each for each in self.inputs)
 
     def gradients(
-        self, kept: Sequence[Tensor], backprops: Tensor
+        self, kept: Sequence[Tensor], backprops: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Return the training gradient of each trainable parameter, and dots (n, k)."""
         inputs = self.restore(kept)
-        if self.free:
-            inputs, backprops = self._expanded(inputs)
-        if self.rule.wide:
-            dtype = accumulation_dtype(backprops.dtype)
-            backprops = backprops.to(dtype)
-            inputs = tuple(wide(each, dtype) for each in inputs)
-        described = self.rule.describe(self.layer, inputs, backprops)
+        if self.rerun is not None:
+            return self.rerun.gradients(self, inputs, backprops)
+        (output_gradient,) = backprops
+        assert output_gradient is not None
+        described = self._at_joins(inputs) if self.free else self._described(inputs, output_gradient)
         gradients: list[Tensor | None] = []
         dots = []
         for i, name in enumerate(self.names):
-            description = by_sample(described[name], self.row_map)
-            if self.uses is None:
-                gradient, own_dots = self.sink.take(self.sites[i], description)
-            else:
-                gradient, own_dots = self.uses.take(
-                    self.sink, self.sites[i], self.parameters[i], self.position, description
-                )
+            description = described[name] if self.free else by_sample(described[name], self.row_map)
+            gradient, own_dots = self.take(i, description)
             gradients.append(gradient)
             if own_dots is not None:
                 dots.append(own_dots)
         return gradients, torch.stack(dots).sum(0) if dots else None
 
-    def _expanded(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor]:
-        """An output without a sample dimension: the inputs stand for every sample."""
-        if not self.row_gradients:
+    def take(self, i: int, description: Description) -> tuple[Tensor | None, Tensor | None]:
+        """Hand a parameter's description to the sink, together with those of its other uses."""
+        if self.uses is None:
+            return self.sink.take(self.sites[i], description)
+        return self.uses.take(self.sink, self.sites[i], self.parameters[i], self.position, description)
+
+    def _described(self, inputs: tuple[Any, ...], backprops: Tensor) -> Mapping[str, Description]:
+        if self.rule.wide:
+            dtype = accumulation_dtype(backprops.dtype)
+            backprops = backprops.to(dtype)
+            inputs = tuple(wide(each, dtype) for each in inputs)
+        return self.rule.describe(self.layer, inputs, backprops)
+
+    def _at_joins(self, inputs: tuple[Any, ...]) -> Mapping[str, Description]:
+        """An output without a sample dimension: its inputs stand for every sample."""
+        if not self.at_joins:
             raise RuntimeError(
-                f"the output of layer '{self.name}' has no sample dimension, so that its gradient must be taken apart: "
-                "call backward() on engine.joint_loss(losses)"
+                f"the output of layer '{self.name}' has no sample dimension, so that its gradient must be taken "
+                "apart: call backward() on engine.joint_loss(losses)"
             )
-        backprops = self.row_gradients[0]
-        for more in self.row_gradients[1:]:
-            backprops = backprops + more
-        self.row_gradients = []
-        rows = len(backprops)
-        return tuple(
-            each.expand(rows, *each.shape) if isinstance(each, Tensor) else each for each in inputs
-        ), backprops
+        together, self.at_joins = self.at_joins, []
+        if self.rule.parameter:
+            return {self.names[0]: joined(together, self.sites[0].shape)}
+        backprops = together[0]
+        assert isinstance(backprops, PerSample)
+        total = backprops.gradients
+        for more in together[1:]:
+            assert isinstance(more, PerSample)
+            total = total + more.gradients
+        each = (
+            value.expand(len(total), *value.shape) if isinstance(value, Tensor) else value for value in inputs
+        )
+        return self._described(tuple(each), total)
+
+
+class Rerun:
+    """How a unit is run again: its parameters' places, its forward's named inputs, and the autocast it ran under."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        places: Sequence[tuple[nn.Module, str]],
+        names: Sequence[str],
+        rows: int,
+        x: Tensor,
+    ) -> None:
+        self.layer, self.places, self.names, self.rows = layer, places, names, rows
+        self.device = x.device.type
+        self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        with torch.autocast(self.device, enabled=self.autocast[0], dtype=self.autocast[1]):
+            return type(self.layer).forward(self.layer, *inputs, **named)
+
+    def gradients(
+        self, call: Call, inputs: tuple[Any, ...], backprops: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Return the training gradient of each parameter of the unit, and dots (n, k)."""
+        parameters = [module._parameters[key].detach().requires_grad_() for module, key in self.places]  # type: ignore[union-attr]
+
+        def of_sample(i: int) -> list[Tensor]:
+            with swapped(self.places, parameters):
+                return sample_gradients(self.forward, parameters, inputs, self.names, backprops, i, self.rows)
+
+        assert call.uses is not None
+        if call.uses.alone(call.parameters):
+            totals, dots = call.sink.together(call.sites, of_sample, self.rows)
+            return list(totals), dots
+        gradients: list[Tensor | None] = []
+        every = []
+        for number in range(len(parameters)):
+            description = Streamed(lambda i, number=number: of_sample(i)[number], self.rows)
+            gradient, own_dots = call.take(number, description)
+            gradients.append(gradient)
+            if own_dots is not None:
+                every.append(own_dots)
+        return gradients, torch.stack(every).sum(0) if every else None
+
+    def check(self, inputs: Sequence[Any], output: Any, name: str) -> None:
+        """Raise RowsError unless the module gives a row alone what it gives it among the others."""
+        entries = next(each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim() > 0)
+        with torch.no_grad():
+            for i in (0, self.rows - 1):
+                alone = rerun(self.forward, inputs, self.names, i, self.rows)
+                for own, among in zip(alone, tensors_of(output), strict=True):
+                    want = part_of(among, i, self.rows, entries)
+                    tolerance = 100 * torch.finfo(own.dtype).eps
+                    if own.shape != want.shape or not torch.allclose(
+                        own, want, rtol=tolerance, atol=tolerance * want.abs().max().item(), equal_nan=True
+                    ):
+                        raise RowsError(
+                            f"module '{name}', taken as one layer, gives a row another output alone than among the "
+                            "other rows: it cannot be run again row by row. Freeze its parameters."
+                        )
 
 
 REENTRANT = (
@@ -167,37 +242,39 @@ def wide(value: Any, dtype: torch.dtype) -> Any:
 
 
 class Tap(torch.autograd.Function):
-    """Return the layer's output, as it is, and a link to the next use of the same parameters.
+    """Return the layer's outputs, as they are, and a link to the next use of the same parameters.
 
-    Inputs: the call, the probe (n, k), the link of the use before (None for none), the output, the trainable
-    parameters, and what the rule needs of the inputs. The output is `output.detach()`: a view of it could not be
-    changed in place by the model, and in other forms of a copy autograd would not notice that it was.
+    Inputs: the call, the probe (n, k), the link of the use before (None for none), the number of outputs, the
+    outputs, the trainable parameters, and what the rule needs of the inputs. An output is `output.detach()`: a view
+    could not be changed in place by the model, and of other forms of a copy autograd would not notice that it was.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, probe: Tensor, link: Tensor | None, output: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.call = call
+        ctx: Any, call: Call, probe: Tensor, link: Tensor | None, outputs: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.call, ctx.outputs = call, outputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[len(call.names) :])
-        ctx.others = len(tensors) - len(call.names)
-        ctx.like = output.shape, output.dtype, output.device
-        return output.detach(), probe.detach()
+        ctx.save_for_backward(*tensors[outputs + len(call.names) :])
+        ctx.kept = len(tensors) - outputs - len(call.names)
+        ctx.like = [(each.shape, each.dtype, each.device) for each in tensors[:outputs]]
+        return (*(each.detach() for each in tensors[:outputs]), probe.detach())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, backprops: Tensor | None, link: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, nothing = ctx.call, (None,) * ctx.others
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, backprops = ctx.call, gradients[: ctx.outputs]
+        nothing, no_gradients = (None,) * ctx.kept, (None,) * len(call.names)
         if call.recomputed:
             raise RuntimeError(REENTRANT)
-        if backprops is None:  # the loss does not depend on this output, but on that of a later use
+        some = next((each for each in backprops if each is not None), None)
+        if some is None:  # the loss does not depend on this call, but on a later use of its parameters
             if call.uses is None or call.uses.calls == 1 or call.guard_is_on():
-                return (None, None, None, None, *(None,) * len(call.names), *nothing)
-            shape, dtype, device = ctx.like
-            backprops = torch.zeros(shape, dtype=dtype, device=device)
-        if call.guard is not None and call.guard.watches(call, backprops):
-            return (None, None, None, backprops, *(None,) * len(call.names), *nothing)
-        with without_autocast(backprops):
-            gradients, dots = call.gradients(ctx.saved_tensors, backprops)
-        return (None, dots, None, backprops, *gradients, *nothing)
+                return (None, None, None, None, *backprops, *no_gradients, *nothing)
+            backprops = tuple(torch.zeros(shape, dtype=kind, device=place) for shape, kind, place in ctx.like)
+            some = backprops[0]
+        if call.guard is not None and call.guard.watches(call, some):
+            return (None, None, None, None, *backprops, *no_gradients, *nothing)
+        with without_autocast(some):
+            results, dots = call.gradients(ctx.saved_tensors, backprops)
+        return (None, dots, None, None, *backprops, *results, *nothing)

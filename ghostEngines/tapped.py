@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .layer_rules.registry import LayerRule
+from .layer_rules.units import tensors_of
 from .precision import compute_dtype
 from .row_maps import Flat, Identity, RowMap
 from .sinks import Site
 from .step import CurrentStep, Step, refuse_to_be_copied
-from .tap import KEPT, Call, Recomputable, Tap, swapped
+from .tap import KEPT, Call, Recomputable, Rerun, Tap, swapped
 from .uses import Uses
 
 ROWS = Identity()
@@ -26,6 +27,20 @@ def own_parameters(layer: nn.Module, rule: LayerRule) -> Iterator[tuple[str, nn.
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield (f"{prefix}.{key}" if prefix else key), module, key
+
+
+def _of(place: tuple[str, nn.Module, str]) -> Tensor:
+    _, module, key = place
+    parameter = module._parameters[key]
+    assert parameter is not None
+    return parameter
+
+
+def _in_place_of(output: Any, tapped: list[Tensor]) -> Any:
+    """The module's output with its floating-point tensors replaced."""
+    new = iter(tapped)
+    each = [next(new) if isinstance(o, Tensor) and o.is_floating_point() else o for o in output]
+    return type(output)(each)
 
 
 class TappedLayer:
@@ -67,27 +82,25 @@ class TappedLayer:
         return self._tapped(inputs, named_inputs)
 
     def _tapped(self, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
-        step = self.step
-        layer, rule = self.layer, self.rule
-        trainable = [
-            (name, module, key)
-            for name, module, key in own_parameters(layer, rule)
-            if module._parameters[key].requires_grad  # type: ignore[union-attr]
-        ]
-        parameters = [module._parameters[key] for _, module, key in trainable]
+        step, layer, rule = self.step, self.layer, self.rule
+        trainable = [each for each in own_parameters(layer, rule) if _of(each).requires_grad]
+        parameters = [_of(each) for each in trainable]
+        places = [(module, key) for _, module, key in trainable]
         arguments = (*inputs, *named_inputs.values())
         x = arguments[0]
         row_map = self.enter(x, arguments)
         made = None
         if rule.product:
             made = step.recomputable_input(x)
+            if made is not None and step.guard is not None:
+                self._check_made(made, x)
             dtype = compute_dtype(x)
             if x.dtype != dtype:
                 x = x.to(dtype)  # here, so that this copy is what is kept
             arguments = (x, *arguments[1:])
             inputs = (x, *inputs[1:]) if inputs else inputs
             named_inputs = named_inputs if inputs else dict(zip(named_inputs, arguments, strict=True))
-        with swapped([(module, key) for _, module, key in trainable], [p.detach() for p in parameters]):
+        with swapped(places, [each.detach() for each in parameters]):
             output = type(layer).forward(layer, *inputs, **named_inputs)
         if not parameters:
             return output
@@ -95,7 +108,7 @@ class TappedLayer:
             layer,
             rule,
             tuple(name for name, _, _ in trainable),
-            tuple(self.site(name, parameter) for (name, _, _), parameter in zip(trainable, parameters)),
+            tuple(self.site(name, each) for (name, _, _), each in zip(trainable, parameters, strict=True)),
             step.sink,
             ROWS if row_map is None else row_map,
             tuple(KEPT if isinstance(each, Tensor) else each for each in arguments),
@@ -109,14 +122,47 @@ class TappedLayer:
         link = None
         if not torch.compiler.is_compiling():
             link = self._enter_uses(step, call, parameters, row_map, arguments[0])
-        tapped, link = Tap.apply(call, self.probe, link, output, *parameters, *kept)
+            if rule.unit:
+                call.rerun = Rerun(layer, places, tuple(named_inputs), step.rows, x)
+            if step.guard is not None:
+                self._check_call(call, arguments, output)
+        elif rule.unit or row_map is None:
+            raise RuntimeError(
+                f"layer '{self.name}' runs in compiled code, and its rule needs more than plain mathematics: leave its "
+                "block uncompiled"
+            )
+        outputs = [output] if isinstance(output, Tensor) else tensors_of(output)
+        *tapped, link = Tap.apply(call, self.probe, link, len(outputs), *outputs, *parameters, *kept)
         if call.uses is not None:
             call.uses.link = link
         if rule.again:
-            step.remember(tapped, Recomputable.of(layer, arguments[0], parameters, tapped))
+            step.remember(tapped[0], Recomputable.of(layer, arguments[0], parameters, tapped[0]))
         if call.free:
-            step.free.append((call, tapped.grad_fn))
-        return tapped
+            step.free.append((call, tapped[0].grad_fn))
+        return tapped[0] if isinstance(output, Tensor) else _in_place_of(output, tapped)
+
+    def _check_made(self, made: Recomputable, x: Tensor) -> None:
+        """At the first step: the input is what its norm would make again."""
+        with torch.no_grad():
+            if not torch.equal(made.run(made.kept[0]), x):
+                raise RuntimeError(
+                    f"the input of layer '{self.name}' is not what the norm before it gave: it was changed in a way that "
+                    "autograd does not see (through .data). Change it by an ordinary operation."
+                )
+
+    def _check_call(self, call: Call, arguments: tuple[Any, ...], output: Any) -> None:
+        """At the first step: the layer does what its rule takes for granted."""
+        if call.rerun is not None:
+            call.rerun.check(arguments, output, self.name)
+        if self.rule.expected is not None and not call.recomputed:
+            with torch.no_grad():
+                want = self.rule.expected(self.layer, arguments)
+            tolerance = max(50 * torch.finfo(output.dtype).eps, 1e-5)
+            if not (output - want).abs().max() <= tolerance * want.abs().max():
+                raise RuntimeError(
+                    f"layer '{self.name}' of type {type(self.layer).__name__} does not normalise its input as it did the "
+                    "random ones on which it was recognised as a norm: write a rule for it (register_rule)"
+                )
 
     def _enter_uses(
         self, step: Step, call: Call, parameters: list[Tensor], row_map: RowMap | None, x: Tensor
@@ -186,3 +232,35 @@ class TappedLayer:
                 )
             preconditioner = step.preconditioners[id(parameter)]
         return Site(parameter.shape, step.keep(self.owners[name]), preconditioner)
+
+
+class TappedParameters(TappedLayer):
+    """A module whose own parameters no rule covers: each of them is tapped by itself, wherever the module's forward
+    uses it. What each sample adds to its gradient is found where it meets the samples (joins.py)."""
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return type(self.layer).forward(self.layer, *inputs, **named_inputs)
+        step = self.step
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"module '{self.name}' of type {type(self.layer).__name__} has parameters that no rule covers, and they "
+                "are followed in uncompiled code only: leave its block uncompiled"
+            )
+        if self._current.phase == "forward":
+            self.calls += 1
+        trainable = [each for each in own_parameters(self.layer, self.rule) if _of(each).requires_grad]
+        tapped = []
+        for name, module, key in trainable:
+            parameter = _of((name, module, key))
+            call = Call(
+                self.layer, self.rule, (name,), (self.site(name, parameter),), step.sink, ROWS, (), None, None
+            )
+            link = self._enter_uses(step, call, [parameter], None, parameter)
+            output, link = Tap.apply(call, self.probe, link, 1, parameter.detach(), parameter)
+            if call.uses is not None:
+                call.uses.link = link
+                step.free.append((call, output.grad_fn))
+            tapped.append(output)
+        with swapped([(module, key) for _, module, key in trainable], tapped):
+            return type(self.layer).forward(self.layer, *inputs, **named_inputs)

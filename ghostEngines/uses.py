@@ -68,6 +68,10 @@ class Uses:
                 shared.tokens[position] = tokens
         return position
 
+    def alone(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether each of these parameters is used once in this pass."""
+        return all(len(self.parameters[id(parameter)].positions) == 1 for parameter in parameters)
+
     def take(
         self, sink: DotProducts, site: Site, parameter: Tensor, position: int, description: Description
     ) -> Returned:

@@ -1,5 +1,17 @@
 """How the layers of each kind are described: one file each, which registers its rules when it is imported here."""
 
-from . import embedding, layer_norm, linear
+from torch import nn
+
+from . import conv, embedding, layer_norm, linear
 from .cross_entropy_head import CrossEntropyHead
-from .registry import RULES, LayerRule, find_rule, register_rule
+from .norms import norm_rule
+from .registry import RULES, LayerRule, register_rule
+from .subclasses import subclass_rule
+from .units import UNITS, register_unit, stacked_rule
+
+
+def find_rule(layer: nn.Module) -> LayerRule | None:
+    """Return the rule of a layer, by its type or by what it does; None if there is none."""
+    kind = type(layer)
+    found = UNITS.get(kind) or RULES.get(kind) or norm_rule(layer) or subclass_rule(layer)
+    return found or stacked_rule(layer)

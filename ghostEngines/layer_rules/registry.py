@@ -34,8 +34,13 @@ class LayerRule:
     lookup: bool = False  # the first input are tokens, and the parameter `weight` is looked up
     again: bool = False  # the output can be recomputed from the first input, by the layer that takes it
     whole: bool = False  # the parameters of the layer's children are its own
-    eager: bool = False  # the rule runs the layer again, which compiled code cannot
+    parameter: bool = (
+        False  # no layer: one parameter by itself, wherever it is used (tapped.TappedParameters)
+    )
+    unit: bool = False  # the module is run again, one sample at a time (units.py)
     run: Run | None = None  # run(layer, tapped, *inputs) in the place of the tap (the fused head)
+    # expected(layer, inputs) -> the output that the rule takes for granted; compared with the output at the first step
+    expected: Callable[[Any, tuple[Any, ...]], Tensor] | None = None
     always: bool = False  # it is there for a layer without trainable parameters, too
 
 
@@ -69,8 +74,3 @@ def register_rule(
         return describe
 
     return register
-
-
-def find_rule(layer: nn.Module) -> LayerRule | None:
-    """Return the rule of a layer; None if there is none."""
-    return RULES.get(type(layer))

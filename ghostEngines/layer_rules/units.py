@@ -1,0 +1,103 @@
+"""Whole modules as one layer: slow, but exact whatever they compute.
+
+The gradient of one sample is that of the module run again on that sample's part of its inputs. For modules that
+keep stacked parameters of experts this is done by itself, for any other on the user's word (`register_unit`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .registry import LayerRule, anything_goes
+
+UNITS: dict[type[nn.Module], LayerRule] = {}
+
+
+def _by_rerun(layer: Any, inputs: tuple[Any, ...], backprops: Tensor) -> Any:
+    raise AssertionError("a unit is run again, not described")
+
+
+UNIT = LayerRule(_by_rerun, (), anything_goes, whole=True, unit=True)
+
+
+def register_unit(*kinds: type[nn.Module]) -> None:
+    """Take modules of exactly these types, with all parameters in them, as one layer each.
+
+    Every such module is run again on each row in the backward pass, forward and backward: its own share of a
+    step's time is about doubled, and the gradient of one sample at a time is in memory. Its output for a row must
+    not depend on the other rows, which is checked at the first step.
+    """
+    for kind in kinds:
+        UNITS[kind] = UNIT
+
+
+def stacked_rule(layer: nn.Module) -> LayerRule | None:
+    """Return the rule of a module with stacked parameters of experts, (experts, p, d); None for another one."""
+    own = [p for p in layer._parameters.values() if p is not None and p.requires_grad]
+    return UNIT if any(p.dim() == 3 for p in own) else None
+
+
+def part_of(value: Any, i: int, rows: int, entries: int) -> Any:
+    """Return sample i's part of an input or output. entries: of the first input's first dimension; what has another
+    first dimension, neither that nor the rows, belongs to all samples."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape[0] == rows:
+        return value[i : i + 1]
+    if value.shape[0] == entries:
+        each = entries // rows
+        return value[i * each : (i + 1) * each]
+    return value
+
+
+def rerun(
+    forward: Callable[..., Any],
+    inputs: Sequence[Any],
+    names: Sequence[str],
+    i: int,
+    rows: int,
+) -> list[Tensor]:
+    """Run a module on sample i's part of its inputs and return its floating-point outputs. names: of the last
+    inputs."""
+    entries = next(each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim() > 0)
+    parts = [part_of(each, i, rows, entries) for each in inputs]
+    positional = len(parts) - len(names)
+    output = forward(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
+    return tensors_of(output)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a module's output, a tensor or a tuple."""
+    outputs = output if isinstance(output, tuple | list) else (output,)
+    return [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def sample_gradients(
+    forward: Callable[..., Any],
+    parameters: Sequence[Tensor],
+    inputs: Sequence[Any],
+    names: Sequence[str],
+    backprops: Sequence[Tensor | None],
+    i: int,
+    rows: int,
+) -> list[Tensor]:
+    """Return sample i's gradient of each parameter; forward runs the module with these very parameters."""
+    entries = next(each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim() > 0)
+    with torch.enable_grad():
+        outputs = rerun(forward, inputs, names, i, rows)
+    pairs = [
+        (output, part_of(backprop, i, rows, entries))
+        for output, backprop in zip(outputs, backprops, strict=True)
+        if backprop is not None and output.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    gradients = torch.autograd.grad(
+        [output for output, _ in pairs], list(parameters), [part for _, part in pairs], allow_unused=True
+    )
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
