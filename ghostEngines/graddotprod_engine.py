@@ -28,7 +28,7 @@ from .coverage import (
 )
 from .errors import AttachError, RowsError
 from .graph import Graph, find_bypass, is_reentrant
-from .guard import Guard, random_states
+from .guard import Guard, halves, random_states
 from .joins import Join, hook_joins
 from .layer_rules import CrossEntropyHead
 from .losses import require
@@ -119,6 +119,7 @@ class GradDotProdEngine:
         self.micro_batches = micro_batches
         self._rows, self._row_maps = rows, dict(row_maps or {})
         self._guards = guard
+        self.halves = halves  # of the rows, for the guard
         self._guarded = False  # whether the guard has had its step
         self._micro_batch = 0  # the one whose turn it is
         self._kept: dict[str, Any] = {}
@@ -234,7 +235,7 @@ class GradDotProdEngine:
         guard = None
         if self._guards and not self._guarded and self._micro_batch == 0:
             weight = self._weight()
-            guard = Guard(split.n + split.m, weight.device, autocast_of(weight) or weight.dtype)
+            guard = Guard(self.halves(split.n + split.m), weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
                 with self._eager():
                     self._rehearse(guard, split, shape, args, kwargs)

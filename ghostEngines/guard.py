@@ -52,11 +52,10 @@ def separating_halves(rows: int) -> list[Tensor]:
 class Guard:
     """What one guarded step sees. checking: a backward pass of the guard's own is under way."""
 
-    def __init__(
-        self, rows: int, device: torch.device, dtype: torch.dtype, masks: list[Tensor] | None = None
-    ) -> None:
-        """dtype: the lowest precision of the pass; masks: of the rows, by default a random half and its complement."""
-        self.masks = [mask.to(device) for mask in (halves(rows) if masks is None else masks)]
+    def __init__(self, masks: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        """masks (rows,): of the rows whose losses are differentiated, one pass each; dtype: the lowest precision of the
+        step."""
+        self.masks = [mask.to(device) for mask in masks]
         self.checking = False
         # A factor on the guard's losses: in float16 the gradients of small losses would flush to zero.
         self.scale = 1024.0 if dtype == torch.float16 else 1.0
@@ -66,6 +65,7 @@ class Guard:
         self.weights: Tensor  # of the rows, in a rehearsal
         self.losses: list[Tensor] = []  # of the heads, in a rehearsal
         self._mask: Tensor
+        self._passes = 0
         self._mixed: list[tuple[str, Tensor]] = []
         self._seen: dict[tuple[str, int], Tensor] = {}  # fingerprints of the joint loss's own backprops
         self._joint: dict[tuple[str, int], Tensor] = {}
@@ -79,6 +79,7 @@ class Guard:
     def begin(self, mask: Tensor) -> None:
         """Begin a backward pass from the losses of the rows in the mask."""
         self._mask, self.checking = mask, True
+        self._passes += 1
 
     def end(self) -> None:
         self.checking = False
@@ -103,7 +104,8 @@ class Guard:
             return False
         self._note(call, backprops, mask)
         print_ = fingerprint(backprops)
-        self._seen[key] = self._seen[key] + print_ if key in self._seen else print_
+        if self._passes <= 2:  # a half and its complement, which make up the joint loss
+            self._seen[key] = self._seen[key] + print_ if key in self._seen else print_
         return True
 
     def _note(self, call: Call, gradient: Tensor, mask: Tensor) -> None:
