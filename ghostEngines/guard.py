@@ -112,7 +112,8 @@ class Guard:
 
     def _note(self, call: Call, gradient: Tensor, mask: Tensor) -> None:
         others = gradient.detach()[~mask]
-        self._mixed.append((call.name, (others != 0).any()))
+        name = f"{call.name}.{call.names[0]}".strip(".") if call.rule.parameter else call.name
+        self._mixed.append((name, (others != 0).any()))
 
     def check_rows(self) -> None:
         """Raise RowsError if a row's loss has a gradient at another row of a covered layer's output."""

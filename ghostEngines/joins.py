@@ -180,9 +180,15 @@ def _can_be_taken_apart(call: Call, path: Path, shape: torch.Size, rows: int) ->
     (result,) = results
     if not result or result[0] == 0 or result[0] % rows != 0:
         return False
+    if call.checkpointed and any(_keeps_tensors(node) for node, _ in path):
+        return False  # checkpointing gives what was kept to the operation itself, once
     if not call.rule.parameter or shape.numel() <= LARGEST:
         return True
     return names == ["EmbeddingBackward0"] or names[0] in ("MmBackward0", "AddmmBackward0")
+
+
+def _keeps_tensors(node: Node) -> bool:
+    return any(name.startswith("_raw_saved_") for name in dir(node))
 
 
 def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int) -> list[Path]:
@@ -214,7 +220,8 @@ def refusal(lost: dict[str, str]) -> str:
     """Say what is not covered, and the remedies, the shortest first."""
     shown = "; ".join(f"{what} (it goes into {operation})" for what, operation in lost.items())
     return (
-        f"the engine cannot tell what each sample adds to the gradient of {shown}. Freeze the parameters "
+        f"the engine cannot tell what each sample adds to the gradient of {shown}. Leave activation checkpointing "
+        "out around it, if there is any; or freeze the parameters "
         "(requires_grad_(False)); or take the module as one layer, slow but exact: "
         "ghostEngines.register_unit(ItsClass); or write a rule: ghostEngines.register_rule(ItsClass)."
     )

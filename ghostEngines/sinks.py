@@ -110,7 +110,7 @@ class DotProducts:
             return direction if site.preconditioner is None else site.preconditioner.apply(direction)
 
         direction = make() if site.keep is None else site.keep.direction(make)
-        return train.sum(0), train.flatten(1) @ direction.flatten(1).mT
+        return train.sum(0), train.reshape(self.split.n, -1) @ direction.reshape(len(direction), -1).mT
 
     def streamed(self, site: Site, description: Streamed) -> Taken:
         """Contract gradients that come one sample at a time: the validation rows' first."""
@@ -125,7 +125,8 @@ class DotProducts:
                     direction += description.gradient(i)
             return direction if site.preconditioner is None else site.preconditioner.apply(direction)
 
-        direction = (make() if site.keep is None else site.keep.direction(make)).flatten(1)
+        direction = make() if site.keep is None else site.keep.direction(make)
+        direction = direction.reshape(len(direction), -1)
         total = direction.new_zeros(site.shape.numel())
         dots = []
         for i in range(n):
@@ -147,7 +148,9 @@ class DotProducts:
         for i in range(n):
             own = [each.to(accumulation_dtype(each.dtype)) for each in gradients(i)]
             dots.append(
-                torch.stack([d.flatten(1) @ g.flatten() for d, g in zip(directions, own, strict=True)]).sum(0)
+                torch.stack(
+                    [d.reshape(len(d), -1) @ g.flatten() for d, g in zip(directions, own, strict=True)]
+                ).sum(0)
             )
             if totals:
                 torch._foreach_add_(totals, own)
@@ -188,8 +191,7 @@ class DotProducts:
     def rows(self, site: Site, lookups: Rows, head: HeadPart | None) -> Taken:
         """Contract lookups, with what an output layer of the same weight has left for them."""
         split, n, vocabulary = self.split, self.split.n, site.shape[0]
-        tokens = lookups.tokens.reshape(len(lookups.tokens), -1)  # (n+m, L)
-        gradients = lookups.gradients.reshape(*tokens.shape, lookups.gradients.shape[-1])
+        tokens, gradients = lookups.flat()  # (n+m, L), (n+m, L, d)
         gradients = gradients.to(accumulation_dtype(gradients.dtype))
         if lookups.ignored is not None:
             gradients = gradients.masked_fill((tokens == lookups.ignored)[..., None], 0)

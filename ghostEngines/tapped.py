@@ -155,10 +155,10 @@ class TappedLayer:
         if call.rerun is not None:
             call.rerun.check(arguments, output, self.name)
         if self.rule.expected is not None and not call.recomputed:
-            with torch.no_grad():
+            with torch.no_grad():  # in a checkpoint autograd counts what it keeps
                 want = self.rule.expected(self.layer, arguments)
-            tolerance = max(50 * torch.finfo(output.dtype).eps, 1e-5)
-            if not (output - want).abs().max() <= tolerance * want.abs().max():
+                error, largest = (output - want).abs().max(), want.abs().max()
+            if not error <= max(50 * torch.finfo(output.dtype).eps, 1e-5) * largest:
                 raise RuntimeError(
                     f"layer '{self.name}' of type {type(self.layer).__name__} does not normalise its input as "
                     "it did the random ones on which it was recognised as a norm: write a rule for it (register_rule)"
@@ -170,6 +170,7 @@ class TappedLayer:
         """Note what a call needs outside of compiled code. Returns the link of the use before it."""
         call.parameters, call.name, call.guard = tuple(parameters), self.name, step.guard
         call.free = row_map is None
+        call.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if self._current.phase != "forward":  # recomputed by checkpointing, for what autograd keeps alone
             call.free, call.recomputed = False, True
             return None
