@@ -539,6 +539,38 @@ def test_parts_that_were_not_copied(data: Path, copied: Path) -> None:
     assert missing in message and f"--init_from {folder}/checkpoints/step_000008" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "checkpoints", "checkpoints/step_000008/manifest.json", "grad_dotprods/{scores}"]
+)
+@pytest.mark.parametrize("resume", ["always", "auto"])
+def test_what_may_not_be_read(
+    name: str, resume: str, data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named as what it is: it may be whole."""
+    (scores,) = (copied / "a" / "grad_dotprods").iterdir()
+    path = copied / "a" / name.format(scores=scores.name)
+    deny(path, monkeypatch)
+    message = refused(data, copied, resume=resume)
+    assert str(path) in message and "ermission denied" in message
+    assert "damaged" not in message and "not the folder of a run" not in message
+
+
+def deny(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to read a file or a folder: rights are nothing to root, who may run the tests."""
+
+    def denying(function: Callable) -> Callable:
+        def called(file: Path, *arguments: object, **more: object) -> object:
+            if str(file) == str(path):
+                raise PermissionError(13, "Permission denied", str(file))
+            return function(file, *arguments, **more)
+
+        return called
+
+    for name in ("open", "iterdir"):
+        monkeypatch.setattr(Path, name, denying(getattr(Path, name)))
+    monkeypatch.setattr(pq, "read_schema", denying(pq.read_schema))
+
+
 @pytest.mark.parametrize("line", [b"{\n", b"[1]\n", b'{"loss": 1}\n', b"\0\0\xff\n"])
 def test_a_line_of_metrics_that_is_damaged(line: bytes, data: Path, copied: Path) -> None:
     path = copied / "a" / "metrics.jsonl"
