@@ -194,12 +194,14 @@ def _keeps_tensors(node: Node) -> bool:
 def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int) -> list[Path]:
     """All ways from a node's first output up to a join, each with the join first."""
     found: list[Path] = []
+    entries = torch.Size(node._input_metadata[0].shape).numel()
     for consumer, number in graph.consumers.get((node, 0), []):
         shapes = [tuple(each.shape) for each in consumer._input_metadata]
         ends = (
             consumer in bearing
             or len(shapes) != 1
-            or (shapes[0] and shapes[0][0] == rows)
+            # What has as many entries as before, a view, has not brought in the samples.
+            or (shapes[0] and shapes[0][0] == rows and torch.Size(shapes[0]).numel() != entries)
             or (consumer, 0) not in graph.consumers
         )
         if ends:

@@ -36,7 +36,7 @@ def register_unit(*kinds: type[nn.Module]) -> None:
 
 def stacked_rule(layer: nn.Module) -> LayerRule | None:
     """Return the rule of a module with stacked parameters of experts, (experts, p, d); None for another one."""
-    own = [p for p in layer._parameters.values() if p is not None and p.requires_grad]
+    own = [p for p in layer._parameters.values() if p is not None]
     return UNIT if any(p.dim() == 3 for p in own) else None
 
 
