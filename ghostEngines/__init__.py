@@ -2,7 +2,7 @@
 
 from .errors import AttachError, RowsError
 from .graddotprod_engine import GradDotProdEngine
-from .layer_rules import RULES, CrossEntropyHead, register_rule
+from .layer_rules import RULES, CrossEntropyHead, register_rule, register_unit
 from .losses import per_sample_losses
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "RowsError",
     "per_sample_losses",
     "register_rule",
+    "register_unit",
 ]

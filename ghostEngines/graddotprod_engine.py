@@ -444,7 +444,7 @@ class GradDotProdEngine:
         for tapped in self._layers:
             for parameter in tapped.parameters():
                 calls[id(parameter)] = calls.get(id(parameter), 0) + max(1, tapped.calls)
-        layers = [(each.name, each.layer) for each in self._layers]
+        layers = [(each.name, each.parameters()) for each in reversed(self._layers)]
         return find_bypass(loss, self._step().probes, layers, calls)
 
     def _begin_backward(self, grad_losses: Tensor) -> None:
@@ -496,7 +496,8 @@ class GradDotProdEngine:
             raise RuntimeError(
                 f"the weight of layer '{self._bypassed}' was used in another way than by calling the "
                 "layer: that part of its gradient is in no dot product, and the validation rows' part of "
-                "it in .grad. If another module reads the weight, call the layer instead."
+                "it in .grad. If another module reads the weight, call the layer instead; or take that module as one "
+                "layer, ghostEngines.register_unit(ItsClass); or freeze the weight."
             )
 
     def _check_scale(self, step: Step) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"  # the node at which a gradient arrives at a parameter
@@ -50,7 +50,10 @@ class Graph:
 
 
 def find_bypass(
-    loss: Tensor, probes: Sequence[Tensor], layers: Sequence[tuple[str, nn.Module]], calls: Mapping[int, int]
+    loss: Tensor,
+    probes: Sequence[Tensor],
+    layers: Sequence[tuple[str, Sequence[Tensor]]],
+    calls: Mapping[int, int],
 ) -> str | None:
     """Return the name of a layer whose parameter gets a gradient from anything but calls of covered layers; None
     if there is none.
@@ -59,10 +62,7 @@ def find_bypass(
     none to a probe is no tap. calls: how many calls may use each parameter, by its id. Of a compiled block the
     graph shows one node only.
     """
-    names: dict[int, str] = {}
-    for name, layer in layers:
-        for parameter in layer.parameters():
-            names.setdefault(id(parameter), name)
+    names = {id(parameter): name for name, parameters in layers for parameter in reversed(parameters)}
     uses: Counter[int] = Counter()
     probe_ids = {id(probe) for probe in probes}
     for node in graph_nodes(loss):

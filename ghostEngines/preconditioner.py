@@ -27,6 +27,10 @@ class Preconditioner:
     correction: Tensor
     eps: float
 
+    def shaped(self, shape: torch.Size) -> "Preconditioner":
+        """Return it for the parameter in another shape: a kernel as a matrix."""
+        return Preconditioner(self.second_moment.reshape(shape), self.correction, self.eps)
+
     def apply(self, direction: Tensor, part: Any = ..., memory: Tensor | None = None) -> Tensor:
         """direction (..., *shape of v[part]) becomes P∘direction, in place; part: an index into the
         parameter; memory: (numel of v[part],) to work in."""

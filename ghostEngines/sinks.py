@@ -85,8 +85,11 @@ class DotProducts:
         n = self.split.n
         strategy = self.strategy_for(left.shape[1], left.shape[2], right.shape[2])
         total = left.new_empty(left.shape[2], right.shape[2], dtype=accumulation_dtype(left.dtype))
+        preconditioner = site.preconditioner
+        if preconditioner is not None:
+            preconditioner = preconditioner.shaped(total.shape)
         against: Whole | Validation = Validation(
-            left[n:], right[n:], self.split, site.preconditioner, self.scratch
+            left[n:], right[n:], self.split, preconditioner, self.scratch
         )
         if site.keep is not None:
             against = Whole(site.keep.direction(against.whole))

@@ -161,6 +161,24 @@ class Call:
         return self._described(tuple(each), total)
 
 
+Attributes = list[tuple[nn.Module, dict[str, Any]]]
+
+
+def attributes(layer: nn.Module) -> Attributes:
+    """Return the attributes of a module and those in it, but for what PyTorch keeps in them."""
+    return [
+        (
+            module,
+            {
+                key: value
+                for key, value in vars(module).items()
+                if not key.startswith("_") and key != "forward"
+            },
+        )
+        for module in layer.modules()
+    ]
+
+
 class Rerun:
     """How a unit is run again: its parameters' places, its forward's named inputs, and the autocast it ran under."""
 
@@ -171,14 +189,24 @@ class Rerun:
         names: Sequence[str],
         rows: int,
         x: Tensor,
+        before: "Attributes",
     ) -> None:
+        """before: the module's attributes before it ran, since it may keep a state in them."""
+        self.before = before
         self.layer, self.places, self.names, self.rows = layer, places, names, rows
         self.device = x.device.type
         self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        with torch.autocast(self.device, enabled=self.autocast[0], dtype=self.autocast[1]):
-            return type(self.layer).forward(self.layer, *inputs, **named)
+        now = attributes(self.layer)
+        for module, values in self.before:
+            module.__dict__.update(values)
+        try:
+            with torch.autocast(self.device, enabled=self.autocast[0], dtype=self.autocast[1]):
+                return type(self.layer).forward(self.layer, *inputs, **named)
+        finally:
+            for module, values in now:
+                module.__dict__.update(values)
 
     def gradients(
         self, call: Call, inputs: tuple[Any, ...], backprops: Sequence[Tensor | None]
@@ -206,12 +234,11 @@ class Rerun:
 
     def check(self, inputs: Sequence[Any], output: Any, name: str) -> None:
         """Raise RowsError unless the module gives a row alone what it gives it among the others."""
-        entries = next(each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim() > 0)
         with torch.no_grad():
             for i in (0, self.rows - 1):
                 alone = rerun(self.forward, inputs, self.names, i, self.rows)
                 for own, among in zip(alone, tensors_of(output), strict=True):
-                    want = part_of(among, i, self.rows, entries)
+                    want = part_of(among, i, self.rows)
                     tolerance = 100 * torch.finfo(own.dtype).eps
                     if own.shape != want.shape or not torch.allclose(
                         own, want, rtol=tolerance, atol=tolerance * want.abs().max().item(), equal_nan=True

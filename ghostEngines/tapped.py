@@ -12,7 +12,7 @@ from .precision import compute_dtype
 from .row_maps import Flat, Identity, RowMap
 from .sinks import Site
 from .step import CurrentStep, Step, refuse_to_be_copied
-from .tap import KEPT, Call, Recomputable, Rerun, Tap, swapped
+from .tap import KEPT, Call, Recomputable, Rerun, Tap, attributes, swapped
 from .uses import Uses
 
 ROWS = Identity()
@@ -100,6 +100,7 @@ class TappedLayer:
             arguments = (x, *arguments[1:])
             inputs = (x, *inputs[1:]) if inputs else inputs
             named_inputs = named_inputs if inputs else dict(zip(named_inputs, arguments, strict=True))
+        before = attributes(layer) if rule.unit else []
         with swapped(places, [each.detach() for each in parameters]):
             output = type(layer).forward(layer, *inputs, **named_inputs)
         if not parameters:
@@ -123,7 +124,7 @@ class TappedLayer:
         if not torch.compiler.is_compiling():
             link = self._enter_uses(step, call, parameters, row_map, arguments[0])
             if rule.unit:
-                call.rerun = Rerun(layer, places, tuple(named_inputs), step.rows, x)
+                call.rerun = Rerun(layer, places, tuple(named_inputs), step.rows, x, before)
             if step.guard is not None:
                 self._check_call(call, arguments, output)
         elif rule.unit or row_map is None:

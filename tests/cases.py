@@ -98,6 +98,28 @@ class Positions(nn.Module):
         return self.out(self.wte(x) + self.wpe(ids.expand_as(x) if self.expanded else ids))
 
 
+class Transposed(nn.Module):
+    """A layer that takes channels before positions, on positions before channels."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class Cut(nn.Module):
+    """The first positions."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.positions]
+
+
 class FusedOnly(nn.Module):
     """The fused head on given hidden states."""
 
@@ -180,6 +202,26 @@ CASES = [
         lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)),
         (nn.LayerNorm,),
         tokens=False,
+    ),
+    Case("rms-norm", lambda: nn.Sequential(nn.RMSNorm(D), nn.Linear(D, V)), (), tokens=False),
+    Case(
+        "convolution",
+        lambda: nn.Sequential(
+            Transposed(nn.Conv1d(D, D, 3, padding=1)),
+            nn.Tanh(),
+            Transposed(nn.Conv1d(D, D, 2, padding="same", groups=4)),
+            Transposed(nn.GroupNorm(2, D)),
+            nn.Linear(D, V),
+        ),
+        (nn.Conv1d, nn.GroupNorm),
+        tokens=False,
+    ),
+    Case(
+        "convolution-2d",
+        lambda: nn.Sequential(Transposed(nn.Conv2d(D, D, (2, 3), padding=(1, 1))), Cut(2), nn.Linear(D, V)),
+        (nn.Conv2d,),
+        tokens=False,
+        shape=(2, T),
     ),
     Case("embedding", lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), (nn.Embedding,)),
     Case(

@@ -114,10 +114,12 @@ def test_nothing_is_left_after_an_exception(name: str, fails: int) -> None:
 
 
 def test_a_failed_attach_leaves_nothing() -> None:
-    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.PReLU(), nn.Linear(D, V)).double()
+    model = nn.Sequential(
+        nn.Linear(D, D), nn.LayerNorm(D), nn.Embedding(V, D, sparse=True), nn.Linear(D, V)
+    ).double()
     memory, state = remembered(model), values(model)
     engine = GradDotProdEngine(model, val_batch_size=2)
-    with pytest.raises(ValueError, match="PReLU"):
+    with pytest.raises(ValueError, match="sparse"):
         engine.attach()
     assert same(model, memory, state)
     model[2].requires_grad_(False)
@@ -211,17 +213,22 @@ def test_outputs_are_those_of_the_untouched_model(name: str, autocast: bool, dty
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         untouched = case.losses(model, x, y)
         want, seen[:] = list(seen), []
+        with torch.no_grad():
+            plainly_evaluated = case.losses(model, x, y)
+        seen.clear()
         with GradDotProdEngine(model, val_batch_size=3, guard=False):  # which calls the model, too
             attached = case.losses(model, x, y)
             got, seen[:] = list(seen), []
             with torch.no_grad():
                 evaluated = case.losses(model, x, y)
-    assert torch.equal(attached, untouched)
-    assert torch.equal(evaluated, untouched)
+    # With an input that is not contiguous, PyTorch multiplies in another way where a weight needs no gradient.
+    same = torch.equal if "convolution" not in name else torch.allclose
+    assert same(attached, untouched)
+    assert torch.equal(evaluated, plainly_evaluated)
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
-        assert torch.equal(a, b)
+        assert same(a, b)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,6 +1,6 @@
 """What the engine cannot score is an error that says why: nothing is left out of a dot product in silence."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import pytest
@@ -10,24 +10,43 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.oracle import per_sample
-from ghostEngines import RULES, GradDotProdEngine, per_sample_losses, register_rule
+from ghostEngines import (
+    RULES,
+    GradDotProdEngine,
+    RowsError,
+    per_sample_losses,
+    register_rule,
+    register_unit,
+)
 from ghostEngines.descriptions import PerPosition
+from ghostEngines.layer_rules.units import UNITS
+from ghostEngines.row_maps import Indexed
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     GradDotProdEngine(model, val_batch_size=2).attach(optimizer)
 
 
-def test_multihead_attention_bypasses_its_output_layer() -> None:
+def refused(model: nn.Module, match: str) -> str:
+    """The message of a first step that is refused."""
+    with pytest.raises(RuntimeError, match=match) as error:
+        joint_step(seeded(lambda: model), *token_rows(), 2)
+    return str(error.value)
+
+
+def exact(model: nn.Module) -> bool:
+    model = seeded(lambda: model)
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), *token_rows(), 3)
+    dots, _ = joint_step(model, *token_rows(), 2)
+    return truth.dot_error(dots) < 1e-12 and truth.gradient_error(model) < 1e-12
+
+
+def test_multihead_attention() -> None:
+    """Its fused kernels mix rows with positions, and it reads the weight of `out_proj` without calling it."""
     model = Wired(
         lambda m, h: m.out(m.lin(h, h, h)[0]), lambda: nn.MultiheadAttention(D, 2, batch_first=True)
     )
-    with pytest.raises(ValueError, match="'lin' of type MultiheadAttention"):
-        attach(model)
-    model.lin.in_proj_weight.requires_grad_(False)
-    model.lin.in_proj_bias.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'lin\.out_proj' of type NonDynamicallyQuantizableLinear"):
-        attach(model)
+    refused(model, r"lin\.in_proj_.*MultiheadAttention|layer 'lin\.out_proj' was used in another way")
     model.lin.requires_grad_(False)
     attach(model)
 
@@ -44,35 +63,167 @@ class Shift(nn.Module):
 
 
 class SubclassedLinear(nn.Linear):
-    """May use its weight in any way."""
+    """Does what its parent does, in words of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
 
 
-@pytest.mark.parametrize(
-    "between", [Shift, lambda: SubclassedLinear(D, D), lambda: nn.GRU(D, D), lambda: nn.Bilinear(D, D, D)]
-)
-def test_no_rule(between) -> None:
-    kind = type(between()).__name__
-    with pytest.raises(ValueError, match="no rule covers") as error:
-        attach(Wired(lambda m, h: m.out(m.lin(h)), between))
-    for said in ("'lin'", kind, f"register_rule({kind})", "requires_grad_(False)"):
-        assert said in str(error.value)
+class TwiceLinear(nn.Linear):
+    """Does something else than its parent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * 2, self.bias).tanh()
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm]
-)
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bias", [True, False])
-def test_reparametrised_layers(norm, bias: bool) -> None:
-    with pytest.raises(ValueError, match="'lin"):
-        attach(Wired(lambda m, h: m.out(m.lin(h)), lambda: norm(nn.Linear(D, D, bias=bias))))
+class ScaledEmbedding(nn.Embedding):
+    """Gemma's: times a number."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * 3.0
 
 
-def test_foreign_parameters_on_a_covered_layer() -> None:
-    model = Wired(lambda m, h: m.out(m.lin(h)))
-    model.lin.lora_A = nn.Parameter(torch.zeros(2, D))
-    with pytest.raises(ValueError, match=r"'lin' of type Linear .* lora_A"):
-        attach(model)
+class OffsetEmbedding(nn.Embedding):
+    """OPT's: positions from an offset on, made in the layer."""
+
+    def forward(self, tokens: Tensor, start: int = 1) -> Tensor:
+        return super().forward(torch.arange(tokens.shape[1])[None] + start)
+
+
+class TokenAndScale(nn.Module):
+    """A token before all rows, a scale 1 + w of every position, a sink of an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.zeros(1, 1, D)), nn.Parameter(torch.zeros(D))
+        self.sink = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)[:, :-1] * (1 + self.scale)
+        scores = torch.cat([x @ x.mT, self.sink.view(1, 1, 1).expand(*x.shape[:2], 1)], -1).softmax(-1)
+        return scores[..., :-1] @ x
+
+
+class Experts(nn.Module):
+    """Stacked weights of experts, to which tokens are sent by what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, D, D))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        expert = (tokens[:, 0] > 0).long() + (tokens[:, 1] > 0).long()
+        output = torch.zeros_like(tokens)
+        for number in range(3):
+            some = torch.where(expert == number)[0]
+            output = output.index_add(0, some, (tokens[some] @ self.weight[number].T).tanh())
+        return output
+
+
+def conv(module: Callable[[], nn.Module]) -> tuple[Callable, Callable]:
+    return lambda m, h: m.out(m.lin(h.mT)[..., : h.shape[1]].mT), module
+
+
+WHATEVER = {
+    "a shift": (lambda m, h: m.out(m.lin(h)), Shift),
+    "a subclass": (lambda m, h: m.out(m.lin(h)), lambda: SubclassedLinear(D, D)),
+    "another subclass": (lambda m, h: m.out(m.lin(h)), lambda: TwiceLinear(D, D)),
+    "a scaled embedding": (lambda m, h: m.out(h + m.lin(h.argmax(-1))), lambda: ScaledEmbedding(V, D)),
+    "positions from an offset on": (lambda m, h: m.out(h + m.lin(h)), lambda: OffsetEmbedding(9, D)),
+    "tokens and scales": (lambda m, h: m.out(m.lin(h)), TokenAndScale),
+    "experts": (lambda m, h: m.out(m.lin(h.flatten(0, 1)).view(h.shape)), Experts),
+    "bilinear": (lambda m, h: m.out(m.lin(h, h)), lambda: nn.Bilinear(D, D, D)),
+    "PReLU": (lambda m, h: m.out(m.lin(h)), nn.PReLU),
+    "depthwise": conv(lambda: nn.Conv1d(D, D, 3, padding=2, groups=D)),
+    "same": conv(lambda: nn.Conv1d(D, D, 4, padding="same", groups=2)),
+    "strides": (
+        lambda m, h: m.out(h + m.lin(h.mT).sum(-1)[:, None]), lambda: nn.Conv1d(D, D, 2, stride=2, dilation=2)
+    ),
+    "weight norm": (lambda m, h: m.out(m.lin(h)), lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, D))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHATEVER)
+def test_whatever_can_be_taken_apart_is_exact(name: str) -> None:
+    run, between = WHATEVER[name]
+    assert exact(Wired(run, between))
+
+
+def test_several_patches_of_images_and_their_row_map() -> None:
+    """Two images of a row, one after the other; in another order the rows must be named."""
+
+    def model(order: Callable[[Tensor], Tensor]) -> Wired:
+        def run(m: Wired, h: Tensor) -> Tensor:
+            images = order(torch.stack([h, h.flip(1)], 1).flatten(0, 1))  # (2N, T, D)
+            seen = m.lin(images.mT[..., None]).flatten(2).sum(-1)  # (2N, D)
+            back = torch.empty_like(seen)
+            back[order(torch.arange(len(seen)))] = seen
+            return m.out(h + back.view(len(h), 2, 1, D).sum(1))
+
+        return Wired(run, lambda: nn.Conv2d(D, D, (3, 1), stride=(3, 1)))
+
+    assert exact(model(lambda images: images))
+    turned = model(lambda images: images.flip(0))
+    with pytest.raises(RowsError, match="at other rows of the output of layer 'lin'"):
+        joint_step(seeded(lambda: turned), *token_rows(), 2)
+
+    def rows(inputs: tuple, count: int) -> Indexed:
+        return Indexed((torch.arange(2 * count) // 2).flip(0), count)
+
+    turned = seeded(lambda: turned)
+    truth = per_sample(deepcopy(turned), lambda m, x: m(x), *token_rows(), 3)
+    dots, _ = joint_step(turned, *token_rows(), 2, row_maps={"lin": rows})
+    assert truth.dot_error(dots) < 1e-12 and truth.gradient_error(turned) < 1e-12
+    with pytest.raises(ValueError, match="row_maps: nowhere is no covered layer"):
+        GradDotProdEngine(turned, 2, row_maps={"nowhere": rows}).attach()
+
+
+def test_no_rule() -> None:
+    """All that is not covered is named at once, with where it comes from and what to do."""
+    model = Wired(lambda m, h: m.out(m.lin(h)[0]), lambda: nn.GRU(D, D, batch_first=True))
+    message = refused(model, "the engine cannot tell")
+    for said in ("'lin.bias_ih_l0' of torch.nn.modules.rnn.GRU", "requires_grad_(False)"):
+        assert said in message
+    assert "register_unit" in message and "register_rule" in message
+
+
+def test_a_unit_on_the_users_word() -> None:
+    class Recurrent(nn.GRU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    def model() -> nn.Module:
+        return seeded(
+            lambda: Wired(lambda m, h: m.out(m.lin(m.lin(h))), lambda: Recurrent(D, D, batch_first=True))
+        )
+
+    register_unit(Recurrent)
+    try:
+        for options in ({}, {"granularity": "pairwise"}, {"granularity": "per_layer"}):
+            truth, attributed = per_sample(model(), lambda m, x: m(x), *token_rows(), 3), model()
+            dots, _ = joint_step(attributed, *token_rows(), 2, **options)
+            if options.get("granularity") == "pairwise":
+                assert truth.pairwise_error(dots) < 1e-12
+            else:
+                assert truth.dot_error(dots.view(3, -1).sum(1)) < 1e-12
+            assert truth.gradient_error(attributed) < 1e-12
+    finally:
+        del UNITS[Recurrent]
+
+
+def test_a_unit_whose_rows_depend_on_each_other() -> None:
+    class Capacity(nn.Module):
+        """Only so many rows get an expert."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, D, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = torch.arange(len(x))[:, None, None] < 2
+            return torch.where(chosen, x @ self.weight[0], x @ self.weight[1])
+
+    refused(Wired(lambda m, h: m.out(m.lin(h)), Capacity), "gives a row another output alone")
 
 
 @pytest.mark.parametrize(
@@ -259,8 +410,3 @@ def test_a_rule_of_ones_own_in_micro_batches(direction: str) -> None:
     weights = torch.ones(()) if direction == "gradient" else 1 / (gradients[:4].mean(0).abs() + 1e-3)
     want = gradients[:4] @ (weights * gradients[4])
     assert torch.allclose(torch.cat(dots), want, rtol=1e-9, atol=1e-12)
-
-
-def test_the_rule_is_gone() -> None:
-    with pytest.raises(ValueError, match="no rule covers module 'lin' of type Scale"):
-        attach(Wired(lambda m, h: m.out(m.lin(h)), Scale))

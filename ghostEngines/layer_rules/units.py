@@ -39,17 +39,13 @@ def stacked_rule(layer: nn.Module) -> LayerRule | None:
     return UNIT if any(p.dim() == 3 for p in own) else None
 
 
-def part_of(value: Any, i: int, rows: int, entries: int) -> Any:
-    """Return sample i's part of an input or output. entries: of the first input's first dimension; what has another
-    first dimension, neither that nor the rows, belongs to all samples."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
+def part_of(value: Any, i: int, rows: int) -> Any:
+    """Return sample i's part of an input or output: of a tensor whose first dimension is a multiple of the rows, its
+    entries, the samples one after the other. Anything else belongs to all samples."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] % rows != 0:
         return value
-    if value.shape[0] == rows:
-        return value[i : i + 1]
-    if value.shape[0] == entries:
-        each = entries // rows
-        return value[i * each : (i + 1) * each]
-    return value
+    each = value.shape[0] // rows
+    return value[i * each : (i + 1) * each]
 
 
 def rerun(
@@ -61,8 +57,7 @@ def rerun(
 ) -> list[Tensor]:
     """Run a module on sample i's part of its inputs and return its floating-point outputs. names: of the last
     inputs."""
-    entries = next(each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim() > 0)
-    parts = [part_of(each, i, rows, entries) for each in inputs]
+    parts = [part_of(each, i, rows) for each in inputs]
     positional = len(parts) - len(names)
     output = forward(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
     return tensors_of(output)
@@ -84,11 +79,10 @@ def sample_gradients(
     rows: int,
 ) -> list[Tensor]:
     """Return sample i's gradient of each parameter; forward runs the module with these very parameters."""
-    entries = next(each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim() > 0)
     with torch.enable_grad():
         outputs = rerun(forward, inputs, names, i, rows)
     pairs = [
-        (output, part_of(backprop, i, rows, entries))
+        (output, part_of(backprop, i, rows))
         for output, backprop in zip(outputs, backprops, strict=True)
         if backprop is not None and output.requires_grad
     ]
