@@ -4,14 +4,17 @@ from .errors import AttachError, RowsError
 from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule, register_unit
 from .losses import per_sample_losses
+from .verify import Report, verify
 
 __all__ = [
     "RULES",
     "AttachError",
     "CrossEntropyHead",
     "GradDotProdEngine",
+    "Report",
     "RowsError",
     "per_sample_losses",
     "register_rule",
     "register_unit",
+    "verify",
 ]

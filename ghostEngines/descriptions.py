@@ -70,8 +70,8 @@ def per_sample_sums(gradients: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Description:
-    """Return the description of a parameter that was used several times: its per-sample gradients are sums over
-    the uses. All uses are of one kind.
+    """Return the description of a parameter that was used several times: its per-sample gradients are sums
+    over the uses. All uses are of one kind.
 
     Uses of a matrix, or lookups, become positions of one.
     """

@@ -23,8 +23,8 @@ from .strategies import STRATEGIES, Strategy, choose_strategy
 class Site:
     """One parameter in one pass, as a sink sees it.
 
-    shape: of the parameter. keep: where its direction is kept for other micro-batches, None for a single batch.
-    preconditioner: what its direction is multiplied by, None for nothing.
+    shape: of the parameter. keep: where its direction is kept for other micro-batches, None for a single
+    batch. preconditioner: what its direction is multiplied by, None for nothing.
     """
 
     shape: torch.Size
@@ -53,8 +53,8 @@ class HeadPart:
 class DotProducts:
     """The sink of method GradDotProd: <G_i, D> for all train rows, with D the validation gradient.
 
-    strategy: the one that every matrix must use, None for a choice by shape. by_direction: the direction itself
-    is needed, for other micro-batches or to precondition it.
+    strategy: the one that every matrix must use, None for a choice by shape. by_direction: the direction
+    itself is needed, for other micro-batches or to precondition it.
     """
 
     split: Split
@@ -242,8 +242,8 @@ def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
 def _direction_at(
     tokens: Tensor, val_gradients: Tensor, split: Split, vocabulary: int, keep: Keep | None
 ) -> tuple[Tensor, Tensor]:
-    """tokens (n+m, L), val_gradients (m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and by
-    slot (k, U, d)."""
+    """tokens (n+m, L), val_gradients (m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and
+    by slot (k, U, d)."""
     n = split.n
 
     def make() -> tuple[Tensor, Tensor]:

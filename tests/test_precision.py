@@ -87,8 +87,8 @@ def test_float32_makes_no_other_dtype(name: str) -> None:
 @pytest.mark.parametrize("forward_too", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_backward_inside_autocast(name: str, forward_too: bool, dtype: torch.dtype) -> None:
-    """The forward pass decides on the dtype: a `backward()` inside the context casts nothing more, or, where the
-    layers' own backwards would, is refused."""
+    """The forward pass decides on the dtype: a `backward()` inside the context casts nothing more, or, where
+    the layers' own backwards would, is refused."""
     case = BY_NAME[name]
     results = []
     for inside in (False, True):
