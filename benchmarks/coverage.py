@@ -14,8 +14,9 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 import ghostEngines
 from benchmarks.decoders import BY_NAME, DECODERS, Attention, Decoder, Float64, data, logits
 from benchmarks.oracle import Truth, per_sample
-from ghostEngines import AttachError, GradDotProdEngine, RowsError, per_sample_losses
+from ghostEngines import AttachError, GradDotProdEngine, RowsError, per_sample_losses, register_unit
+from ghostEngines.layer_rules.units import UNITS
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 ENGINE = Path(ghostEngines.__file__).parent
@@ -36,7 +38,7 @@ VALIDATION_ROWS = (1, 3)
 EXACT = 1e-10
 Verdict = Literal["exact", "refused", "wrong"]
 VERDICTS = get_args(Verdict)  # the worst last
-ABSENT = "–"  # in the table: there is no such model
+ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Outcome:
     @property
     def text(self) -> str:
         return f"{self.verdict}: {self.why}" if self.why else self.verdict
+
+
+Outcomes = Mapping[tuple[int, Attention], Outcome]
 
 
 def gradient_error(truth: Truth, model: nn.Module) -> float:
@@ -78,10 +83,29 @@ def engine_error(model: nn.Module, truth: Truth, x: Tensor, y: Tensor) -> float:
     return torch.tensor([truth.dot_error(dots), gradient_error(truth, model)]).max().item()
 
 
-def try_decoder(decoder: Decoder, tied: bool, m: int, attention: Attention = "eager") -> Outcome:
-    """Compare the engine with the oracle on one setting of an architecture."""
-    with Float64():
+@contextmanager
+def as_units(model: nn.Module, kind: str) -> Iterator[None]:
+    """Take the model's modules of a class, given by its name, as units while the block runs."""
+    kinds = {type(module) for module in model.modules() if type(module).__name__ == kind}
+    if not kinds:
+        raise ValueError(f"{type(model).__name__} has no {kind}")
+    register_unit(*kinds)
+    try:
+        yield
+    finally:
+        for each in kinds:
+            del UNITS[each]
+
+
+def try_decoder(
+    decoder: Decoder, tied: bool, m: int, attention: Attention, unit: str | None = None
+) -> Outcome:
+    """Compare the engine with the oracle on one setting of an architecture. unit: the class that is
+    registered as a unit meanwhile."""
+    with Float64(), ExitStack() as stack:
         model = decoder.build(tied, attention)
+        if unit is not None:
+            stack.enter_context(as_units(model, unit))
         x, y = data(TRAIN_ROWS + m)
         truth = per_sample(model, logits, x, y, TRAIN_ROWS)
         try:
@@ -110,12 +134,17 @@ def first_clause(error: Exception) -> str:
     return text.replace("|", "\\|")
 
 
-def settings(decoder: Decoder, tied: bool) -> Iterable[tuple[int, Attention]]:
-    """Return the numbers of validation rows and implementations of attention that are tried."""
-    return product(VALIDATION_ROWS, decoder.attentions()) if decoder.can_tie or not tied else ()
+def try_all(decoder: Decoder, tied: bool, unit: str | None = None) -> Outcomes:
+    """Try a model with all numbers of validation rows and implementations of attention."""
+    if tied and not decoder.can_tie:
+        return {}
+    return {
+        (m, attention): try_decoder(decoder, tied, m, attention, unit)
+        for m, attention in product(VALIDATION_ROWS, decoder.attentions())
+    }
 
 
-def cell(outcomes: Mapping[tuple[int, Attention], Outcome]) -> str:
+def cell(outcomes: Outcomes) -> str:
     """Return what the table says of a model: one text if all settings have it."""
     texts = {outcome.text for outcome in outcomes.values()}
     if len(texts) > 1:
@@ -123,71 +152,104 @@ def cell(outcomes: Mapping[tuple[int, Attention], Outcome]) -> str:
     return texts.pop() if texts else ABSENT
 
 
-def row(decoder: Decoder, cells: Mapping[bool, str]) -> str:
-    """Return one line of the table. cells: by whether the weights are tied."""
-    published = "tied" if decoder.published_tied() else "untied"
-    return f"| {decoder.name} | `{decoder.kind}` | {published} | {cells[True]} | {cells[False]} |"
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. tied, untied: what became of the model as it comes; as_units: of the model as
+    published, with `Decoder.unit`."""
+
+    name: str
+    kind: str
+    published: str
+    tied: str
+    untied: str
+    unit: str
+    as_units: str
+
+    def __str__(self) -> str:
+        return f"| {' | '.join(astuple(self))} |"
+
+    def as_published(self) -> str:
+        return self.tied if self.published == "tied" else self.untied
 
 
-def read_table(path: Path = TABLE) -> dict[str, dict[bool, str]]:
-    """Return the table's cells: architecture -> whether tied -> text."""
-    lines = [
-        line.split(" | ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
-    ]
-    return {
-        name.removeprefix("| "): {True: tied, False: untied.removesuffix(" |")}
-        for name, _, _, tied, untied in lines[1:]
-    }
-
-
-def page(rows: list[str], summary: str) -> str:
-    """Return the whole of docs/coverage.md."""
-    return "\n".join(
-        [
-            "# Decoders of transformers under the engine",
-            "",
-            "Written by `python -m benchmarks.coverage --all`, not by hand, with transformers "
-            f"{transformers.__version__}.",
-            "",
-            "Tiny random models with every kind of layer of the architecture, all parameters trained, in",
-            "float64 (also where transformers rounds to float32), targets padded, m = 1 and 3 validation",
-            "rows, eager and sdpa attention where both exist. Exact: dot products and gradients are within",
-            "1e-10 of one backward pass for each row, each row called alone. Refused: the engine raises an",
-            "error; its first words stand here, the error itself names the remedy.",
-            "",
-            summary,
-            "",
-            "| architecture | model type | published | tied | untied |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
+def measure(decoder: Decoder) -> tuple[Row, Verdict]:
+    """Try all settings of an architecture. Return its line and the worst verdict on the model as it comes, or
+    "wrong" if it is wrong with units."""
+    tried = {tied: try_all(decoder, tied) for tied in (True, False)}
+    published = decoder.published_tied()
+    units: Outcomes = {} if decoder.unit is None else try_all(decoder, published, decoder.unit)
+    row = Row(
+        decoder.name,
+        decoder.kind,
+        "tied" if published else "untied",
+        cell(tried[True]),
+        cell(tried[False]),
+        decoder.unit or ABSENT,
+        cell(units),
     )
+    verdicts = {outcome.verdict for each in tried.values() for outcome in each.values()}
+    verdicts |= {outcome.verdict for outcome in units.values()} & {"wrong"}
+    return row, max(verdicts, key=VERDICTS.index)
 
 
-def main(argv: list[str]) -> int:
+def read_table(path: Path = TABLE) -> dict[str, Row]:
+    """Return the table's lines by architecture."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [Row(*line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines[1:]]
+    return {row.name: row for row in rows}
+
+
+def page(rows: Iterable[Row], summary: str) -> str:
+    """Return the whole of docs/coverage.md."""
+    lines = "\n".join(map(str, rows))
+    return f"""# Decoders of transformers under the engine
+
+Written by `python -m benchmarks.coverage --all`, not by hand, with transformers {transformers.__version__}.
+
+Tiny random models with every kind of layer of the architecture, all parameters trained, in float64 (also
+where transformers rounds to float32), targets padded, m = 1 and 3 validation rows, eager and sdpa attention
+where both exist.
+
+- exact: dot products and gradients are within 1e-10 of one backward pass for each row, each row called alone.
+- refused: the engine raises an error. Its first words stand here; the error itself names the remedy.
+- unit: the class to give to `ghostEngines.register_unit`, and what becomes of the model as published then.
+- {ABSENT}: there is no such model, or no need of a unit.
+
+{summary}
+
+| architecture | model type | published | tied | untied | unit | with the unit |
+|---|---|---|---|---|---|---|
+{lines}
+"""
+
+
+def chosen(argv: list[str]) -> tuple[list[Decoder], bool]:
+    """Return the architectures that a command line names, and whether they are all."""
     parser = argparse.ArgumentParser("benchmarks.coverage", allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BY_NAME)}")
     parser.add_argument("--all", action="store_true", help=f"all of them, and write {TABLE.name}")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in BY_NAME]
-    if unknown or args.all == bool(args.names):
-        parser.error(f"no architecture: {', '.join(unknown)}" if unknown else "give either names or --all")
+    if unknown:
+        parser.error(f"no such architecture: {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
+    if args.all == bool(args.names):
+        parser.error("give either names or --all")
+    return (DECODERS if args.all else [BY_NAME[name] for name in args.names]), args.all
+
+
+def main(argv: list[str]) -> int:
+    decoders, every = chosen(argv)
     transformers.utils.logging.set_verbosity_error()
-    start, rows, counts = time.perf_counter(), [], Counter[str]()
-    for decoder in DECODERS if args.all else [BY_NAME[name] for name in args.names]:
-        outcomes = {
-            tied: {each: try_decoder(decoder, tied, *each) for each in settings(decoder, tied)}
-            for tied in (True, False)
-        }
-        verdicts = {outcome.verdict for each in outcomes.values() for outcome in each.values()}
-        counts[max(verdicts, key=VERDICTS.index)] += 1
-        rows.append(row(decoder, {tied: cell(each) for tied, each in outcomes.items()}))
-        print(rows[-1], flush=True)
+    start, rows, counts = time.perf_counter(), [], Counter[Verdict]()
+    for decoder in decoders:
+        row, verdict = measure(decoder)
+        rows.append(row)
+        counts[verdict] += 1
+        print(row, flush=True)
     numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     summary = f"{len(rows)} configurations: {numbers}."
     print(f"{summary} {time.perf_counter() - start:.0f} s")
-    if args.all and not counts["wrong"]:
+    if every and not counts["wrong"]:
         TABLE.write_text(page(rows, summary), encoding="utf-8")
     return 1 if counts["wrong"] else 0
 

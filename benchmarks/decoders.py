@@ -59,13 +59,18 @@ def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """One architecture. kind: its model_type in transformers; settings: what is not as in its default
-    configuration; can_tie: whether transformers can tie its embedding to its head."""
+    """One architecture.
+
+    kind: its model_type in transformers. settings: what is not as in its default configuration. can_tie: whether
+    transformers can tie its embedding to its head. unit: the class of its modules which, registered as units, make
+    it exact where the engine refuses it as it comes.
+    """
 
     name: str
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
     can_tie: bool = True
+    unit: str | None = None
 
     def published_tied(self) -> bool:
         """Whether the default configuration ties the embedding to the head."""
@@ -297,6 +302,7 @@ DECODERS = [
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         },
+        unit="Qwen3NextGatedDeltaNet",
     ),
     Decoder(
         "opt",
@@ -337,6 +343,7 @@ DECODERS = [
             },
         },
         can_tie=False,
+        unit="DbrxExperts",
     ),
     Decoder("cohere", "cohere", {**LLAMA, "use_qk_norm": True}),
     Decoder("cohere2", "cohere2", {**LLAMA, **SLIDING, "head_dim": 4}),
@@ -404,6 +411,7 @@ DECODERS = [
         "mamba2",
         "mamba2",
         {**MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4},
+        unit="Mamba2Mixer",
     ),
     Decoder(
         "rwkv",
@@ -429,6 +437,7 @@ DECODERS = [
             "mamba_d_state": 4,
             "mamba_chunk_size": 4,
         },
+        unit="BambaMixer",
     ),
     Decoder(
         "recurrent-gemma",
@@ -450,8 +459,8 @@ DECODERS = [
     ),
     Decoder("diffllama", "diffllama", {**LLAMA, "head_dim": 4}),
     Decoder("doge", "doge", {**LLAMA, "keep_window_size": 4}),
-    Decoder("mamba", "mamba", MAMBA),
-    Decoder("falcon-mamba", "falcon_mamba", MAMBA),
+    Decoder("mamba", "mamba", MAMBA, unit="MambaMixer"),
+    Decoder("falcon-mamba", "falcon_mamba", MAMBA, unit="FalconMambaMixer"),
     Decoder(
         "jamba",
         "jamba",
@@ -464,11 +473,13 @@ DECODERS = [
             "mamba_dt_rank": 2,
             "use_mamba_kernels": False,
         },
+        unit="JambaMambaMixer",
     ),
     Decoder(
         "lfm2",
         "lfm2",
         {**LLAMA, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+        unit="Lfm2ShortConv",
     ),
     Decoder(
         "zamba2",
@@ -487,6 +498,7 @@ DECODERS = [
             "use_mem_rope": True,
             "add_bias_linear": True,
         },
+        unit="Zamba2MambaMixer",
     ),
     Decoder(
         "gemma3n",
