@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, D, V, copy_in, joint_step
-from oracle import per_sample
 from torch import Tensor, nn
 
+from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine
 
 MODELS = [case.name for case in CASES if "gpt2" in case.name]

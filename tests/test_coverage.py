@@ -6,10 +6,10 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import D, V, Wired, joint_step, mlp, seeded, token_rows
-from oracle import per_sample
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.oracle import per_sample
 from ghostEngines import (
     RULES,
     GradDotProdEngine,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from allocations import Allocations
 from cases import BY_NAME, call_with_targets, copy_in, joint_step
-from oracle import Truth, per_sample
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from ghostEngines.strategies import STRATEGIES
 from model_setup import CausalLM

@@ -6,10 +6,10 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import BY_NAME, D, T, V, Wired, joint_step, seeded, token_rows
-from oracle import per_sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine, RowsError, per_sample_losses
 
 
