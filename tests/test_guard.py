@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, D, T, V, Wired, joint_step, seeded, token_rows
-from oracle import per_sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine, RowsError, per_sample_losses
 from ghostEngines.guard import halves, separating_halves
 
