@@ -57,7 +57,7 @@ class Guard:
     def __init__(self, masks: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
         """masks (rows,): of the rows whose losses are differentiated, one pass each; dtype: the lowest
         precision of the step."""
-        self.masks = [mask.to(device) for mask in masks]
+        self.masks = [mask.to(device) for mask in masks if mask.any()]
         self.checking = False
         # A factor on the guard's losses: in float16 the gradients of small losses would flush to zero.
         self.scale = 1024.0 if dtype == torch.float16 else 1.0

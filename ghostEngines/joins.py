@@ -223,7 +223,7 @@ def refusal(lost: dict[str, str]) -> str:
     shown = "; ".join(f"{what} (it goes into {operation})" for what, operation in lost.items())
     return (
         f"the engine cannot tell what each sample adds to the gradient of {shown}. Leave activation checkpointing "
-        "out around it, if there is any; or freeze the parameters "
+        "and torch.compile out around it, if there are any; or freeze the parameters "
         "(requires_grad_(False)); or take the module as one layer, slow but exact: "
         "ghostEngines.register_unit(ItsClass); or write a rule: ghostEngines.register_rule(ItsClass)."
     )

@@ -340,6 +340,65 @@ def test_nothing_is_changed_by_the_guard(case: Case) -> None:
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+class Table(nn.Module):
+    """A table of positions by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.weight[: h.shape[1]]
+
+
+CHANCE = {
+    "a table": (lambda m, h: m.out(m.lin(h)), Table),
+    "a layer on constants": (
+        lambda m, h: m.out(h + m.lin(torch.ones(h.shape[1], D, dtype=h.dtype))), lambda: nn.Linear(D, D)
+    ),
+    "the sequence first": (
+        lambda m, h: m.out(m.lin(h.transpose(0, 1)).transpose(0, 1)), lambda: nn.Linear(D, D)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("name", CHANCE)
+def test_another_number_of_rows_is_guarded_too(name: str, micro: int) -> None:
+    """With another number of rows a dimension may be as long as the batch by chance: exact, or an error."""
+    run, between = CHANCE[name]
+    model, (x, y) = seeded(lambda: Wired(run, between)), token_rows(6, 4)
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), x[[0, 1, 2, 3, 5]], y[[0, 1, 2, 3, 5]], 4)
+    engine = GradDotProdEngine(model, 1, micro_batches=micro)
+    engine.attach()
+    passes = [[0, 1, 2, 3, 5], [0, 1, 2, 5]] if micro == 1 else [[0, 1, 2, 3, 5], [0, 1, 2, 3]]
+
+    def dots(rows: list[int]) -> Tensor:
+        model.zero_grad()
+        engine.joint_loss(per_sample_losses(model, x[rows], y[rows])).backward()
+        engine.prepare_gradients()
+        return engine.dot_products()
+
+    assert (dots(passes[0]) - truth.dots()).abs().max() < 1e-10
+    try:
+        later = dots(passes[1])
+    except (RowsError, ValueError) as error:
+        assert "rows" in str(error)
+    else:
+        assert (later - truth.dots()[: len(later)]).abs().max() < 1e-10
+
+
+def test_a_head_that_alone_trains() -> None:
+    case = BY_NAME["fused-gpt2-untied"]
+    models = [case.model(), case.model()]
+    for model in models:
+        for name, p in model.named_parameters():
+            p.requires_grad_("lm_head" in name)
+    truth = per_sample(models[0], case.logits, *case.data(N + M), N)
+    dots, _ = joint_step(models[1], *case.data(N + M), M, case.losses)
+    assert truth.dot_error(dots) < 1e-12
+
+
 def test_the_guard_looks_once() -> None:
     case = BY_NAME["fused-gpt2-tied"]
     model, ran = case.model(), []
