@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from functools import partialmethod
 
@@ -380,11 +381,8 @@ def test_another_number_of_rows_is_guarded_too(name: str, micro: int) -> None:
         return engine.dot_products()
 
     assert (dots(passes[0]) - truth.dots()).abs().max() < 1e-10
-    try:
+    with suppress(RowsError):
         later = dots(passes[1])
-    except (RowsError, ValueError) as error:
-        assert "rows" in str(error)
-    else:
         assert (later - truth.dots()[: len(later)]).abs().max() < 1e-10
 
 
