@@ -133,11 +133,14 @@ class Guard:
     def check_joint(self, scale: Tensor) -> None:
         """Raise RowsError if another term than the joint loss was differentiated. scale: the factor on it."""
         scale = scale / self.scale
+        largest = max((each[0].sqrt() for each in self._joint.values()), default=scale)
         for key, got in self._joint.items():
             if key not in self._seen:
                 continue
             want = self._seen[key] * scale.to(got.dtype)
-            error, norm = (got[1] - want[1]).abs(), got[0].sqrt() + self._norm(key) * scale.abs()
+            # A gradient of nothing but rounding is measured against the largest one.
+            norm = torch.maximum(got[0].sqrt() + self._norm(key) * scale.abs(), 1e-3 * largest.to(got.dtype))
+            error = (got[1] - want[1]).abs()
             if error.isfinite() and error > self._tolerance * norm:
                 raise RowsError(
                     f"the gradient at the output of layer '{key[0]}' is not that of engine.joint_loss(losses): "
