@@ -243,9 +243,11 @@ class GradDotProdEngine:
             weight = self._weight()
             guard = Guard(self.halves(split.n + split.m), weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
+                self._check_compiled()
                 with self._eager():
                     self._rehearse(guard, split, shape, args, kwargs)
             elif self._compiled():  # compiled code cannot be looked into
+                self._check_compiled()
                 self._forward_stack.enter_context(self._eager())
         self._new_step(split, shape, guard)
         weight = self._weight()
@@ -321,6 +323,17 @@ class GradDotProdEngine:
 
     def _compiled(self) -> bool:
         return any(module._compiled_call_impl is not None for module in self.model.modules())
+
+    def _check_compiled(self) -> None:
+        """Say at the first step, which is not compiled, what cannot be followed in compiled code."""
+        compiled = [name for name, each in self.model.named_modules() if each._compiled_call_impl is not None]
+        for tapped in self._layers:
+            inside = [name for name in compiled if not name or f"{tapped.name}.".startswith(f"{name}.")]
+            if inside and (tapped.rule.parameter or tapped.rule.unit):
+                raise RuntimeError(
+                    f"module '{tapped.name}' of type {type(tapped.layer).__name__} lies in compiled code ('{inside[0]}'), "
+                    "and its gradient can be followed in uncompiled code only: leave that module uncompiled"
+                )
 
     @staticmethod
     def _eager() -> Any:

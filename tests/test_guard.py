@@ -195,6 +195,15 @@ def test_a_weight_that_is_read_besides_its_layers_call(
         joint_step(model, *token_rows(), M)
 
 
+def test_parameters_by_themselves_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at the first step, which is not compiled."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: nn.Sequential(Table())))
+    model.lin.compile()
+    with pytest.raises(RuntimeError, match=r"module 'lin\.0' of type Table lies in compiled code"):
+        joint_step(model, *token_rows(), M)
+
+
 def test_a_norms_output_that_is_changed_behind_autograds_back() -> None:
     def run(m: Wired, h: Tensor) -> Tensor:
         normed = m.lin(h)
@@ -339,17 +348,6 @@ def test_nothing_is_changed_by_the_guard(case: Case) -> None:
         dots, losses = joint_step(model, *case.data(N + M), M, case.losses, guard=guard)
         results.append([dots, losses, torch.get_rng_state(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-
-
-class Table(nn.Module):
-    """A table of positions by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(11, D))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.weight[: h.shape[1]]
 
 
 CHANCE = {

@@ -1,6 +1,5 @@
 """The check that a user runs first: on a model of one's own, with and without faults."""
 
-import os
 import subprocess
 from pathlib import Path
 
