@@ -1,5 +1,6 @@
 """The check that a user runs first: on a model of one's own, with and without faults."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_the_lines_of_readme() -> None:
 def test_the_example() -> None:
     report = verify(*load(str(ROOT / "examples" / "nano_gpt.py:build")))
     assert report.exact
-    done = subprocess.run(
-        python("examples/nano_gpt.py"), cwd=ROOT, capture_output=True, text=True, env=environment_with_root()
-    )
+    command = python("examples/nano_gpt.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.count("dot products") == 3, done.stderr
