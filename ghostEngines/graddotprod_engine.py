@@ -332,7 +332,8 @@ class GradDotProdEngine:
             if inside and (tapped.rule.parameter or tapped.rule.unit):
                 raise RuntimeError(
                     f"module '{tapped.name}' of type {type(tapped.layer).__name__} lies in compiled code "
-                    f"('{inside[0]}'), and its gradient can be followed in uncompiled code only: leave that module uncompiled"
+                    f"('{inside[0]}'), and its gradient can be followed in uncompiled code only: "
+                    "leave that module uncompiled"
                 )
 
     @staticmethod
