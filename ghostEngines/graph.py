@@ -23,6 +23,11 @@ def graph_nodes(loss: Tensor) -> Iterator[Node]:
                 stack.append(child)
 
 
+def _is_link(node: Node, output: int) -> bool:
+    """Whether an output only puts the backwards of a parameter's uses in order (uses.py)."""
+    return node.name() == "TapBackward" and output == node.outputs  # type: ignore[attr-defined]
+
+
 class Graph:
     """The graph behind a loss. nodes: all of it; consumers: of each output of each node, the nodes that take
     it, and as which of their inputs."""
@@ -32,7 +37,7 @@ class Graph:
         self.consumers: dict[tuple[Node, int], list[tuple[Node, int]]] = {}
         for node in self.nodes:
             for number, (child, output) in enumerate(node.next_functions):
-                if child is not None:
+                if child is not None and not _is_link(child, output):
                     self.consumers.setdefault((child, output), []).append((node, number))
 
     def reached_from(self, sources: set[Node]) -> set[Node]:

@@ -88,7 +88,7 @@ class Guard:
 
     def watches(self, call: Call, backprops: Sequence[Tensor | None]) -> bool:
         """Look at the backprops of a call's outputs; whether the pass is the guard's own."""
-        if not call.free:
+        if not (call.free or call.rule.parameter):
             for each in backprops:
                 if each is not None:
                     self._look(call, each)

@@ -177,6 +177,8 @@ def _can_be_taken_apart(call: Call, path: Path, shape: torch.Size, rows: int) ->
     names = [node.name() for node, _ in path]
     if len(results) != 1 or any("Compiled" in name or "Tap" in name for name in names):
         return False
+    if not all(callable(node) for node, _ in path):
+        return False  # an autograd function written in Python
     (result,) = results
     if not result or result[0] == 0 or result[0] % rows != 0:
         return False

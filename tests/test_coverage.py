@@ -211,6 +211,49 @@ def test_no_rule() -> None:
     assert "register_unit" in message and "register_rule" in message
 
 
+class OfOnesOwn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return gradient * w, (gradient * x).sum((0, 1))
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OfOnesOwn.apply(x, self.w)
+
+
+def test_a_function_of_ones_own() -> None:
+    """Whose backward cannot be called for one sample."""
+    refused(
+        Wired(lambda m, h: m.out(m.lin(h)), Fused),
+        r"the engine cannot tell .*'lin\.w' of .*Fused \(it goes into OfOnes",
+    )
+
+
+def test_a_parameter_of_a_layer_and_of_a_module_of_its_own() -> None:
+    def model() -> nn.Module:
+        built = seeded(lambda: Wired(lambda m, h: m.out(m.twice(m.lin(h)))))
+        built.twice = TwiceLinear(D, D).double()
+        built.twice.weight = built.lin.weight
+        return built
+
+    for rows in range(3, 7):
+        attributed = model()
+        truth = per_sample(deepcopy(attributed), lambda m, x: m(x), *token_rows(rows), rows - 2)
+        dots, _ = joint_step(attributed, *token_rows(rows), 2)
+        assert truth.dot_error(dots) < 1e-10 and truth.gradient_error(attributed) < 1e-10
+
+
 def test_a_unit_on_the_users_word() -> None:
     class Recurrent(nn.GRU):
         def forward(self, x: Tensor) -> Tensor:

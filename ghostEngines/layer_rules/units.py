@@ -37,7 +37,7 @@ def register_unit(*kinds: type[nn.Module]) -> None:
 def stacked_rule(layer: nn.Module) -> LayerRule | None:
     """Return the rule of a module with stacked parameters of experts, (experts, p, d); None for another one."""
     own = [p for p in layer._parameters.values() if p is not None]
-    return UNIT if any(p.dim() == 3 for p in own) else None
+    return UNIT if any(p.dim() == 3 and min(p.shape) > 1 for p in own) else None
 
 
 def part_of(value: Any, i: int, rows: int) -> Any:
