@@ -86,7 +86,9 @@ class Uses:
         if not last:
             return None, None
         if shared.tokens:
-            return sink.rows(site, shared.lookups(), shared.head)
+            # Nothing else may hold the gradient, or autograd copies it where it could take it.
+            head, shared.head = shared.head, None
+            return sink.rows(site, shared.lookups(), head)
         parts = [shared.waiting.pop(each) for each in sorted(shared.waiting)]
         return sink.take(site, joined(parts, site.shape))
 
