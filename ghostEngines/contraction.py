@@ -22,7 +22,7 @@ from .preconditioner import Preconditioner
 # direction and of the sum stay in a CPU's third-level cache together. Smaller ones would stay in a faster
 # cache, but make the matrix products slower by more than that saves, as would a shorter side than SIDE
 # (benchmarks/RESULTS.md).
-TILE_NUMEL = 1 << 20
+TILE_NUMEL = 1 << 21
 SIDE = 128
 
 

@@ -12,7 +12,7 @@ from ..memory import Scratch
 
 # What it costs to pass over an entry of one sample's gradient (write it, read it for the dot product, add it
 # to the sum), in multiply-adds of a matrix product.
-PASSES = 18
+PASSES = 40
 
 
 @dataclass(frozen=True)
