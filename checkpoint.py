@@ -62,10 +62,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in {result_dir}/checkpoints, by step."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    """The whole checkpoints in {result_dir}/checkpoints, by step. CheckpointError if it cannot be read."""
+    with file_errors(folder, CheckpointError):
+        found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
@@ -90,10 +89,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, all files of which are what was written.
 
     Raises CheckpointError otherwise, naming the file and the checkpoint before this one; and for a checkpoint
-    of another version of this program.
+    that may not be read, or is of another version of this program.
     """
     try:
         manifest = _verified(checkpoint)
+    except PermissionError as error:
+        raise CheckpointError(f"checkpoint {checkpoint} may not be read: {error}") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         there = list_checkpoints(checkpoint.parent)
         before = [path.name for path in there if step_of(path) < step_of(checkpoint)]
@@ -231,7 +232,9 @@ def find_saved_model(link: Path) -> Path:
     """{result_dir}/model. CheckpointError if it leads nowhere, although there are checkpoints: a copy without
     symbolic links may leave them out."""
     there = list_checkpoints(link.parent / "checkpoints")
-    if there and not link.is_dir():
+    with file_errors(link, CheckpointError):
+        led = link.is_dir()
+    if there and not led:
         raise CheckpointError(
             f"there is no saved model in {link}, which is the symbolic link to the newest checkpoint: put it "
             f"back with `ln -sfn checkpoints/{there[-1].name} {link}`"

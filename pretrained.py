@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 
 from config_file import ConfigError
+from foundation.errors import file_errors
 
 # In the order in which they are looked for, as transformers does.
 WEIGHT_FILES = (
@@ -40,7 +41,9 @@ SHOWN = 3  # names in a message
 def read_config(folder: Path) -> GPT2Config:
     """The config.json of a saved GPT-2. ConfigError naming the file and what is wrong in it."""
     path = folder / "config.json"
-    if not path.is_file():
+    with file_errors(path, ConfigError):
+        there = path.is_file()
+    if not there:
         raise ConfigError(f"there is no saved model in {folder}: it has no config.json; check the path")
     values = _read_json(path)
     if {"method", "run_name"} <= values.keys():
@@ -68,7 +71,8 @@ def read_model(folder: Path, config: GPT2Config, dtype: torch.dtype) -> GPT2LMHe
         ConfigError: weights that are missing, damaged, of another shape or too many; the message names the
         file.
     """
-    path, weights = _read_weights(folder)
+    with file_errors(folder, ConfigError):
+        path, weights = _read_weights(folder)
     if not any(name.startswith(PREFIX) for name in weights):  # as the published GPT-2 has them
         weights = {name if name == HEAD else PREFIX + name: tensor for name, tensor in weights.items()}
     with no_init_weights():  # which leaves out the tying, too
@@ -164,9 +168,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    with file_errors(path, ConfigError):
+        content = path.read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a JSON object")

@@ -70,9 +70,8 @@ def settle_resume(config: TrainingConfig) -> TrainingConfig:
     stays auto, and the run begins."""
     if config.resume != "auto" or not os.path.lexists(config.result_dir):
         return config
-    with file_errors(config.result_dir, ConfigError):
-        if not list_checkpoints(config.result_dir / "checkpoints"):
-            return config
+    if not list_checkpoints(config.result_dir / "checkpoints"):
+        return config
     resolved_from = {**config.resolved_from, "resume": "auto: the run has a checkpoint"}
     return replace(config, resume="always", resolved_from=resolved_from)
 
@@ -301,11 +300,14 @@ def _git_commit(folder: Path) -> str | None:
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:
-    """The config.json of a run; None where there is none, or another's (a saved model has one, too)."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    """The config.json of a run; None where there is none, or another's (a saved model has one, too).
+    ConfigError if it cannot be read."""
+    path = folder / "config.json"
+    with file_errors(path, ConfigError):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
     ours = isinstance(values, dict) and {"method", "run_name", "resolved_from"} <= values.keys()
     return values if ours else None
 

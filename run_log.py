@@ -4,7 +4,6 @@ the screen."""
 import json
 import logging
 import math
-import os
 import sys
 import time
 import uuid
@@ -49,8 +48,8 @@ class SilentLog:
 
 
 class RunLog(SilentLog):
-    """{result_dir}/metrics.jsonl gets one object per record: `step` and what was measured there, flushed at
-    once.
+    """{result_dir}/metrics.jsonl gets one object per record: `step` and what was measured there, written
+    at once.
 
     step: the first one that is to come; records of it and later ones, which a run left that was killed after
     its last checkpoint, are removed. evaluation_due: so is an evaluation before it, which is made again."""
@@ -64,7 +63,7 @@ class RunLog(SilentLog):
                 self._wandb = opened.enter_context(start_wandb(config))
             if config.resumes:
                 keep_records_before(path, step, evaluation_due)
-            self._file = opened.enter_context(path.open("a", encoding="utf-8"))
+            path.touch()
             self._bar = opened.enter_context(progress_bar(config.max_steps, step))
             opened.enter_context(logging_redirect_tqdm())
             self._resources = opened.pop_all()
@@ -74,9 +73,9 @@ class RunLog(SilentLog):
         them."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False)
-        with file_errors(self._path):
-            self._file.write(line + "\n")
-            self._file.flush()
+        # Opened for each record: what could not be written would be tried, and fail, again at the file's end.
+        with file_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
         if self._wandb is not None:  # it ignores what comes for an earlier step, so a due evaluation's too
             self._wandb.log(dict(values), step=max(step, self._first))
 
@@ -88,7 +87,7 @@ class RunLog(SilentLog):
     def sync(self) -> None:
         """The records so far survive a power failure, as the checkpoint does that follows."""
         with file_errors(self._path):
-            os.fsync(self._file.fileno())
+            sync(self._path)
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         """A line on the screen, and a record."""

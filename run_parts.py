@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 
 from checkpoint import MODEL, check_model_link, step_of
 from config_file import ConfigError, TrainingConfig
+from foundation.errors import file_errors
 from ghostEngines.metrics_log import open_scores
 from run_log import records_before
 
@@ -17,10 +18,15 @@ def check_parts(config: TrainingConfig, checkpoint: Path, global_batch: int) -> 
         global_batch: samples in one optimizer step, each of which has a score.
 
     Raises:
-        ConfigError: one is missing, or scores of earlier steps are; the message says what to copy. Something
-        else is in the link's place.
+        ConfigError: one is missing or cannot be read, or scores of earlier steps are missing; the message
+        says what to copy. Something else is in the link's place.
         UserError: metrics.jsonl or a score file is damaged.
     """
+    with file_errors(config.result_dir, ConfigError):
+        _check_parts(config, checkpoint, global_batch)
+
+
+def _check_parts(config: TrainingConfig, checkpoint: Path, global_batch: int) -> None:
     step, folder = step_of(checkpoint), config.result_dir
     check_model_link(folder / MODEL)
     if step == 0:

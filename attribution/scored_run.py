@@ -131,22 +131,27 @@ class ScoredRun:
 
     def validation_rows(self) -> pa.Table:
         """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to.
-        AttributionError if the run's folder has lost them."""
+        AttributionError if the run's folder has lost them, or they are damaged."""
         path = self.folder / "validation" / "rows.parquet"
-        if not path.is_file():
-            raise AttributionError(f"{path} is missing: copy the run's folder again")
-        return pq.read_table(path)
+        with file_errors(path, AttributionError):
+            if not path.is_file():
+                raise AttributionError(f"{path} is missing: copy the run's folder again")
+            try:
+                return pq.read_table(path)
+            except pa.ArrowInvalid as error:
+                raise AttributionError(f"{path} is damaged ({error}): copy the run's folder again") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, in order. The last line may be unfinished, and is left out then.
         AttributionError if the file is missing or damaged."""
         path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            raise AttributionError(f"{path} is missing: copy the run's folder again")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with file_errors(path, AttributionError):
+            if not path.is_file():
+                raise AttributionError(f"{path} is missing: copy the run's folder again")
+            lines = path.read_bytes().splitlines(keepends=True)
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as error:
+            return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise AttributionError(f"{path} has a line that is not JSON ({error}); copy it again") from error
 
 

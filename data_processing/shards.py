@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_processing.shard_files import AppendedFile, MappedFile, ShardError
+from foundation.errors import file_errors
 
 MAGIC = "pile-token-shard"
 FORMAT_VERSION = 1
@@ -308,16 +309,15 @@ def visible(paths: Iterable[Path]) -> list[Path]:
 def list_shards(data_dir: Path, split: str) -> list[Shard]:
     """Opens every shard of a split, sorted by domain; all of one tokenizer.
 
-    Raises ShardError if there is none (and names the commands that make some), or if one of them is damaged.
+    Raises ShardError if there is none (and names the commands that make some), or if one of them is damaged
+    or cannot be read.
     """
     folder = data_dir / split
-    json_paths = sorted(visible(folder.glob("*.json")))
-    for path in sorted(visible(folder.glob("*.bin"))):
-        if path.with_suffix(".json") not in json_paths:
-            raise ShardError(f"{path}: has no {path.stem}.json beside it; copy it there, or tokenize again")
-    if not json_paths:
-        raise ShardError(_no_shards(data_dir, split))
-    shards = sorted((open_shard(path) for path in json_paths), key=lambda shard: shard.domain)
+    with file_errors(folder, ShardError):
+        json_paths = _json_paths(folder)
+        if not json_paths:
+            raise ShardError(_no_shards(data_dir, split))
+        shards = sorted((open_shard(path) for path in json_paths), key=lambda shard: shard.domain)
     for shard in shards:
         if shard.split != split:
             raise ShardError(f"{shard.path}: was made for split {shard.split!r}, but lies in {split!r}")
@@ -327,6 +327,22 @@ def list_shards(data_dir: Path, split: str) -> list[Shard]:
                 f"{shard.tokenizer!r}; tokenize one of them again, into its own folder"
             )
     return shards
+
+
+def _json_paths(folder: Path) -> list[Path]:
+    """Return the JSON of each shard in a folder; nothing if the folder is not there.
+
+    Raises ShardError for a shard without JSON, OSError if the folder cannot be read: a glob hides that.
+    """
+    try:
+        paths = sorted(visible(folder.iterdir()))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    json_paths = [path for path in paths if path.suffix == ".json"]
+    for path in paths:
+        if path.suffix == ".bin" and path.with_suffix(".json") not in json_paths:
+            raise ShardError(f"{path}: has no {path.stem}.json beside it; copy it there, or tokenize again")
+    return json_paths
 
 
 def _no_shards(data_dir: Path, split: str) -> str:

@@ -44,8 +44,8 @@ class Split:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of dots and running sums: never below float32 (a bfloat16 sum over 50 layers is off by 1
-    %)."""
+    """Return the dtype of dots and running sums: never below float32 (a bfloat16 sum over 50 layers is off by
+    1 %)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -53,8 +53,8 @@ Tile = tuple[slice, slice]
 
 
 def tiles(p: int, d: int, numel: int) -> Iterator[Tile]:
-    """Yield rows and columns of the tiles of a (p, d) weight, about `numel` numbers each: cut along its longer
-    side, so that the matrix products have two long ones."""
+    """Yield rows and columns of the tiles of a (p, d) weight, about `numel` numbers each: cut along its
+    longer side, so that the matrix products have two long ones."""
     longer, shorter = max(p, d), min(p, d)
     count = -(-longer // max(SIDE, numel // shorter))
     side, everything = -(-longer // count), slice(None)
@@ -129,8 +129,8 @@ class Whole:
 
 
 class Validation:
-    """The validation rows of one weight, from which the direction is made: as a whole, or tile by tile so that
-    it is never there as a whole; left (m, T, p), right (m, T, d)."""
+    """The validation rows of one weight, from which the direction is made: as a whole, or tile by tile so
+    that it is never there as a whole; left (m, T, p), right (m, T, d)."""
 
     def __init__(
         self,

@@ -68,8 +68,8 @@ class Covered:
 def cover(model: nn.Module) -> Covered:
     """Find the layers with trainable parameters, and their rules.
 
-    Parameters of other modules are covered by themselves, if they meet the samples in an operation that can be taken
-    apart, which the first step shows.
+    Parameters of other modules are covered by themselves, if they meet the samples in an operation that can
+    be taken apart, which the first step shows.
 
     Raises AttachError for a layer whose rule does not cover its options."""
     layers: dict[str, nn.Module] = {}
@@ -123,8 +123,8 @@ def contraction_plan(
 def find_ties(layers: dict[str, nn.Module], rules: dict[str, LayerRule]) -> dict[str, tuple[str, ...]]:
     """Return the trainable parameters that several layers share: the first owner's name -> all owners' names.
 
-    Raises AttachError for a weight that is looked up in one layer, and neither looked up nor multiplied with in
-    another.
+    Raises AttachError for a weight that is looked up in one layer, and neither looked up nor multiplied with
+    in another.
     """
     owners: dict[nn.Parameter, list[tuple[str, LayerRule]]] = {}
     for name, layer in layers.items():
@@ -159,8 +159,8 @@ def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
-    """Raise AttachError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n rows
-    would."""
+    """Raise AttachError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n
+    rows would."""
     for name, module in modules:
         if not module.training:
             continue
@@ -178,8 +178,8 @@ def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise AttachError unless the optimizer updates exactly the model's trainable parameters: those are what a
-    score speaks of."""
+    """Raise AttachError unless the optimizer updates exactly the model's trainable parameters: those are what
+    a score speaks of."""
     trained = {
         id(parameter)
         for group in optimizer.param_groups

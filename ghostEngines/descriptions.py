@@ -23,6 +23,11 @@ class Matrix:
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (N, T, p) and right (N, T, d) with the positions in one dimension."""
         left, right = self.left, self.right
+        if (
+            left.dtype != right.dtype
+        ):  # autograd casts the gradient to the dtype of the product, the narrower one
+            dtype = min(left.dtype, right.dtype, key=lambda each: torch.finfo(each).bits)
+            left, right = left.to(dtype), right.to(dtype)
         return (
             left.reshape(left.shape[0], -1, left.shape[-1]),
             right.reshape(right.shape[0], -1, right.shape[-1]),
@@ -51,6 +56,11 @@ class Rows:
     gradients: Tensor  # (N, ..., d)
     ignored: int | None = None  # a token whose row gets no gradient (padding_idx)
 
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Return tokens (N, L) and gradients (N, L, d) with the positions in one dimension."""
+        tokens = self.tokens.reshape(len(self.tokens), -1)
+        return tokens, self.gradients.reshape(*tokens.shape, self.gradients.shape[-1])
+
 
 @dataclass(frozen=True)
 class Streamed:
@@ -70,8 +80,8 @@ def per_sample_sums(gradients: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Description:
-    """Return the description of a parameter that was used several times: its per-sample gradients are sums over
-    the uses. All uses are of one kind.
+    """Return the description of a parameter that was used several times: its per-sample gradients are sums
+    over the uses. All uses are of one kind.
 
     Uses of a matrix, or lookups, become positions of one.
     """
@@ -84,8 +94,8 @@ def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Descrip
     if all(isinstance(each, Rows) for each in descriptions):
         lookups = [each for each in descriptions if isinstance(each, Rows)]
         return Rows(
-            torch.cat([each.tokens.flatten(1) for each in lookups], 1),
-            torch.cat([each.gradients.flatten(1, -2) for each in lookups], 1),
+            torch.cat([each.flat()[0] for each in lookups], 1),
+            torch.cat([each.flat()[1] for each in lookups], 1),
             lookups[0].ignored,
         )
     if all(isinstance(each, Streamed) for each in descriptions):
@@ -107,10 +117,9 @@ def whole(description: Description, shape: Sequence[int]) -> Tensor:
         return (left.mT @ right).view(len(left), *shape)
     if isinstance(description, Streamed):
         return torch.stack([description.gradient(i) for i in range(description.samples)])
-    gradients = description.gradients.flatten(1, -2)
+    tokens, gradients = description.flat()
     gradients = gradients.to(accumulation_dtype(gradients.dtype))
     result = gradients.new_zeros(len(gradients), *shape)
-    tokens = description.tokens.flatten(1)
     if description.ignored is not None:
         gradients = gradients.masked_fill((tokens == description.ignored)[..., None], 0)
     return result.scatter_add_(1, tokens[..., None].expand_as(gradients), gradients)

@@ -8,4 +8,4 @@ class AttachError(UserError):
 
 
 class RowsError(UserError, RuntimeError):
-    """The rows of the model's batch are not what the engine takes them for: a score would be of no single sample."""
+    """The rows of the model's batch are not what the engine takes them for; a score would be of no sample."""

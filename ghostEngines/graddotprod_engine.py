@@ -58,27 +58,31 @@ class GradDotProdEngine:
         engine.detach()                           # the model is as it was
 
     Args:
-        model: any module whose trainable parameters all belong to covered layers; it is called on a joint batch,
+        model: any module whose trainable parameters all belong to covered layers; it is called on a joint
+        batch,
             whose first dimension is the sample and whose last `val_batch_size` rows are the validation rows.
         val_batch_size: m.
-        granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"), or
+        granularity: one score for each train row ("total"), for each pair with a validation row ("pairwise"),
+        or
             for each layer ("per_layer").
-        direction: "gradient", or "adamw" for <∇ℓ_i, P∘∇L_val> with AdamW's preconditioner P (preconditioner.py),
+        direction: "gradient", or "adamw" for <∇ℓ_i, P∘∇L_val> with AdamW's preconditioner P
+        (preconditioner.py),
             of the optimizer that the engine is attached with.
         strategy: forces one way of contracting (strategies/); None chooses by shape.
         micro_batches: how many forward and backward passes make one optimizer step. The first of them takes a
-            joint batch, the others take n train rows alone and use its validation gradient, which is kept until
-            the last (one model's size); `.grad` is then the gradient of the mean loss of all n · micro_batches
-            train rows, and after each pass `dot_products` are those of its own rows.
+            joint batch, the others take n train rows alone and use its validation gradient, which is kept
+            until the last (one model's size); `.grad` is then the gradient of the mean loss of all n ·
+            micro_batches train rows, and after each pass `dot_products` are those of its own rows.
         rows: the name of the model's input whose first dimension is the row, where it cannot be told.
-        row_maps: for layers, by name, whose entries are not rows in order: what makes, of the layer's inputs and
+        row_maps: for layers, by name, whose entries are not rows in order: what makes, of the layer's inputs
+        and
             the number of rows, a row map (row_maps.py).
         guard: whether the first step checks that rows are what the engine takes them for (guard.py).
 
     Raises:
         AttachError: a val_batch_size or micro_batches below 1, an unknown granularity, direction or strategy;
-            several micro-batches with granularity "pairwise" or strategy "gram", which need the validation rows
-            themselves; direction "adamw" with strategy "gram", which makes no direction.
+            several micro-batches with granularity "pairwise" or strategy "gram", which need the validation
+            rows themselves; direction "adamw" with strategy "gram", which makes no direction.
     """
 
     def __init__(
@@ -151,7 +155,8 @@ class GradDotProdEngine:
         Args:
             optimizer: that updates the model; must update exactly what is scored.
             loss_scale: with several micro-batches, the factor that the loop puts on the joint loss before
-                `backward()`, or a function that returns it (a gradient scaler's `get_scale`). None: no factor.
+                `backward()`, or a function that returns it (a gradient scaler's `get_scale`). None: no
+                factor.
 
         Raises:
             AttachError: a trainable parameter that no rule covers, or that the optimizer (if given) does not
@@ -195,7 +200,7 @@ class GradDotProdEngine:
                 layer, name, covered.rule(name), covered.groups[name], owners, self._current,
                 self._row_maps.get(name),
             )  # fmt: skip
-            layer.forward = tapped.forward  # type: ignore[method-assign]
+            layer.forward = tapped.forward
             self._layers.append(tapped)
             self._restore.append(partial(vars(layer).pop, "forward"))
 
@@ -405,12 +410,14 @@ class GradDotProdEngine:
         return self._current.step
 
     def joint_loss(self, losses: Tensor) -> Tensor:
-        """Return the mean over the n train rows plus the mean over the m validation rows of the per-sample losses
-        (n+m,); with several micro-batches the first mean is divided by their number, and the second is there
-        in the first only.
+        """Return the mean over the n train rows plus the mean over the m validation rows of the per-sample
+        losses (n+m,); with several micro-batches the first mean is divided by their number, and the second is
+        there in the first only.
 
-        Multiply it by any factor before `backward()`; with several micro-batches, by the one that `attach` was told.
-        Raises ValueError for losses of another shape, RowsError if the guard finds rows that depend on each other.
+        Multiply it by any factor before `backward()`; with several micro-batches, by the one that `attach`
+        was told.
+        Raises ValueError for losses of another shape, RowsError if the guard finds rows that depend on each
+        other.
         """
         step = self._step()
         weights = step.row_weights()
@@ -546,8 +553,8 @@ class GradDotProdEngine:
         return [tapped.name for tapped in self._layers]
 
     def dot_products(self) -> Tensor:
-        """Return the dot products of the last step's n train rows, in float32 (float64 for a float64 model), on the
-        model's device, in units of squared gradient: no learning rate, no batch size, no loss scale.
+        """Return the dot products of the last step's n train rows, in float32 (float64 for a float64 model),
+        on the model's device, in units of squared gradient: no learning rate, no batch size, no loss scale.
 
         - total: (n,), <∇ℓ_i, ∇L_val>, with L_val the mean loss of the m validation rows
         - pairwise: (n, m), <∇ℓ_i, ∇ℓ_j>; their mean over j is the total

@@ -24,8 +24,8 @@ def graph_nodes(loss: Tensor) -> Iterator[Node]:
 
 
 class Graph:
-    """The graph behind a loss. nodes: all of it; consumers: of each output of each node, the nodes that take it, and
-    as which of their inputs."""
+    """The graph behind a loss. nodes: all of it; consumers: of each output of each node, the nodes that take
+    it, and as which of their inputs."""
 
     def __init__(self, loss: Tensor) -> None:
         self.nodes = list(graph_nodes(loss))
@@ -55,12 +55,12 @@ def find_bypass(
     layers: Sequence[tuple[str, Sequence[Tensor]]],
     calls: Mapping[int, int],
 ) -> str | None:
-    """Return the name of a layer whose parameter gets a gradient from anything but calls of covered layers; None
-    if there is none.
+    """Return the name of a layer whose parameter gets a gradient from anything but calls of covered layers;
+    None if there is none.
 
-    A tap sends a gradient to a probe as well as to the parameters, so a node that sends one to a parameter and
-    none to a probe is no tap. calls: how many calls may use each parameter, by its id. Of a compiled block the
-    graph shows one node only.
+    A tap sends a gradient to a probe as well as to the parameters, so a node that sends one to a parameter
+    and none to a probe is no tap. calls: how many calls may use each parameter, by its id. Of a compiled
+    block the graph shows one node only.
     """
     names = {id(parameter): name for name, parameters in layers for parameter in reversed(parameters)}
     uses: Counter[int] = Counter()

@@ -1,14 +1,15 @@
 """The guard: at the first step, a check that rows do not depend on each other, and that the layers' first
 dimensions are what the engine takes them for.
 
-The losses of a random half of the rows are differentiated; at the output of every covered layer the gradient of
-all other rows must be zero, exactly. Then the same with the other half. No structure of a model, and none of a
-layer's input, can pass this by chance: rows in another order, a first dimension that is as long as the batch by
-chance, statistics over the batch, tokens gathered for experts. Nothing of it reaches `.grad`, the random state or
-the step that follows.
+The losses of a random half of the rows are differentiated; at the output of every covered layer the gradient
+of all other rows must be zero, exactly. Then the same with the other half. No structure of a model, and none
+of a layer's input, can pass this by chance: rows in another order, a first dimension that is as long as the
+batch by chance, statistics over the batch, tokens gathered for experts. Nothing of it reaches `.grad`, the
+random state or the step that follows.
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 def halves(rows: int) -> list[Tensor]:
     """Return a random half of the rows and the other half, as masks (rows,); neither is empty.
 
-    Of few rows a half may stay the same when the rows change places. Of some halves the one is taken that the most
-    likely changes leave as it is least often: the reverse order, neighbours swapped, even rows before odd ones.
+    Of few rows a half may stay the same when the rows change places. Of some halves the one is taken that the
+    most likely changes leave as it is least often: the reverse order, neighbours swapped, even rows before
+    odd ones.
     """
     index, generator = torch.arange(rows), torch.Generator().manual_seed(0)
     neighbours = torch.where((index ^ 1) < rows, index ^ 1, index)
@@ -42,8 +44,8 @@ def halves(rows: int) -> list[Tensor]:
 
 
 def separating_halves(rows: int) -> list[Tensor]:
-    """Return the halves given by the bits of the row index, and their complements: for every ordered pair of rows
-    one has the first row and not the second."""
+    """Return the halves given by the bits of the row index, and their complements: for every ordered pair of
+    rows one has the first row and not the second."""
     index = torch.arange(rows)
     bits = [(index >> bit) & 1 == 1 for bit in range((rows - 1).bit_length())]
     return [mask for bit in bits for mask in (bit, ~bit)]
@@ -53,8 +55,8 @@ class Guard:
     """What one guarded step sees. checking: a backward pass of the guard's own is under way."""
 
     def __init__(self, masks: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        """masks (rows,): of the rows whose losses are differentiated, one pass each; dtype: the lowest precision of the
-        step."""
+        """masks (rows,): of the rows whose losses are differentiated, one pass each; dtype: the lowest
+        precision of the step."""
         self.masks = [mask.to(device) for mask in masks]
         self.checking = False
         # A factor on the guard's losses: in float16 the gradients of small losses would flush to zero.
@@ -71,7 +73,7 @@ class Guard:
         self._joint: dict[tuple[str, int], Tensor] = {}
 
     def head_loss(self) -> Tensor:
-        """Return the weighted sum of the losses of the heads in a rehearsal, and let go of them: they hold the graph."""
+        """Return the weighted sum of the heads' losses in a rehearsal, and let go of them: they hold the graph."""
         loss = torch.stack([(losses * self.weights).sum() for losses in self.losses]).sum()
         self.losses.clear()
         return loss
@@ -84,12 +86,13 @@ class Guard:
     def end(self) -> None:
         self.checking = False
 
-    def watches(self, call: Call, backprops: Tensor) -> bool:
-        """Look at the backprops of a call's output; whether the pass is the guard's own."""
-        if call.free:
-            return self.checking
-        mask = call.row_map.of_rows(self._mask, len(backprops)) if self.checking else None
-        return self._look(call, backprops, mask)
+    def watches(self, call: Call, backprops: Sequence[Tensor | None]) -> bool:
+        """Look at the backprops of a call's outputs; whether the pass is the guard's own."""
+        if not call.free:
+            for each in backprops:
+                if each is not None:
+                    self._look(call, each)
+        return self.checking
 
     def watches_rows(self, call: Call, gradient: Tensor, row_map: RowMap) -> bool:
         """The same for the gradient (entries, ...) at a join."""
@@ -97,20 +100,20 @@ class Guard:
             self._note(call, gradient, row_map.of_rows(self._mask, len(gradient)))
         return self.checking
 
-    def _look(self, call: Call, backprops: Tensor, mask: Tensor | None) -> bool:
-        key = (call.name, call.position)
-        if mask is None:
-            self._joint[key] = fingerprint(backprops)
-            return False
-        self._note(call, backprops, mask)
-        print_ = fingerprint(backprops)
-        if self._passes <= 2:  # a half and its complement, which make up the joint loss
-            self._seen[key] = self._seen[key] + print_ if key in self._seen else print_
-        return True
+    def _look(self, call: Call, backprops: Tensor) -> None:
+        prints = self._joint
+        if self.checking:
+            self._note(call, backprops, call.row_map.of_rows(self._mask, len(backprops)))
+            if self._passes > 2:
+                return  # the first two, a half and its complement, make up the joint loss
+            prints = self._seen
+        key, own = (call.name, call.position), fingerprint(backprops)
+        prints[key] = prints[key] + own if key in prints else own
 
     def _note(self, call: Call, gradient: Tensor, mask: Tensor) -> None:
         others = gradient.detach()[~mask]
-        self._mixed.append((call.name, (others != 0).any()))
+        name = f"{call.name}.{call.names[0]}".strip(".") if call.rule.parameter else call.name
+        self._mixed.append((name, (others != 0).any()))
 
     def check_rows(self) -> None:
         """Raise RowsError if a row's loss has a gradient at another row of a covered layer's output."""
@@ -147,8 +150,8 @@ class Guard:
 
 
 def fingerprint(backprops: Tensor) -> Tensor:
-    """Return two numbers of a gradient: its squared norm, and its product with a fixed pattern of signs. Both are
-    sums over rows."""
+    """Return two numbers of a gradient: its squared norm, and its product with a fixed pattern of signs. Both
+    are sums over rows."""
     values = backprops.detach().flatten()
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     signs = (torch.arange(len(values), device=values.device) * 2654435761 >> 7 & 1) * 2 - 1

@@ -1,10 +1,10 @@
 """Outputs and parameters without a sample dimension: position embeddings, tables of relative positions, scales,
 class tokens, weights that a module uses in its own way.
 
-The gradient that arrives at such a tensor is a sum over the samples. The gradients of single samples are still
-apart one node later in the graph: at the join, the first operation whose result has the sample dimension, because
-its other input has it, or because it expands. A hook on the join takes the gradient of its result, and says of it
-what each sample adds to the tensor's gradient:
+The gradient that arrives at such a tensor is a sum over the samples. The gradients of single samples are
+still apart one node later in the graph: at the join, the first operation whose result has the sample
+dimension, because its other input has it, or because it expands. A hook on the join takes the gradient of its
+result, and says of it what each sample adds to the tensor's gradient:
 
 - a lookup or a matrix product with the parameter itself: the description of an embedding or a linear layer;
 - an elementwise operation: its own derivative, before the sum over the samples;
@@ -81,8 +81,8 @@ class Join:
         return _per_sample(torch.stack(rows))
 
     def _of_sample(self, gradient: Tensor, i: int, below: Tensor | None) -> Tensor:
-        """The tensor's gradient for one sample, by the backward of each operation on the path. below: the gradient
-        of the join's input, where it is known."""
+        """The tensor's gradient for one sample, by the backward of each operation on the path. below: the
+        gradient of the join's input, where it is known."""
         part, path = gradient, self.path
         if below is None:
             entries = len(gradient) // self.rows
@@ -92,7 +92,7 @@ class Join:
         else:
             part, path = below, self.path[1:]
         for node, number in path:
-            results = node(part)
+            results = node(part)  # type: ignore[operator]
             part = results[number] if isinstance(results, tuple) else results
             part = part.sum_to_size(_input_shape(node, number))  # autograd does so between nodes
         return part.reshape(self.shape)
@@ -109,12 +109,13 @@ def _second(name: str) -> int:
 
 def _input_shape(node: Node, number: int) -> torch.Size:
     child, output = node.next_functions[number]
+    assert child is not None
     return torch.Size(child._input_metadata[output].shape)
 
 
 def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size) -> Tensor | None:
-    """Return the gradient of an elementwise operation's input for each entry of the first dimension (R, *shape),
-    where its input has none; None for other operations."""
+    """Return the gradient of an elementwise operation's input for each entry of the first dimension (R,
+    *shape), where its input has none; None for other operations."""
     name = node.name()
     if name in ("AddBackward0", "ExpandBackward0") and getattr(node, "_saved_alpha", 1) == 1:
         local = gradient
@@ -139,11 +140,12 @@ def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size) -
 
 
 def hook_joins(graph: Graph, free: list[tuple[Call, Node]], rows: int) -> list[Join]:
-    """Find the joins of all tensors without a sample dimension, and put hooks on them. They must be removed at the end
-    of the step: they hold the graph that holds them.
+    """Find the joins of all tensors without a sample dimension, and put hooks on them. They must be removed
+    at the end of the step: they hold the graph that holds them.
 
     Raises:
-        RuntimeError: tensors that the loss depends on without a join that can be taken apart; it names them all.
+        RuntimeError: tensors that the loss depends on without a join that can be taken apart; it names them
+        all.
     """
     found, lost = [], {}
     bearing = graph.reached_from({node for call, node in _taps(graph) if not call.free})
@@ -178,20 +180,28 @@ def _can_be_taken_apart(call: Call, path: Path, shape: torch.Size, rows: int) ->
     (result,) = results
     if not result or result[0] == 0 or result[0] % rows != 0:
         return False
+    if call.checkpointed and any(_keeps_tensors(node) for node, _ in path):
+        return False  # checkpointing gives what was kept to the operation itself, once
     if not call.rule.parameter or shape.numel() <= LARGEST:
         return True
     return names == ["EmbeddingBackward0"] or names[0] in ("MmBackward0", "AddmmBackward0")
 
 
+def _keeps_tensors(node: Node) -> bool:
+    return any(name.startswith("_raw_saved_") for name in dir(node))
+
+
 def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int) -> list[Path]:
     """All ways from a node's first output up to a join, each with the join first."""
     found: list[Path] = []
+    entries = torch.Size(node._input_metadata[0].shape).numel()
     for consumer, number in graph.consumers.get((node, 0), []):
         shapes = [tuple(each.shape) for each in consumer._input_metadata]
         ends = (
             consumer in bearing
             or len(shapes) != 1
-            or (shapes[0] and shapes[0][0] == rows)
+            # What has as many entries as before, a view, has not brought in the samples.
+            or (shapes[0] and shapes[0][0] == rows and torch.Size(shapes[0]).numel() != entries)
             or (consumer, 0) not in graph.consumers
         )
         if ends:
@@ -212,7 +222,8 @@ def refusal(lost: dict[str, str]) -> str:
     """Say what is not covered, and the remedies, the shortest first."""
     shown = "; ".join(f"{what} (it goes into {operation})" for what, operation in lost.items())
     return (
-        f"the engine cannot tell what each sample adds to the gradient of {shown}. Freeze the parameters "
+        f"the engine cannot tell what each sample adds to the gradient of {shown}. Leave activation checkpointing "
+        "out around it, if there is any; or freeze the parameters "
         "(requires_grad_(False)); or take the module as one layer, slow but exact: "
         "ghostEngines.register_unit(ItsClass); or write a rule: ghostEngines.register_rule(ItsClass)."
     )

@@ -32,6 +32,7 @@ from .score_files import (
     publish,
     put_in_order,
     read_origin,
+    remove,
     score_file,
     score_schema,
     superseded,
@@ -189,7 +190,7 @@ class ScoreWriter:
         assert not self._buffer, "drop_from() comes before append()"
         for file in reversed(put_in_order(self.folder, self.rank)):
             if file.first >= step:
-                os.unlink(file.path)
+                remove(file.path)
             elif file.last >= step:
                 table = file.read()
                 table = table.filter(pc.less(table["step"], step))
@@ -308,7 +309,8 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
     folder = Path(folder)
     if not folder.is_dir():
         raise ScoreError(f"{folder} is not a folder of scores: give {{result_dir}}/grad_dotprods of a run")
-    files = list_files(folder)
+    with file_errors(folder, ScoreError):
+        files = list_files(folder)
     if not files:
         raise ScoreError(
             f"{folder} has no scores yet: they are written every few steps of a run that computes them"

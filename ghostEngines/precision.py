@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a matrix product of x runs: autocast's where it is on, x's own otherwise (float64
-    stays)."""
+    """Return the dtype in which a matrix product of x runs: autocast's where it is on, x's own otherwise
+    (float64 stays)."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -46,7 +46,8 @@ class Flat:
     samples: int
 
     def to_rows(self, entries: Tensor) -> Tensor:
-        return entries.unflatten(0, (self.samples, -1))
+        rows: Tensor = entries.unflatten(0, (self.samples, -1))
+        return rows
 
     def of_rows(self, of_sample: Tensor, entries: int) -> Tensor:
         return of_sample.repeat_interleave(entries // self.samples)
@@ -63,7 +64,8 @@ class Indexed:
         places, longest = self._places()
         padded = entries.new_zeros(self.samples * longest, *entries.shape[1:])
         padded = padded.index_copy(0, places, entries)
-        return padded.unflatten(0, (self.samples, longest))
+        rows: Tensor = padded.unflatten(0, (self.samples, longest))
+        return rows
 
     def of_rows(self, of_sample: Tensor, entries: int) -> Tensor:
         return of_sample[self.rows]

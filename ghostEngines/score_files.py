@@ -93,8 +93,11 @@ class ScoreFile(NamedTuple):
         return int(pq.read_metadata(self.path).num_rows)
 
     def read(self) -> pa.Table:
-        with pq.ParquetFile(self.path) as file:
-            return file.read(use_threads=False)  # threads would each keep memory of their own
+        try:
+            with file_errors(self.path, ScoreError), pq.ParquetFile(self.path) as file:
+                return file.read(use_threads=False)  # threads would each keep memory of their own
+        except pa.ArrowInvalid as error:
+            raise ScoreError(f"{self.path} is damaged ({error}): copy it again") from error
 
 
 def score_file(folder: Path, first: int, last: int, rank: int) -> ScoreFile:
@@ -160,13 +163,14 @@ def check_origin(path: Path, want: Mapping[str, str]) -> None:
 def put_in_order(folder: Path, rank: int) -> list[ScoreFile]:
     """Remove what an interrupted writer of `rank` left behind. Returns the rank's files, sorted by step."""
     for path in folder.parent.glob(f".{escape(folder.name)}.step-*.rank-{rank:05d}.parquet.tmp"):
-        os.unlink(path)
+        remove(path)
     files = [file for file in list_files(folder) if file.rank == rank]
     doubled = superseded(files)
     for file in doubled:
-        os.unlink(file.path)
+        remove(file.path)
     sync(folder)
-    _marker(folder, rank).unlink(missing_ok=True)
+    with file_errors(folder, ScoreError):
+        _marker(folder, rank).unlink(missing_ok=True)
     return [file for file in files if file not in doubled]
 
 
@@ -179,18 +183,25 @@ def recover(folder: str | os.PathLike[str]) -> None:
 
 def publish(file: ScoreFile, table: pa.Table, replaces: Sequence[ScoreFile] = ()) -> None:
     """Make `file` visible with the rows of `table`, in the place of the files in `replaces`."""
-    _write_whole(file.hidden, table)
     folder = file.path.parent
-    if not replaces:
-        os.replace(file.hidden, file.path)
-        sync(folder)
-        return
-    with _marked(folder, file.rank):
-        os.replace(file.hidden, file.path)
-        sync(folder)  # the new file is there to stay before the first old one goes
-        for old in replaces:
-            os.unlink(old.path)
-        sync(folder)
+    with file_errors(file.path, ScoreError):
+        _write_whole(file.hidden, table)
+        if not replaces:
+            os.replace(file.hidden, file.path)
+            sync(folder)
+            return
+        with _marked(folder, file.rank):
+            os.replace(file.hidden, file.path)
+            sync(folder)  # the new file is there to stay before the first old one goes
+            for old in replaces:
+                os.unlink(old.path)
+            sync(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file. ScoreError if that cannot be done."""
+    with file_errors(path, ScoreError):
+        path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -23,8 +23,8 @@ from .strategies import STRATEGIES, Strategy, choose_strategy
 class Site:
     """One parameter in one pass, as a sink sees it.
 
-    shape: of the parameter. keep: where its direction is kept for other micro-batches, None for a single batch.
-    preconditioner: what its direction is multiplied by, None for nothing.
+    shape: of the parameter. keep: where its direction is kept for other micro-batches, None for a single
+    batch. preconditioner: what its direction is multiplied by, None for nothing.
     """
 
     shape: torch.Size
@@ -53,8 +53,8 @@ class HeadPart:
 class DotProducts:
     """The sink of method GradDotProd: <G_i, D> for all train rows, with D the validation gradient.
 
-    strategy: the one that every matrix must use, None for a choice by shape. by_direction: the direction itself
-    is needed, for other micro-batches or to precondition it.
+    strategy: the one that every matrix must use, None for a choice by shape. by_direction: the direction
+    itself is needed, for other micro-batches or to precondition it.
     """
 
     split: Split
@@ -110,7 +110,7 @@ class DotProducts:
             return direction if site.preconditioner is None else site.preconditioner.apply(direction)
 
         direction = make() if site.keep is None else site.keep.direction(make)
-        return train.sum(0), train.flatten(1) @ direction.flatten(1).mT
+        return train.sum(0), train.reshape(self.split.n, -1) @ direction.reshape(len(direction), -1).mT
 
     def streamed(self, site: Site, description: Streamed) -> Taken:
         """Contract gradients that come one sample at a time: the validation rows' first."""
@@ -125,7 +125,8 @@ class DotProducts:
                     direction += description.gradient(i)
             return direction if site.preconditioner is None else site.preconditioner.apply(direction)
 
-        direction = (make() if site.keep is None else site.keep.direction(make)).flatten(1)
+        direction = make() if site.keep is None else site.keep.direction(make)
+        direction = direction.reshape(len(direction), -1)
         total = direction.new_zeros(site.shape.numel())
         dots = []
         for i in range(n):
@@ -147,7 +148,9 @@ class DotProducts:
         for i in range(n):
             own = [each.to(accumulation_dtype(each.dtype)) for each in gradients(i)]
             dots.append(
-                torch.stack([d.flatten(1) @ g.flatten() for d, g in zip(directions, own, strict=True)]).sum(0)
+                torch.stack(
+                    [d.reshape(len(d), -1) @ g.flatten() for d, g in zip(directions, own, strict=True)]
+                ).sum(0)
             )
             if totals:
                 torch._foreach_add_(totals, own)
@@ -188,8 +191,7 @@ class DotProducts:
     def rows(self, site: Site, lookups: Rows, head: HeadPart | None) -> Taken:
         """Contract lookups, with what an output layer of the same weight has left for them."""
         split, n, vocabulary = self.split, self.split.n, site.shape[0]
-        tokens = lookups.tokens.reshape(len(lookups.tokens), -1)  # (n+m, L)
-        gradients = lookups.gradients.reshape(*tokens.shape, lookups.gradients.shape[-1])
+        tokens, gradients = lookups.flat()  # (n+m, L), (n+m, L, d)
         gradients = gradients.to(accumulation_dtype(gradients.dtype))
         if lookups.ignored is not None:
             gradients = gradients.masked_fill((tokens == lookups.ignored)[..., None], 0)
@@ -242,8 +244,8 @@ def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
 def _direction_at(
     tokens: Tensor, val_gradients: Tensor, split: Split, vocabulary: int, keep: Keep | None
 ) -> tuple[Tensor, Tensor]:
-    """tokens (n+m, L), val_gradients (m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and by
-    slot (k, U, d)."""
+    """tokens (n+m, L), val_gradients (m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and
+    by slot (k, U, d)."""
     n = split.n
 
     def make() -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contraction import Split, accumulation_dtype
@@ -41,11 +42,11 @@ class Step:
 
     split: Split
     input_shape: torch.Size  # of the model's input
-    # Zeros (n, k) each. After the backward the gradient of a probe is the sum of the dot products of the layers
-    # that share it, times s²/(n·G), or s²/(n·m) if pairwise: s is the common factor on the loss, G the number of
-    # micro-batches (s² is s times the first micro-batch's s). There is one probe for all layers, or with per_layer
-    # one for each, in their order: separate tensors, since a tensor indexed by a number would give every compiled
-    # block a graph of its own.
+    # Zeros (n, k) each. After the backward the gradient of a probe is the sum of the dot products of the
+    # layers that share it, times s²/(n·G), or s²/(n·m) if pairwise: s is the common factor on the loss, G the
+    # number of micro-batches (s² is s times the first micro-batch's s). There is one probe for all layers, or
+    # with per_layer one for each, in their order: separate tensors, since a tensor indexed by a number would
+    # give every compiled block a graph of its own.
     probes: list[Tensor]
     scale_probe: Tensor  # zero, a scalar; its gradient is s
     sink: DotProducts
@@ -55,7 +56,9 @@ class Step:
         None  # by id of the parameter; None: the gradient itself
     )
     uses: dict[int, "Uses"] = field(default_factory=dict)  # by number of a group of layers that share weights
-    free: list["Call"] = field(default_factory=list)  # calls whose output has no sample dimension
+    free: list[tuple["Call", Node]] = field(
+        default_factory=list
+    )  # calls whose output has no sample dimension
     recomputable: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     guard: "Guard | None" = None  # at the first step
 
@@ -97,8 +100,8 @@ class Step:
         return self.split.n + self.split.m
 
     def row_weights(self) -> Tensor:
-        """Return the weight of every row's loss in the joint loss (n+m,): 1/(n·G) for train and 1/m for validation
-        rows."""
+        """Return the weight of every row's loss in the joint loss (n+m,): 1/(n·G) for train and 1/m for
+        validation rows."""
         n, m = self.split.n, self.split.m
         weights = self.scale_probe.detach().new_full((n + m,), 1 / (n * self.micro_batches))
         if m > 0:

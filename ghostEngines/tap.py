@@ -39,8 +39,8 @@ def swapped(parameters: Sequence[tuple[nn.Module, str]], values: Sequence[Tensor
     try:
         yield
     finally:
-        for (module, key), value in zip(parameters, before, strict=True):
-            module._parameters[key] = value
+        for (module, key), parameter in zip(parameters, before, strict=True):
+            module._parameters[key] = parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,9 @@ class Call:
     guard: "Guard | None" = None
     free: bool = False  # the output has no sample dimension
     at_joins: list[Description] | None = None  # what the joins of such an output say of its gradient
+    checkpointed: bool = (
+        False  # what autograd keeps of the call is recomputed, or moved, in the backward pass
+    )
     recomputed: bool = False  # the call was made by checkpointing, in the backward pass
     rerun: "Rerun | None" = None  # of a unit
 
@@ -212,7 +215,7 @@ class Rerun:
         self, call: Call, inputs: tuple[Any, ...], backprops: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Return the training gradient of each parameter of the unit, and dots (n, k)."""
-        parameters = [module._parameters[key].detach().requires_grad_() for module, key in self.places]  # type: ignore[union-attr]
+        parameters = [each.detach().requires_grad_() for each in call.parameters]
 
         def of_sample(i: int) -> list[Tensor]:
             with swapped(self.places, parameters):
@@ -225,8 +228,11 @@ class Rerun:
         gradients: list[Tensor | None] = []
         every = []
         for number in range(len(parameters)):
-            description = Streamed(lambda i, number=number: of_sample(i)[number], self.rows)
-            gradient, own_dots = call.take(number, description)
+
+            def of_parameter(i: int, number: int = number) -> Tensor:
+                return of_sample(i)[number]
+
+            gradient, own_dots = call.take(number, Streamed(of_parameter, self.rows))
             gradients.append(gradient)
             if own_dots is not None:
                 every.append(own_dots)
@@ -272,8 +278,9 @@ class Tap(torch.autograd.Function):
     """Return the layer's outputs, as they are, and a link to the next use of the same parameters.
 
     Inputs: the call, the probe (n, k), the link of the use before (None for none), the number of outputs, the
-    outputs, the trainable parameters, and what the rule needs of the inputs. An output is `output.detach()`: a view
-    could not be changed in place by the model, and of other forms of a copy autograd would not notice that it was.
+    outputs, the trainable parameters, and what the rule needs of the inputs. An output is `output.detach()`:
+    a view could not be changed in place by the model, and of other forms of a copy autograd would not notice
+    that it was.
     """
 
     @staticmethod
@@ -300,7 +307,8 @@ class Tap(torch.autograd.Function):
                 return (None, None, None, None, *backprops, *no_gradients, *nothing)
             backprops = tuple(torch.zeros(shape, dtype=kind, device=place) for shape, kind, place in ctx.like)
             some = backprops[0]
-        if call.guard is not None and call.guard.watches(call, some):
+        assert some is not None
+        if call.guard is not None and call.guard.watches(call, backprops):
             return (None, None, None, None, *backprops, *no_gradients, *nothing)
         with without_autocast(some):
             results, dots = call.gradients(ctx.saved_tensors, backprops)

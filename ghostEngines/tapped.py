@@ -46,9 +46,9 @@ def _in_place_of(output: Any, tapped: list[Tensor]) -> Any:
 class TappedLayer:
     """One covered layer.
 
-    name: in the model. group: the number of the group of layers that share parameters with it. owners: the name
-    under which each parameter's direction is kept, one for all its uses, by the parameter's name in the layer.
-    calls: how often the layer ran in the forward pass under way.
+    name: in the model. group: the number of the group of layers that share parameters with it. owners: the
+    name under which each parameter's direction is kept, one for all its uses, by the parameter's name in the
+    layer. calls: how often the layer ran in the forward pass under way.
     """
 
     def __init__(
@@ -116,10 +116,9 @@ class TappedLayer:
             made,
             None if made is None else x.dtype,
         )
+        kept = tuple(each.detach() for each in arguments if isinstance(each, Tensor))
         if made is not None:
             kept = made.kept
-        else:
-            kept = tuple(each.detach() for each in arguments if isinstance(each, Tensor))
         link = None
         if not torch.compiler.is_compiling():
             link = self._enter_uses(step, call, parameters, row_map, arguments[0])
@@ -147,8 +146,8 @@ class TappedLayer:
         with torch.no_grad():
             if not torch.equal(made.run(made.kept[0]), x):
                 raise RuntimeError(
-                    f"the input of layer '{self.name}' is not what the norm before it gave: it was changed in a way that "
-                    "autograd does not see (through .data). Change it by an ordinary operation."
+                    f"the input of layer '{self.name}' is not what the norm before it gave: it was changed in a way "
+                    "that autograd does not see (through .data). Change it by an ordinary operation."
                 )
 
     def _check_call(self, call: Call, arguments: tuple[Any, ...], output: Any) -> None:
@@ -156,13 +155,14 @@ class TappedLayer:
         if call.rerun is not None:
             call.rerun.check(arguments, output, self.name)
         if self.rule.expected is not None and not call.recomputed:
-            with torch.no_grad():
+            with torch.no_grad():  # in a checkpoint autograd counts what it keeps
                 want = self.rule.expected(self.layer, arguments)
-            tolerance = max(50 * torch.finfo(output.dtype).eps, 1e-5)
-            if not (output - want).abs().max() <= tolerance * want.abs().max():
+                error, largest = (output - want).abs().max(), want.abs().max()
+            precision = max(torch.finfo(each.dtype).eps for each in (arguments[0], output))
+            if not error <= max(50 * precision, 1e-5) * largest:
                 raise RuntimeError(
-                    f"layer '{self.name}' of type {type(self.layer).__name__} does not normalise its input as it did the "
-                    "random ones on which it was recognised as a norm: write a rule for it (register_rule)"
+                    f"layer '{self.name}' of type {type(self.layer).__name__} does not normalise its input as "
+                    "it did the random ones on which it was recognised as a norm: write a rule for it (register_rule)"
                 )
 
     def _enter_uses(
@@ -171,6 +171,7 @@ class TappedLayer:
         """Note what a call needs outside of compiled code. Returns the link of the use before it."""
         call.parameters, call.name, call.guard = tuple(parameters), self.name, step.guard
         call.free = row_map is None
+        call.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if self._current.phase != "forward":  # recomputed by checkpointing, for what autograd keeps alone
             call.free, call.recomputed = False, True
             return None
@@ -194,11 +195,11 @@ class TappedLayer:
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters that the layer's rule answers for."""
-        return [module._parameters[key] for _, module, key in own_parameters(self.layer, self.rule)]  # type: ignore[misc]
+        return [_of(place) for place in own_parameters(self.layer, self.rule)]
 
     def enter(self, x: Tensor, arguments: tuple[Any, ...]) -> RowMap | None:
-        """Count this call, and return where the entries of the first dimension of its input x belong; None if it
-        has no sample dimension.
+        """Count this call, and return where the entries of the first dimension of its input x belong; None if
+        it has no sample dimension.
 
         Raises ValueError if that cannot be told, RuntimeError outside of a step."""
         step = self.step
@@ -236,8 +237,8 @@ class TappedLayer:
 
 
 class TappedParameters(TappedLayer):
-    """A module whose own parameters no rule covers: each of them is tapped by itself, wherever the module's forward
-    uses it. What each sample adds to its gradient is found where it meets the samples (joins.py)."""
+    """A module whose own parameters no rule covers: each of them is tapped by itself, wherever the module's
+    forward uses it. What each sample adds to its gradient is found where it meets the samples (joins.py)."""
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -245,8 +246,8 @@ class TappedParameters(TappedLayer):
         step = self.step
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"module '{self.name}' of type {type(self.layer).__name__} has parameters that no rule covers, and they "
-                "are followed in uncompiled code only: leave its block uncompiled"
+                f"module '{self.name}' of type {type(self.layer).__name__} has parameters that no rule covers, "
+                "and they are followed in uncompiled code only: leave its block uncompiled"
             )
         if self._current.phase == "forward":
             self.calls += 1

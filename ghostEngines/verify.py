@@ -2,8 +2,8 @@
 
     python -m ghostEngines.verify my_model.py:build     # build() -> model, batch or model, batch, loss
 
-The guard comes first, with halves of the rows that separate every two of them. Then the engine's training gradients and
-dot products are compared with those of one backward pass for each row, each row called alone.
+The guard comes first, with halves of the rows that separate every two of them. Then the engine's training
+gradients and dot products are compared with those of one backward pass for each row, each row called alone.
 """
 
 import importlib
@@ -75,9 +75,11 @@ def verify(
 
     Args:
         model: in the precision in which it is to be checked; float64 shows most. It is left as it was.
-        batch: what the loss takes: a tensor, or a tuple or a dictionary of tensors. Tensors whose first dimension is that
+        batch: what the loss takes: a tensor, or a tuple or a dictionary of tensors. Tensors whose first
+        dimension is that
             of the first one have the rows; the last `val_batch_size` are the validation rows.
-        loss: (model, batch) -> one loss for each row. None: the cross entropy of the model's logits, with batch (x, y) as
+        loss: (model, batch) -> one loss for each row. None: the cross entropy of the model's logits, with
+        batch (x, y) as
             `per_sample_losses` takes them, or a dictionary with Hugging Face's `input_ids` and `labels`.
         options: of GradDotProdEngine.
 
@@ -127,8 +129,8 @@ def verify(
 def _row_by_row(
     model: nn.Module, named: Mapping[str, nn.Parameter], batch: Any, loss: Loss, n: int, rows: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The training gradient, the dot products (n,), and the scale of each, ‖∇ℓ_i‖·‖∇L_val‖, from one backward pass for
-    each row."""
+    """The training gradient, the dot products (n,), and the scale of each, ‖∇ℓ_i‖·‖∇L_val‖, from one backward
+    pass for each row."""
 
     def gradients(i: int) -> list[Tensor]:
         (own,) = loss(model, _part(batch, i, rows))
@@ -208,7 +210,7 @@ def load(where: str) -> tuple[Any, ...]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the check; the exit status is 0 if all is exact, 1 if something is wrong or refused, 2 for wrong arguments."""
+    """Run the check and return the exit status: 0 exact, 1 wrong or refused, 2 wrong arguments."""
     parser = ArgumentParser("python -m ghostEngines.verify", description=__doc__)
     parser.add_argument(
         "build", metavar="FILE.py:FUNCTION", help="returns (model, batch) or (model, batch, loss)"

@@ -7,9 +7,9 @@ from collections import defaultdict
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, copy_in
-from oracle import Truth, per_sample
 from torch import Tensor, nn
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine
 
 BETAS, STEPS = (0.9, 0.95), 3

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, D, V, copy_in, joint_step
-from oracle import per_sample
 from torch import Tensor, nn
 
+from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine
 
 MODELS = [case.name for case in CASES if "gpt2" in case.name]
@@ -222,7 +222,8 @@ def test_outputs_are_those_of_the_untouched_model(name: str, autocast: bool, dty
             got, seen[:] = list(seen), []
             with torch.no_grad():
                 evaluated = case.losses(model, x, y)
-    # With an input that is not contiguous, PyTorch multiplies in another way where a weight needs no gradient.
+    # With an input that is not contiguous, PyTorch multiplies in another way where a weight needs no
+    # gradient.
     same = torch.equal if "convolution" not in name else partial(torch.allclose, atol=1e-6)
     assert same(attached, untouched)
     assert torch.equal(evaluated, plainly_evaluated)

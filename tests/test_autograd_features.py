@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BY_NAME, Case, call_with_targets, fused_gpt2, joint_step
-from oracle import Truth, per_sample
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine
 
 MODELS = ["gpt2-tied", "gpt2-tied-padded", "fused-gpt2-tied-padded", "fused-gpt2-untied"]

@@ -93,20 +93,15 @@ def test_the_size_of_checkpoints_is_foreseen(alone: Run, data: Path) -> None:
 # ---- going on
 
 
-@pytest.mark.parametrize(("steps", "keep"), [(3, 3), (6, 1)])
-def test_resuming_is_never_having_stopped(
-    steps: int, keep: int, alone: Run, data: Path, copied: Path, caplog
-) -> None:
-    """From the middle: what the run wrote after the checkpoint is computed again, to the last bit. Of its
-    checkpoints the newest are kept."""
-    for name in names(copied / "a"):
-        if int(name[5:]) > steps:
-            shutil.rmtree(copied / "a" / "checkpoints" / name)
+def test_resuming_is_never_having_stopped(alone: Run, data: Path, copied: Path, caplog) -> None:
+    """From the middle: what the run wrote after the checkpoint is computed again, to the last bit."""
+    for name in names(copied / "a")[1:]:
+        shutil.rmtree(copied / "a" / "checkpoints" / name)
     with caplog.at_level("INFO"):
-        run = start(data, copied, run_name="a", resume=True, keep_checkpoints=keep, **FLAGS)
+        run = start(data, copied, run_name="a", resume=True, keep_checkpoints=3, **FLAGS)
     assert run.status == 0 and same(run, alone)
-    assert f"resuming from {copied}/a/checkpoints/step_00000{steps}" in caplog.text
-    assert names(run.folder) == names(alone.folder)[-keep:]
+    assert f"resuming from {copied}/a/checkpoints/step_000003" in caplog.text
+    assert names(run.folder) == names(alone.folder)
 
 
 def test_more_steps(alone: Run, data: Path, copied: Path, tmp_path: Path) -> None:
@@ -245,29 +240,12 @@ def signal_in_step(patch: pytest.MonkeyPatch, index: int, number: int) -> None:
     patch.setattr(Trainer, "_forward_backward", signalled)
 
 
-def test_signals_in_steps(
-    alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
-    """One after the other in one run: before there is an optimizer state, after the first step of what was
-    resumed, and in the middle."""
-    for number, index, steps in ((signal.SIGTERM, 0, 0), (signal.SIGINT, 1, 1), (signal.SIGUSR1, 3, 4)):
-        with monkeypatch.context() as patch:
-            signal_in_step(patch, index, number)
-            more = {} if steps == 0 else {"resume": True}
-            run = start(data, tmp_path, run_name="a", keep_checkpoints=9, **more, **FLAGS)
-        assert run.status == 128 + number
-        assert names(run.folder)[-1] == f"step_{steps:06d}"
-        assert f"interrupted after step {steps}" in caplog.text and "--resume --run_name a" in caplog.text
-    assert names(run.folder) == [f"step_00000{steps}" for steps in (0, 1, 3, 4)]
-    run = start(data, tmp_path, run_name="a", resume=True, **FLAGS)
-    assert run.status == 0 and same(run, alone)
-
-
 def test_a_batch_job_that_is_requeued(
     alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    """One command line, and RESULTS_DIR set: the job is killed before its first checkpoint, begins anew, goes
-    on twice, and has nothing left to do."""
+    """One command line, and RESULTS_DIR set: the job is killed before its first checkpoint and begins anew. A
+    signal comes before there is an optimizer state, after the first step of what was resumed, and in the
+    middle. At last the job has nothing left to do."""
     monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
     given = command(data, tmp_path, run_name="night", resume="auto", keep_checkpoints=9, **FLAGS)
     place = given.index("--results_dir")
@@ -280,12 +258,16 @@ def test_a_batch_job_that_is_requeued(
         with pytest.raises(ZeroDivisionError):
             main.main(flags)
     assert run.folder.is_dir() and names(run.folder) == []
-    for index, ended in ((4, "step_000004"), (2, "step_000006"), (9, "step_000008")):
+    for number, index, steps in ((signal.SIGTERM, 0, 0), (signal.SIGINT, 1, 1), (signal.SIGUSR1, 3, 4)):
         with monkeypatch.context() as patch, one_thread():
-            signal_in_step(patch, index, signal.SIGUSR1)
-            assert main.main(flags) == (0 if index == 9 else 128 + signal.SIGUSR1)
-        assert names(run.folder)[-1] == ended
-    assert caplog.text.count("interrupted") == 2 and same(run, alone)
+            signal_in_step(patch, index, number)
+            assert main.main(flags) == 128 + number
+        assert names(run.folder)[-1] == f"step_{steps:06d}"
+        assert f"interrupted after step {steps}: " in caplog.text
+    assert "--resume --run_name night goes on" in caplog.text
+    with one_thread():
+        assert main.main(flags) == 0
+    assert names(run.folder) == [f"step_00000{steps}" for steps in (0, 1, 3, 4, 6, 8)] and same(run, alone)
     before = tree(run.folder / "checkpoints")
     assert main.main(flags) == 0 and tree(run.folder / "checkpoints") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["night", "night.stopped-1"]
@@ -400,9 +382,10 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], file: str, data: P
 
 
 def test_the_one_before_a_damaged_checkpoint_by_name(alone: Run, data: Path, copied: Path) -> None:
+    """Of the checkpoints the newest are kept."""
     flip(copied / "a" / "checkpoints" / "step_000008" / "model.safetensors")
-    run = start(data, copied, run_name="a", resume_from="step_000006", **FLAGS)
-    assert run.status == 0 and same(run, alone)
+    run = start(data, copied, run_name="a", resume_from="step_000006", keep_checkpoints=1, **FLAGS)
+    assert run.status == 0 and same(run, alone) and names(run.folder) == ["step_000008"]
     assert read_manifest(copied / "a" / "checkpoints" / "step_000008")["step"] == 8
 
 
@@ -537,6 +520,38 @@ def test_parts_that_were_not_copied(data: Path, copied: Path) -> None:
     message = refused(data, copied)
     missing = "lacks metrics.jsonl, grad_dotprods, validation/rows.parquet of the steps before step_000008"
     assert missing in message and f"--init_from {folder}/checkpoints/step_000008" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "checkpoints", "checkpoints/step_000008/manifest.json", "grad_dotprods/{scores}"]
+)
+@pytest.mark.parametrize("resume", ["always", "auto"])
+def test_what_may_not_be_read(
+    name: str, resume: str, data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named as what it is: it may be whole."""
+    (scores,) = (copied / "a" / "grad_dotprods").iterdir()
+    path = copied / "a" / name.format(scores=scores.name)
+    deny(path, monkeypatch)
+    message = refused(data, copied, resume=resume)
+    assert str(path) in message and "ermission denied" in message
+    assert "damaged" not in message and "not the folder of a run" not in message
+
+
+def deny(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to read a file or a folder: rights are nothing to root, who may run the tests."""
+
+    def denying(function: Callable) -> Callable:
+        def called(file: Path, *arguments: object, **more: object) -> object:
+            if str(file) == str(path):
+                raise PermissionError(13, "Permission denied", str(file))
+            return function(file, *arguments, **more)
+
+        return called
+
+    for name in ("open", "iterdir"):
+        monkeypatch.setattr(Path, name, denying(getattr(Path, name)))
+    monkeypatch.setattr(pq, "read_schema", denying(pq.read_schema))
 
 
 @pytest.mark.parametrize("line", [b"{\n", b"[1]\n", b'{"loss": 1}\n', b"\0\0\xff\n"])

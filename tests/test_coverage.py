@@ -6,10 +6,10 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import D, V, Wired, joint_step, mlp, seeded, token_rows
-from oracle import per_sample
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.oracle import per_sample
 from ghostEngines import (
     RULES,
     GradDotProdEngine,
@@ -147,6 +147,30 @@ WHATEVER = {
 def test_whatever_can_be_taken_apart_is_exact(name: str) -> None:
     run, between = WHATEVER[name]
     assert exact(Wired(run, between))
+
+
+def test_as_many_rows_as_features() -> None:
+    """A transposed weight then has the rows' number as its first dimension, and is no join for that."""
+    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: TwiceLinear(D, D)))
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), *token_rows(D), D - 2)
+    dots, _ = joint_step(model, *token_rows(D), 2)
+    assert truth.dot_error(dots) < 1e-12
+
+
+def test_a_product_and_a_sum_of_two_dtypes() -> None:
+    """Under autocast a bias of one's own makes the output, and so the backprops, wider than the product."""
+    model, (x, y) = Wired(lambda m, h: m.out(m.lin(h)), lambda: SubclassedLinear(D, D)), token_rows()
+    plain = deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = per_sample_losses(plain, x[:3], y[:3])
+    losses.mean().backward()
+    with GradDotProdEngine(model, 2) as engine:
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = per_sample_losses(model, x, y)
+        engine.joint_loss(losses).backward()
+        engine.prepare_gradients()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
 
 
 def test_several_patches_of_images_and_their_row_map() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BY_NAME, Case, joint_step
-from oracle import per_sample
 from run_helpers import start, write_shards
 
+from benchmarks.oracle import per_sample
 from ghostEngines.strategies import STRATEGIES
 from training_loop import Trainer
 

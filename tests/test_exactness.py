@@ -5,8 +5,8 @@ from collections import defaultdict
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, copy_in
-from oracle import Truth, per_sample
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import RULES, GradDotProdEngine
 from ghostEngines.strategies import STRATEGIES
 

@@ -7,11 +7,11 @@ pass of forward-mode differentiation over an untouched model gives the dot produ
 import pytest
 import torch
 from cases import BY_NAME, Case, joint_step
-from oracle import row_loss
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from transformers import PreTrainedModel
 
+from benchmarks.oracle import row_loss
 from model_setup import FrugalMLP
 
 NAMES = [

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, D, T, V, Wired, joint_step, seeded, token_rows
-from oracle import per_sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine, RowsError, per_sample_losses
 from ghostEngines.guard import halves, separating_halves
 
@@ -115,7 +115,7 @@ def test_another_term_beside_the_joint_loss(name: str) -> None:
     with GradDotProdEngine(model, M) as engine:
         losses = case.losses(model, *case.data(N + M))
         (engine.joint_loss(losses) + 1e-2 * seen[-1].square().mean()).backward()
-        with pytest.raises(RowsError, match="is not that of engine.joint_loss"):
+        with pytest.raises(RowsError, match=r"is not that of engine\.joint_loss"):
             engine.prepare_gradients()
 
 
@@ -152,7 +152,7 @@ def test_dropout_in_eval_mode_is_none() -> None:
     truth = per_sample(deepcopy(model), lambda m, x: m(x), *token_rows(), N)
     dots, _ = joint_step(model, *token_rows(), M)
     assert truth.dot_error(dots) < 1e-12
-    with pytest.raises(ValueError, match="drops out with p=0.5"):
+    with pytest.raises(ValueError, match=r"drops out with p=0\.5"):
         joint_step(model.train(), *token_rows(), M)
 
 
@@ -189,7 +189,7 @@ def test_a_weight_that_is_read_besides_its_layers_call(
         torch._dynamo.reset()
         model.block.compile()
     with pytest.raises(
-        RuntimeError, match="the weight of layer '(wte|block.embedding)' was used in another way"
+        RuntimeError, match=r"the weight of layer '(wte|block\.embedding)' was used in another way"
     ):
         joint_step(model, *token_rows(), M)
 
@@ -258,7 +258,7 @@ def test_an_optimizer_step_after_too_few_micro_batches() -> None:
 
 def test_parameters_that_change_between_micro_batches() -> None:
     """The engine was not told of the optimizer; autograd counts the changes."""
-    model, _, go = micro_batches(3, optimizer=False)
+    _, _, go = micro_batches(3, optimizer=False)
     go([0, 1, 5])
     go()
     with pytest.raises(RuntimeError, match="the parameters were changed after 1 of 3 micro-batches"):
@@ -317,7 +317,7 @@ def test_which_input_has_the_rows(inputs: Callable, rows: str | None) -> None:
         return per_sample_losses(lambda x: model(positions, **given), x, y)
 
     if "tokens" in given and rows != "tokens":
-        with pytest.raises(ValueError, match="have different first dimensions|without such a tensor"):
+        with pytest.raises(ValueError, match=r"have different first dimensions|without such a tensor"):
             joint_step(model, x, y, M, losses, rows=rows)
         return
     truth = per_sample(deepcopy(model), lambda m, x: m(positions, tokens=x), x, y, N)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from allocations import Allocations
 from cases import BY_NAME, Case, D, T, V, call_with_targets, joint_step
-from oracle import Truth, per_sample
 from torch import Tensor, nn
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import CrossEntropyHead, GradDotProdEngine, contraction
 from ghostEngines.layer_rules import cross_entropy_head
 from ghostEngines.strategies import STRATEGIES

@@ -85,5 +85,5 @@ def test_the_engine_knows_transformers_for_one_layer_alone() -> None:
 
 
 def test_the_oracle_shares_no_code_with_what_it_judges() -> None:
-    names = {top(name) for name in imports(ROOT / "tests" / "oracle.py")}
+    names = {top(name) for name in imports(ROOT / "benchmarks" / "oracle.py")}
     assert names == {"torch", "collections", "dataclasses"}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import CASES, Case, call_with_targets, copy_in
-from oracle import Truth, per_sample
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from model_setup import CausalLM
 

@@ -7,9 +7,9 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import BY_NAME, D, T, V
-from oracle import Truth, per_sample
 from torch import Tensor, nn
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine
 
 LOUD = (RuntimeError, ValueError)

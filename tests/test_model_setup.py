@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import row_loss
 from run_helpers import start, write_shards
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.oracle import row_loss
 from config_file import TrainingConfig, resolve
 from model_setup import (
     ARCHITECTURES,

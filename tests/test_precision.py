@@ -7,10 +7,10 @@ import pytest
 import torch
 from allocations import Allocations
 from cases import BY_NAME, call_with_targets, copy_in, joint_step
-from oracle import Truth, per_sample
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from ghostEngines.strategies import STRATEGIES
 from model_setup import CausalLM
@@ -87,8 +87,8 @@ def test_float32_makes_no_other_dtype(name: str) -> None:
 @pytest.mark.parametrize("forward_too", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_backward_inside_autocast(name: str, forward_too: bool, dtype: torch.dtype) -> None:
-    """The forward pass decides on the dtype: a `backward()` inside the context casts nothing more, or, where the
-    layers' own backwards would, is refused."""
+    """The forward pass decides on the dtype: a `backward()` inside the context casts nothing more, or, where
+    the layers' own backwards would, is refused."""
     case = BY_NAME[name]
     results = []
     for inside in (False, True):

@@ -184,6 +184,21 @@ def test_what_cannot_be_read(name: str, case: tuple[Change, str], copy: Path) ->
     assert said in message and str(copy) in message and "\n" not in message
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_may_not_be_read(name: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not called damaged."""
+    opens = Path.open
+
+    def denying(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", denying)
+    with pytest.raises(ConfigError, match=f"{name}: Permission denied$"):
+        load(copy)
+
+
 class Malicious:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -14,13 +14,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from oracle import per_sample
 from run_helpers import DOMAINS, ROOT, Run, command, environment, python, start, tokens_of, tree
 from transformers import GPT2LMHeadModel
 
 import main
 import training_loop
 from attribution.screen import first_words
+from benchmarks.oracle import per_sample
 from data_processing.tokenizers import get_tokenizer
 from foundation.errors import UserError
 from ghostEngines import AttachError

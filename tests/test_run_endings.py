@@ -28,9 +28,12 @@ import model_setup
 import run_folder
 import training_loop
 from benchmarks.launch import fork
+from config_file import TrainingConfig, resolve
 from data_processing.shards import ShardWriter
+from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine
 from interrupts import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
+from run_log import RunLog
 from training_loop import Trainer
 
 
@@ -617,6 +620,15 @@ def test_the_model_is_saved_although_the_scores_cannot_be(
     with pytest.raises(OSError, match="no space left"):
         start(data, tmp_path, run_name="a", max_steps=1)
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "a" / "model")
+
+
+def test_a_record_that_finds_no_room(tmp_path: Path) -> None:
+    """Nothing of it is left that would be tried, and fail, again when the log is closed."""
+    config = resolve(TrainingConfig(results_dir=str(tmp_path), run_name="a"))
+    config.result_dir.mkdir()
+    (config.result_dir / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"), RunLog(config, 0, False) as log:
+        log.record(0, {"loss": 1.0})
 
 
 def test_ctrl_c_before_the_first_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

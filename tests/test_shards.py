@@ -296,6 +296,16 @@ def test_a_damaged_or_foreign_shard_is_an_error_that_names_it(tmp_path: Path, na
     assert str(tmp_path / "Pile-CC.") in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["", "Pile-CC.json"])
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    """A link to itself is refused to root as well, as a folder without rights is to others."""
+    path = write_shard(tmp_path / "train") if name else tmp_path / "train"
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+    with pytest.raises(ShardError, match=f"{path}: Too many levels of symbolic links"):
+        list_shards(tmp_path, "train")
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_checksums_find_what_sizes_do_not(tmp_path: Path, suffix: str) -> None:
     path = write_shard(tmp_path)

@@ -440,6 +440,23 @@ def test_an_error_of_the_disk_or_the_database_is_one_line(
     assert re.search(f"^attribution.values: error: .*{seen}$", err, re.MULTILINE), err
 
 
+@pytest.mark.parametrize("name", ["validation/rows.parquet", "metrics.jsonl"])
+@pytest.mark.parametrize("in_its_place", [b"\x97\n", None], ids=["other bytes", "a loop"])
+def test_a_file_that_cannot_be_read_is_one_error(
+    name: str, in_its_place: bytes | None, damaged: Path
+) -> None:
+    path = damaged / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name) if in_its_place is None else path.write_bytes(in_its_place)
+    run = ScoredRun.open(damaged)
+    with pytest.raises(
+        AttributionError,
+        match=f"{path}(: Too many levels| is damaged| is missing| has a line that is not JSON)",
+    ):
+        run.metrics() if name == "metrics.jsonl" else run.validation_rows()
+
+
 def test_an_error_of_the_program_keeps_its_traceback() -> None:
     def fails(argv: list[str]) -> None:
         raise ValueError("a fault of ours")

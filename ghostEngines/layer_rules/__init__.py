@@ -9,6 +9,15 @@ from .registry import RULES, LayerRule, register_rule
 from .subclasses import subclass_rule
 from .units import UNITS, register_unit, stacked_rule
 
+__all__ = [
+    "RULES",
+    "CrossEntropyHead",
+    "LayerRule",
+    "find_rule",
+    "register_rule",
+    "register_unit",
+]
+
 
 def find_rule(layer: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, by its type or by what it does; None if there is none."""

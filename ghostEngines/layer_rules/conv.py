@@ -28,6 +28,7 @@ def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
         sides = [side for each in reversed(total) for side in (each // 2, each - each // 2)]
         x = F.pad(x, sides)
     elif layer.padding != "valid":
+        assert not isinstance(layer.padding, str)
         x = F.pad(x, [side for each in reversed(layer.padding) for side in (each, each)])
     if flat:
         x = x[:, :, None]
@@ -39,8 +40,8 @@ def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 def convolution(
     layer: nn.Conv1d | nn.Conv2d, inputs: tuple[Any, ...], backprops: Tensor
 ) -> dict[str, Description]:
-    """Describe a convolution as a matrix product with the patches of its input; in groups of channels, sample by
-    sample."""
+    """Describe a convolution as a matrix product with the patches of its input; in groups of channels, sample
+    by sample."""
     seen, gradients = patches(layer, inputs[0]), backprops.flatten(2)  # (N, C·k, L), (N, O, L)
     bias = PerPosition(gradients.mT)
     if layer.groups == 1:

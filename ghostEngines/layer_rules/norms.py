@@ -1,8 +1,8 @@
 """Norms, by what they do and not by their class: every family of models has norms of its own.
 
-A module is a norm if on random inputs its output is x̂ · (c + w) + b, where x̂ is x divided by its root mean square
-(RMSNorm, Zhang & Sennrich, arXiv 1910.07467) or centred and divided by its standard deviation (LayerNorm), over
-the last dimension, and c is 0 or 1.
+A module is a norm if on random inputs its output is x̂ · (c + w) + b, where x̂ is x divided by its root mean
+square (RMSNorm, Zhang & Sennrich, arXiv 1910.07467) or centred and divided by its standard deviation
+(LayerNorm), over the last dimension, and c is 0 or 1.
 """
 
 import inspect
@@ -68,8 +68,9 @@ def norm_rule(layer: nn.Module) -> LayerRule | None:
 def expected(norm: Norm, layer: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     """Return the output that the formula gives, in float32 or wider."""
     dtype = accumulation_dtype(inputs[0].dtype)
-    output = norm.normalised(inputs[0].to(dtype)) * (norm.offset + layer._parameters[norm.scale].to(dtype))
-    return output if norm.shift is None else output + layer._parameters[norm.shift].to(dtype)
+    parameters = {name: p.to(dtype) for name, p in layer._parameters.items() if p is not None}
+    output = norm.normalised(inputs[0].to(dtype)) * (norm.offset + parameters[norm.scale])
+    return output if norm.shift is None else output + parameters[norm.shift]
 
 
 @torch.no_grad()

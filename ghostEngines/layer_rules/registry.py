@@ -11,9 +11,9 @@ from ..descriptions import Description
 Describe = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, Description]]
 """describe(layer, inputs, backprops) -> {parameter: description}.
 
-inputs: as the layer's forward got them, named ones last; backprops: the gradient of its output. Pure: it changes
-neither its arguments nor the layer, and reads the layer's options only. The first dimension is the sample, or
-whatever the layer's row map maps to samples.
+inputs: as the layer's forward got them, named ones last; backprops: the gradient of its output. Pure: it
+changes neither its arguments nor the layer, and reads the layer's options only. The first dimension is the
+sample, or whatever the layer's row map maps to samples.
 """
 
 RuleCheck = Callable[[Any], None]
@@ -39,7 +39,8 @@ class LayerRule:
     )
     unit: bool = False  # the module is run again, one sample at a time (units.py)
     run: Run | None = None  # run(layer, tapped, *inputs) in the place of the tap (the fused head)
-    # expected(layer, inputs) -> the output that the rule takes for granted; compared with the output at the first step
+    # expected(layer, inputs) -> the output that the rule takes for granted; compared with the output at the
+    # first step
     expected: Callable[[Any, tuple[Any, ...]], Tensor] | None = None
     always: bool = False  # it is there for a layer without trainable parameters, too
 
@@ -60,8 +61,8 @@ def register_rule(
     """Return a decorator: the function describes layers of exactly these types.
 
     Exact types, not subclasses: a subclass may use its weight in a way its parent does not (the `out_proj` of
-    `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). flags: those of `LayerRule`. Raises
-    ValueError for a type that has a rule.
+    `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). flags: those of `LayerRule`.
+    Raises ValueError for a type that has a rule.
     """
 
     def register(describe: Describe) -> Describe:

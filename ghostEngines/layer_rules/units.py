@@ -1,7 +1,8 @@
 """Whole modules as one layer: slow, but exact whatever they compute.
 
-The gradient of one sample is that of the module run again on that sample's part of its inputs. For modules that
-keep stacked parameters of experts this is done by itself, for any other on the user's word (`register_unit`).
+The gradient of one sample is that of the module run again on that sample's part of its inputs. For modules
+that keep stacked parameters of experts this is done by itself, for any other on the user's word
+(`register_unit`).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ def register_unit(*kinds: type[nn.Module]) -> None:
     """Take modules of exactly these types, with all parameters in them, as one layer each.
 
     Every such module is run again on each row in the backward pass, forward and backward: its own share of a
-    step's time is about doubled, and the gradient of one sample at a time is in memory. Its output for a row must
-    not depend on the other rows, which is checked at the first step.
+    step's time is about doubled, and the gradient of one sample at a time is in memory. Its output for a row
+    must not depend on the other rows, which is checked at the first step.
     """
     for kind in kinds:
         UNITS[kind] = UNIT
@@ -35,13 +36,13 @@ def register_unit(*kinds: type[nn.Module]) -> None:
 
 def stacked_rule(layer: nn.Module) -> LayerRule | None:
     """Return the rule of a module with stacked parameters of experts, (experts, p, d); None for another one."""
-    own = [p for p in layer._parameters.values() if p is not None and p.requires_grad]
+    own = [p for p in layer._parameters.values() if p is not None]
     return UNIT if any(p.dim() == 3 for p in own) else None
 
 
 def part_of(value: Any, i: int, rows: int) -> Any:
-    """Return sample i's part of an input or output: of a tensor whose first dimension is a multiple of the rows, its
-    entries, the samples one after the other. Anything else belongs to all samples."""
+    """Return sample i's part of an input or output: of a tensor whose first dimension is a multiple of the
+    rows, its entries, the samples one after the other. Anything else belongs to all samples."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] % rows != 0:
         return value
     each = value.shape[0] // rows

@@ -44,8 +44,8 @@ class Instantiate(Strategy):
             for start in range(0, n, at_once):
                 some = slice(start, min(start + at_once, n))
                 first = fresh and start == 0
-                # The first sample's gradient is the sum so far. (Do not compute dots as differences of a running
-                # sum: one large gradient would cancel the next one's digits.)
+                # The first sample's gradient is the sum so far. (Do not compute dots as differences of a
+                # running sum: one large gradient would cancel the next one's digits.)
                 in_place = first and some.stop == 1 and sum_tile.is_contiguous()
                 memory = sum_tile[None] if in_place else buffer[: some.stop - start]
                 gradients = products(left[some, :, rows], right[some, :, columns], memory)  # (b, r, c)

@@ -38,8 +38,8 @@ class Strategy(ABC):
 
     @abstractmethod
     def extra_cost(self, problem: Problem) -> float:
-        """Return what it costs on top of the product that gives the gradient of all n+m rows, in multiply-adds of
-        a matrix product."""
+        """Return what it costs on top of the product that gives the gradient of all n+m rows, in
+        multiply-adds of a matrix product."""
 
     @abstractmethod
     def contract(
@@ -49,7 +49,8 @@ class Strategy(ABC):
 
         Args:
             left, right: (n, T, p) and (n, T, d), the train rows.
-            against: what they are contracted with (contraction.py): a `Whole`, or something with the methods of
+            against: what they are contracted with (contraction.py): a `Whole`, or something with the methods
+            of
                 `Validation`.
             total: in the accumulation dtype.
 
