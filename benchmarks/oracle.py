@@ -38,7 +38,9 @@ class Truth:
         rows = []
         for row in self.gradients:
             parts = weights.split([g.numel() for g in row.values()])
-            rows.append({name: g * part.view_as(g) for (name, g), part in zip(row.items(), parts, strict=True)})
+            rows.append(
+                {name: g * part.view_as(g) for (name, g), part in zip(row.items(), parts, strict=True)}
+            )
         return Truth(rows, self.losses, self.n)
 
     def pairwise(self) -> Tensor:

@@ -316,6 +316,11 @@ class DrawnNetwork(nn.Module):
         self._tie()
         self._freeze()
 
+    def before_head(self) -> list[nn.Parameter]:
+        """The parameters but the output layer's."""
+        own = {id(parameter) for parameter in self.out.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
+
     def _tie(self) -> None:
         head = self.network.head
         if head == "two that are tied":
@@ -334,7 +339,12 @@ class DrawnNetwork(nn.Module):
     def _freeze(self) -> None:
         for layer, block in zip(self.layers, self.network.blocks, strict=True):
             parameters = list(layer.parameters())
-            chosen = {"nothing": slice(0), "everything": slice(None), "first": slice(1), "last": slice(-1, None)}
+            chosen = {
+                "nothing": slice(0),
+                "everything": slice(None),
+                "first": slice(1),
+                "last": slice(-1, None),
+            }
             for parameter in parameters[chosen[block.frozen]]:
                 parameter.requires_grad_(False)
         if self.network.head_frozen:
@@ -358,7 +368,9 @@ class DrawnNetwork(nn.Module):
         start = h.clone()  # blocks may change h in place
 
         def run(h: Tensor) -> Tensor:
-            h = h * 1.0 if self.network.checkpointed else h  # what is recomputed from may not be changed in place
+            h = (
+                h * 1.0 if self.network.checkpointed else h
+            )  # what is recomputed from may not be changed in place
             for number, block in enumerate(self.network.blocks):
                 if block.checkpointed:
                     h = checkpoint(self._block, number, h, start, use_reentrant=False)

@@ -12,7 +12,6 @@ import torch
 from cases import D, call_with_targets
 from drawn_networks import (
     ACTIVATIONS,
-    FLAT,
     HEADS,
     LAYERS,
     POSITIONS,
@@ -24,10 +23,10 @@ from drawn_networks import (
 )
 from hypothesis import HealthCheck, Phase, assume, event, given, reject, seed, settings
 from hypothesis import strategies as st
-from oracle import Truth, per_sample
 from test_adamw_direction import BETAS, Oracle
 from torch import Tensor, nn
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from ghostEngines.strategies import STRATEGIES
 
@@ -65,62 +64,73 @@ def _recomputed(network: Network, block: Block) -> bool:
     return network.checkpointed or block.checkpointed
 
 
-NORMS = {"RMS norm", "Llama's norm", "Gemma's norm", "attention"}
 BARE = {
     "scale", "scalar", "one number", "shift", "bare matrix", "tokens and scales", "scale of three dimensions",
     "another subclass of linear",
 }  # fmt: skip
 WITHOUT_ROWS = {"of a vector for all", "of a factor for all", "of a sequence for all", "sequence first"}
 
-# Faults and limits of the engine that are known: networks that are not drawn, each under a name.
+# Networks that are not drawn, each kind under a name: F, faults of the engine that are open; L, limits that it states
+# (or PyTorch has): what cannot be taken apart.
 KNOWN: dict[str, Callable[[Network, Options], bool]] = {
-    "F1 a parameter of no dimension": lambda network, options: (
-        network.head == "scaled" or any(block.kind == "scalar" for block in network.blocks)
-    ),
-    "F2 two lookups of a row alone": lambda network, options: (
-        network.positions == "two lookups" and 1 in numbers_of_rows(network, options)
-    ),
-    "F3 a norm in a checkpoint": _any(
-        lambda network, block: _recomputed(network, block) and block.kind in NORMS
-    ),
-    "F4 a join in a checkpoint": _any(
-        lambda network, block: (
-            _recomputed(network, block) and (block.kind in BARE or block.wiring in WITHOUT_ROWS)
-        )
-    ),
     "F5 rows that the guard has not seen": lambda network, options: (
         network.T % numbers_of_rows(network, options)[0] != 0
         and any(rows > 1 and network.T % rows == 0 for rows in numbers_of_rows(network, options)[1:])
         and ("table" in network.positions or any(block.wiring in WITHOUT_ROWS for block in network.blocks))
     ),
     "F6 nothing trains but a fused head": lambda network, options: (
-        network.fused and not any(parameter.requires_grad for name, parameter in network.build().named_parameters() if name != "out.weight")
+        network.fused and not any(p.requires_grad for p in network.build().before_head())
     ),
-    "W1 the model's own parameter is not named": lambda network, options: (
-        "table" in network.positions and ambiguous(network, options)
-    ),
-    "W2 the output without rows of a layer goes into another one, or before its rows into an operation": _any(
+    "F8 a use without rows that is not differentiated": _any(
         lambda network, block: (
-            (block.kind == "MLP" and block.wiring in WITHOUT_ROWS)
-            or (block.wiring == "sequence first" and (block.kind in BARE or block.activation != "none"))
+            block.kind in BARE and block.wiring in ("first not differentiated", "result not used")
         )
     ),
-    "W3 AdamW's moments of what is not used": lambda network, options: (
+    "F9 one row, and nothing before the positions trains": lambda network, options: (
+        1 in numbers_of_rows(network, options)
+        and network.positions != "none"
+        and (network.source_frozen or network.source == "numbers")
+    ),
+    "F10 a gradient of nothing but rounding": _any(
+        lambda network, block: (
+            network.fused
+            and block.kind == "attention"  # over one position
+            and (network.T == 1 or block.wiring == "first position, then all")
+        )
+    ),
+    "F11 the model's own parameter is not named": lambda network, options: (
+        "table" in network.positions and ambiguous(network, options)
+    ),
+    "F12 a matrix before which nothing trains": _any(
+        lambda network, block: (
+            block.kind in ("bare matrix", "another subclass of linear")
+            and (network.source_frozen or network.source == "numbers")
+        )
+    ),
+    "L1 a layer on the output without rows of another one": _any(
+        lambda network, block: block.kind == "MLP" and block.wiring in WITHOUT_ROWS
+    ),
+    "L2 an operation on a sequence before its rows": _any(
+        lambda network, block: (
+            block.wiring == "sequence first" and (block.kind in BARE or block.activation != "none")
+        )
+    ),
+    "L3 AdamW's moments of what is not used": lambda network, options: (
         options.direction == "adamw" and any(block.wiring == "result not used" for block in network.blocks)
     ),
-    "W4 a layer's input is changed in place afterwards": _any(
+    "L4 a join in a checkpoint": _any(
+        lambda network, block: (
+            _recomputed(network, block) and (block.kind in BARE or block.wiring in WITHOUT_ROWS)
+        )
+    ),
+    "L5 a layer's input is changed in place afterwards": _any(
         lambda network, block: (
             "afterwards" in block.wiring
             and (_recomputed(network, block) or (block.kind not in BARE and block.frozen != "everything"))
         )
     ),
-    "F8 a use without rows that is not differentiated": _any(
-        lambda network, block: (
-            (block.kind in BARE and block.wiring in ("first not differentiated", "result not used"))
-        )
-    ),
 }
-# PROPERTY_KNOWN="F1 F3" draws those all the same, to see whether they are repaired; "all" draws all.
+# PROPERTY_KNOWN="F5 F6" draws those all the same, to see whether they are repaired; "all" draws all.
 DRAWN = os.environ.get("PROPERTY_KNOWN", "").split()
 
 
