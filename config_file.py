@@ -60,6 +60,13 @@ class TrainingConfig:
         "(the first step then has no scores)",
     )
 
+    row_guard: bool = flag(
+        True,
+        "GradDotProd checks at the first step that rows do not depend on each other: two forward and backward "
+        "passes more, once",
+        may_change=True,
+    )
+
     # Data
     pile_data_dir: str | None = flag(
         None,

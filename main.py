@@ -123,11 +123,12 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     parallel = parallelise(model, config, world)
     optimizer = build_optimizer(model, config)
     step = 0 if checkpoint is None else step_of(checkpoint)
-    manager = build_manager(config, model, optimizer, data, world, step)
+    scaler = Precision.of(config).grad_scaler()
+    manager = build_manager(config, model, optimizer, data, world, step, scaler)
     due = checkpoint is not None and read_manifest(checkpoint)["evaluation_due"]
     stop = resources.enter_context(stop_signals(wait=world.size > 1))
     with RunLog(config, step, due) if world.rank == 0 else SilentLog() as log:
-        trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop)
+        trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop, scaler)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         status = train(trainer)
@@ -218,6 +219,7 @@ def build_manager(
     data: TrainingData,
     world: World,
     step: int,
+    scaler: torch.amp.GradScaler,
 ) -> GhostEngineManager:
     """The method's manager. GradDotProd writes its scores and the validation rows that they refer to; scores
     of `step` and later ones, which will be computed again, are removed."""
@@ -252,6 +254,8 @@ def build_manager(
         direction=config.direction,
         strategy=forced_strategy(config),
         micro_batches=micro_batches,
+        guard=config.row_guard,
+        loss_scale=lambda: scaler.scale(torch.ones((), device=val_x.device)),
     )
 
 

@@ -50,11 +50,12 @@ class Trainer:
         log: RunLog,
         world: World,
         stop: StopSignals,
+        scaler: torch.amp.GradScaler,
     ) -> None:
         self.config, self.model, self.parallel, self.optimizer = config, model, parallel, optimizer
         self.manager, self.data, self.log, self.world, self.stop = manager, data, log, world, stop
         self.precision = Precision.of(config)
-        self.scaler = self.precision.grad_scaler()
+        self.scaler = scaler
         self.guard = FiniteGuard(self.precision.device, world, self.scaler.is_enabled())
         self.global_batch_size = global_batch_size(config, world)
         self.state = TrainingState(model, parallel, optimizer, self.scaler)

@@ -18,8 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ghostEngines import contraction
-from ghostEngines.contraction import Split, add_gradient, choose_strategy, contract
+from ghostEngines.contraction import Split, add_gradient
+from ghostEngines.descriptions import Matrix
 from ghostEngines.memory import Scratch
+from ghostEngines.sinks import DotProducts, Site
+from ghostEngines.strategies import choose_strategy
 
 WEIGHTS = ((768, 768), (768, 2304), (768, 3072), (3072, 768))
 BATCHES = ((16, 64, 1), (8, 128, 1), (8, 256, 1), (4, 512, 1), (2, 1024, 1), (2, 1024, 4))  # n, T, m
@@ -35,12 +38,17 @@ def candidates(left: Tensor, right: Tensor, split: Split) -> dict[str, Callable[
     def plain() -> None:
         add_gradient(left, right, left.new_empty(left.shape[2], right.shape[2]), fresh=True)
 
+    site = Site(torch.Size((left.shape[2], right.shape[2])))
+
+    def contract(strategy: str) -> None:
+        DotProducts(split, scratch, strategy).take(site, Matrix(left, right))
+
     def instantiate(tile: int) -> None:
         contraction.TILE_NUMEL = tile
-        contract(left, right, split, "instantiate", scratch)
+        contract("instantiate")
 
     timed: dict[str, Callable[[], object]] = {"plain": plain}
-    timed["gram"] = lambda: contract(left, right, split, "gram", scratch)
+    timed["gram"] = lambda: contract("gram")
     return timed | {f"tile {tile}": lambda tile=tile: instantiate(tile) for tile in TILES}
 
 

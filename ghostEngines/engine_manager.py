@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .graddotprod_engine import GradDotProdEngine
+from .graddotprod_engine import GradDotProdEngine, LossScale
 from .metrics_log import ScoreWriter
 from .step import Direction, Granularity
 
@@ -119,8 +119,8 @@ class GradDotProdManager(GhostEngineManager):
     `scores`.
 
     val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. granularity,
-    direction and strategy: see GradDotProdEngine. save_interval: steps between two writes to the disk. Raises
-    what `GradDotProdEngine.attach` raises."""
+    direction, strategy, loss_scale and guard: see GradDotProdEngine and its attach. save_interval: steps
+    between two writes to the disk. Raises what `GradDotProdEngine.attach` raises."""
 
     def __init__(
         self,
@@ -135,8 +135,11 @@ class GradDotProdManager(GhostEngineManager):
         direction: Direction = "gradient",
         strategy: str | None = None,
         micro_batches: int = 1,
+        loss_scale: LossScale | None = None,
+        guard: bool = True,
     ) -> None:
         super().__init__(micro_batches)
+        self._loss_scale = loss_scale
         self._recorded: list[tuple[TrainRows, Tensor, Tensor]] = []  # rows, dot products, train losses
         self._optimizer = optimizer
         self._val_x, self._val_y = val_x, val_y
@@ -148,8 +151,9 @@ class GradDotProdManager(GhostEngineManager):
             direction=direction,
             strategy=strategy,
             micro_batches=micro_batches,
+            guard=guard,
         )
-        self._engine.attach(optimizer)
+        self._engine.attach(optimizer, loss_scale=loss_scale)
 
     def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
         if self._recorded:  # the validation rows go with the first micro-batch
@@ -210,7 +214,7 @@ class GradDotProdManager(GhostEngineManager):
         try:
             yield
         finally:
-            self._engine.attach(self._optimizer)
+            self._engine.attach(self._optimizer, loss_scale=self._loss_scale)
 
     def flush(self) -> None:
         self._scores.flush()

@@ -124,7 +124,7 @@ class GradDotProdEngine:
         self._rows, self._row_maps = rows, dict(row_maps or {})
         self._guards = guard
         self.halves = halves  # of the rows, for the guard
-        self._guarded = False  # whether the guard has had its step
+        self._guarded: set[int] = set()  # the numbers of rows that the guard has seen
         self._micro_batch = 0  # the one whose turn it is
         self._kept: dict[str, Any] = {}
         self._versions: list[int] = []  # of the parameters, at the first micro-batch
@@ -184,7 +184,7 @@ class GradDotProdEngine:
         if self.direction == "adamw":
             check_adamw(self.model, optimizer)
         self._optimizer, self._optimizer_has_stepped = optimizer, False
-        self._covered, self._loss_scale, self._guarded = covered, loss_scale, False
+        self._covered, self._loss_scale, self._guarded = covered, loss_scale, set()
         hooks = [
             # Before those of FSDP, which puts a model together for one forward and backward pass.
             self.model.register_forward_pre_hook(self._begin_step, prepend=True, with_kwargs=True),
@@ -238,13 +238,16 @@ class GradDotProdEngine:
         self._forget_joins()
         split, shape = self._split(args, kwargs)
         guard = None
-        if self._guards and not self._guarded and self._micro_batch == 0:
+        # What is told from a first dimension depends on the number of rows.
+        if self._guards and split.n + split.m not in self._guarded:
             weight = self._weight()
             guard = Guard(self.halves(split.n + split.m), weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
+                self._check_compiled()
                 with self._eager():
                     self._rehearse(guard, split, shape, args, kwargs)
             elif self._compiled():  # compiled code cannot be looked into
+                self._check_compiled()
                 self._forward_stack.enter_context(self._eager())
         self._new_step(split, shape, guard)
         weight = self._weight()
@@ -321,6 +324,18 @@ class GradDotProdEngine:
     def _compiled(self) -> bool:
         return any(module._compiled_call_impl is not None for module in self.model.modules())
 
+    def _check_compiled(self) -> None:
+        """Say at the first step, which is not compiled, what cannot be followed in compiled code."""
+        compiled = [name for name, each in self.model.named_modules() if each._compiled_call_impl is not None]
+        for tapped in self._layers:
+            inside = [name for name in compiled if not name or f"{tapped.name}.".startswith(f"{name}.")]
+            if inside and (tapped.rule.parameter or tapped.rule.unit):
+                raise RuntimeError(
+                    f"module '{tapped.name}' of type {type(tapped.layer).__name__} lies in compiled code "
+                    f"('{inside[0]}'), and its gradient can be followed in uncompiled code only: "
+                    "leave that module uncompiled"
+                )
+
     @staticmethod
     def _eager() -> Any:
         return torch.compiler.set_stance("force_eager")
@@ -342,6 +357,8 @@ class GradDotProdEngine:
                 step.end_forward()
             self._check_random(states)
             loss = guard.head_loss()
+            if not loss.requires_grad:  # the head alone trains
+                continue
             self._bypassed = self._find_bypass(loss)
             self._raise_bypassed()
             if step.free:
@@ -490,7 +507,7 @@ class GradDotProdEngine:
                 )
         if step.guard is not None:
             step.guard.check_joint(step.scale_probe.grad)
-            self._guarded = True
+            self._guarded.add(step.rows)
             step.guard = None
         self._prepared = True
         if self._micro_batch == 0:

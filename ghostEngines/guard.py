@@ -57,7 +57,7 @@ class Guard:
     def __init__(self, masks: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
         """masks (rows,): of the rows whose losses are differentiated, one pass each; dtype: the lowest
         precision of the step."""
-        self.masks = [mask.to(device) for mask in masks]
+        self.masks = [mask.to(device) for mask in masks if mask.any()]
         self.checking = False
         # A factor on the guard's losses: in float16 the gradients of small losses would flush to zero.
         self.scale = 1024.0 if dtype == torch.float16 else 1.0
@@ -133,11 +133,14 @@ class Guard:
     def check_joint(self, scale: Tensor) -> None:
         """Raise RowsError if another term than the joint loss was differentiated. scale: the factor on it."""
         scale = scale / self.scale
+        largest = max((each[0].sqrt() for each in self._joint.values()), default=scale)
         for key, got in self._joint.items():
             if key not in self._seen:
                 continue
             want = self._seen[key] * scale.to(got.dtype)
-            error, norm = (got[1] - want[1]).abs(), got[0].sqrt() + self._norm(key) * scale.abs()
+            # A gradient of nothing but rounding is measured against the largest one.
+            norm = torch.maximum(got[0].sqrt() + self._norm(key) * scale.abs(), 1e-3 * largest.to(got.dtype))
+            error = (got[1] - want[1]).abs()
             if error.isfinite() and error > self._tolerance * norm:
                 raise RowsError(
                     f"the gradient at the output of layer '{key[0]}' is not that of engine.joint_loss(losses): "

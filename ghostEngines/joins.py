@@ -152,7 +152,7 @@ def hook_joins(graph: Graph, free: list[tuple[Call, Node]], rows: int) -> list[J
     for call, node in free:
         call.at_joins = []
         shape = torch.Size(node._input_metadata[0].shape)
-        for path in _paths(graph, bearing, node, rows):
+        for path in _paths(graph, bearing, node, rows, shape.numel()):
             if _can_be_taken_apart(call, path, shape, rows):
                 found.append(Join(call, path, rows, shape))
             else:
@@ -191,10 +191,9 @@ def _keeps_tensors(node: Node) -> bool:
     return any(name.startswith("_raw_saved_") for name in dir(node))
 
 
-def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int) -> list[Path]:
-    """All ways from a node's first output up to a join, each with the join first."""
+def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int, entries: int) -> list[Path]:
+    """All ways from a node's first output up to a join, each with the join first. entries: of the tensor."""
     found: list[Path] = []
-    entries = torch.Size(node._input_metadata[0].shape).numel()
     for consumer, number in graph.consumers.get((node, 0), []):
         shapes = [tuple(each.shape) for each in consumer._input_metadata]
         ends = (
@@ -207,7 +206,7 @@ def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int) -> list[Path
         if ends:
             found.append([(consumer, number)])
         else:
-            found += [[*path, (consumer, number)] for path in _paths(graph, bearing, consumer, rows)]
+            found += [[*path, (consumer, number)] for path in _paths(graph, bearing, consumer, rows, entries)]
     return found
 
 
@@ -223,7 +222,7 @@ def refusal(lost: dict[str, str]) -> str:
     shown = "; ".join(f"{what} (it goes into {operation})" for what, operation in lost.items())
     return (
         f"the engine cannot tell what each sample adds to the gradient of {shown}. Leave activation checkpointing "
-        "out around it, if there is any; or freeze the parameters "
+        "and torch.compile out around it, if there are any; or freeze the parameters "
         "(requires_grad_(False)); or take the module as one layer, slow but exact: "
         "ghostEngines.register_unit(ItsClass); or write a rule: ghostEngines.register_rule(ItsClass)."
     )

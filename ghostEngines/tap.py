@@ -118,7 +118,9 @@ class Call:
             return self.rerun.gradients(self, inputs, backprops)
         (output_gradient,) = backprops
         assert output_gradient is not None
-        described = self._at_joins(inputs) if self.free else self._described(inputs, output_gradient)
+        described = (
+            self._at_joins(inputs, output_gradient) if self.free else self._described(inputs, output_gradient)
+        )
         gradients: list[Tensor | None] = []
         dots = []
         for i, name in enumerate(self.names):
@@ -136,20 +138,24 @@ class Call:
         return self.uses.take(self.sink, self.sites[i], self.parameters[i], self.position, description)
 
     def _described(self, inputs: tuple[Any, ...], backprops: Tensor) -> Mapping[str, Description]:
+        if self.rule.parameter:  # in a pass of a single row, to which all of the gradient belongs
+            return {self.names[0]: PerSample(backprops[None])}
         if self.rule.wide:
             dtype = accumulation_dtype(backprops.dtype)
             backprops = backprops.to(dtype)
             inputs = tuple(wide(each, dtype) for each in inputs)
         return self.rule.describe(self.layer, inputs, backprops)
 
-    def _at_joins(self, inputs: tuple[Any, ...]) -> Mapping[str, Description]:
+    def _at_joins(self, inputs: tuple[Any, ...], output: Tensor) -> Mapping[str, Description]:
         """An output without a sample dimension: its inputs stand for every sample."""
-        if not self.at_joins:
+        if self.at_joins is None:
             raise RuntimeError(
                 f"the output of layer '{self.name}' has no sample dimension, so that its gradient must be taken "
                 "apart: call backward() on engine.joint_loss(losses)"
             )
         together, self.at_joins = self.at_joins, []
+        if not together:  # the loss does not depend on this use
+            together = [PerSample(output.new_zeros(self.sink.split.n + self.sink.split.m, *output.shape))]
         if self.rule.parameter:
             return {self.names[0]: joined(together, self.sites[0].shape)}
         backprops = together[0]

@@ -208,6 +208,8 @@ class TappedLayer:
         rows = step.split.n + step.split.m
         if self._row_map is not None:
             return self._row_map(arguments, rows)
+        if rows == 1 and x.dim() > 0:  # whatever it is, it belongs to that row
+            return ROWS if x.shape[0] == 1 else Flat(1)
         if x.dim() == 1 and x.shape[0] == rows and rows in step.input_shape[1:]:
             raise ValueError(
                 f"layer '{self.name}' got an input of shape {tuple(x.shape)}, which may be one entry for "
@@ -258,10 +260,12 @@ class TappedParameters(TappedLayer):
             call = Call(
                 self.layer, self.rule, (name,), (self.site(name, parameter),), step.sink, ROWS, (), None, None
             )
-            link = self._enter_uses(step, call, [parameter], None, parameter)
+            alone = ROWS if step.rows == 1 else None
+            link = self._enter_uses(step, call, [parameter], alone, parameter)
             output, link = Tap.apply(call, self.probe, link, 1, parameter.detach(), parameter)
             if call.uses is not None:
                 call.uses.link = link
+            if call.free:
                 step.free.append((call, output.grad_fn))
             tapped.append(output)
         with swapped([(module, key) for _, module, key in trainable], tapped):

@@ -6,19 +6,11 @@ from allocations import Allocations
 from torch import Tensor
 
 from ghostEngines import contraction
-from ghostEngines.contraction import (
-    STRATEGIES,
-    Split,
-    add_gradient,
-    choose_strategy,
-    contract_gradients,
-    direction_of,
-    gram,
-    instantiate,
-    project,
-    tiles,
-)
+from ghostEngines.contraction import Split, Validation, Whole, direction_of, tiles
+from ghostEngines.descriptions import Matrix, PerSample
 from ghostEngines.memory import Scratch
+from ghostEngines.sinks import DotProducts, Site
+from ghostEngines.strategies import STRATEGIES, Strategy, choose_strategy, register_strategy
 
 P, D = 7, 5
 GPT2_SMALL = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (50304, 768)]
@@ -39,13 +31,21 @@ def truth(left: Tensor, right: Tensor, split: Split) -> tuple[Tensor, Tensor, Te
     return train.sum(0), torch.einsum("npd,kpd->nk", train, direction), direction
 
 
-def contract(left: Tensor, right: Tensor, split: Split, strategy: str) -> tuple[Tensor, Tensor]:
+def sink(split: Split, strategy: str | None = None, scratch: Scratch | None = None) -> DotProducts:
+    return DotProducts(split, scratch or Scratch(), strategy)
+
+
+def contract(
+    left: Tensor, right: Tensor, split: Split, strategy: str, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor]:
     """A layer, in scratch memory that a larger one has used and left its numbers in."""
-    scratch = Scratch()
-    for dtype in (torch.float32, torch.float64):
-        for use in ("gradients", "direction"):
-            scratch.take(use, 10_000, torch.empty(0, dtype=dtype)).fill_(torch.nan)
-    return contraction.contract(left, right, split, strategy, scratch)
+    if scratch is None:
+        scratch = Scratch()
+        for dtype in (torch.float32, torch.float64):
+            for use in ("gradients", "direction"):
+                scratch.take(use, 10_000, torch.empty(0, dtype=dtype)).fill_(torch.nan)
+    site = Site(torch.Size((left.shape[2], right.shape[2])))
+    return sink(split, strategy, scratch).take(site, Matrix(left, right))
 
 
 @pytest.fixture(params=[True, False], ids=["tall", "wide"])
@@ -85,20 +85,12 @@ def test_strategies(
         train, val = (left[:n], right[:n]), (left[n:], right[n:])
         direction = direction_of(*val, split)
         assert error(direction, want_direction) < bound
-        if strategy == "gram":
-            add_gradient(*train, total, fresh)
-            dots = gram(*train, *val, pairwise)
-        elif strategy == "project":
-            dots = project(*train, direction, total, fresh)
-        else:
-            dots = instantiate(
-                *train,
-                lambda tile, every=direction: every[:, tile[0], tile[1]],
-                split.directions,
-                total,
-                fresh,
-                Scratch(),
-            )
+        against = (
+            Whole(direction)
+            if STRATEGIES[strategy].by_direction
+            else Validation(*val, split, None, Scratch())
+        )
+        dots = STRATEGIES[strategy].contract(*train, against, total, fresh, Scratch())
         assert dots.dtype == total.dtype == dtype
         assert error(dots, want_dots) < bound
         was_there = 0 if fresh else start.double()
@@ -126,9 +118,9 @@ def test_instantiate_makes_two_tiles_and_the_gradient(tall: bool, small_tiles) -
     left, right = (left, right) if tall else (right, left)
     scratch = Scratch()
     with Allocations() as made:
-        contraction.contract(left, right, Split(2, 1), "instantiate", scratch)
+        contract(left, right, Split(2, 1), "instantiate", scratch)
     with Allocations(lambda tensor: tensor.numel() > 2) as again:
-        contraction.contract(left, right, Split(2, 1), "instantiate", scratch)
+        contract(left, right, Split(2, 1), "instantiate", scratch)
     assert made.largest == P * D * 8
     assert made.peak < (P * D + 2 * 3 * D) * 8 + 100
     assert again.peak == P * D * 8
@@ -217,9 +209,37 @@ def test_gradients_that_are_there(pairwise: bool) -> None:
     left, right = factors(4, 3, 6)
     split = Split(4, 3, pairwise)
     want_total, want_dots, _ = truth(left, right, split)
-    total, dots = contract_gradients(torch.einsum("ntp,ntd->npd", left, right), split)
+    gradients = torch.einsum("ntp,ntd->npd", left, right)
+    total, dots = sink(split).take(Site(gradients.shape[1:]), PerSample(gradients))
     assert error(total, want_total) < 1e-13
     assert error(dots, want_dots) < 1e-13
+
+
+def test_a_strategy_of_ones_own() -> None:
+    """One class and one registration: it can be forced, and is chosen where it costs least."""
+
+    @register_strategy
+    class Written(Strategy):
+        name = "written"
+
+        def extra_cost(self, problem) -> float:
+            return -1.0
+
+        def contract(self, left, right, against, total, fresh, scratch) -> Tensor:
+            gradients = left.mT @ right
+            total.copy_(gradients.sum(0))
+            return torch.einsum("npd,kpd->nk", gradients, against.whole())
+
+    try:
+        assert choose_strategy(Split(4, 2), 6, P, D) == "written"
+        left, right = factors(4, 2, 6)
+        want_total, want_dots, _ = truth(left, right, Split(4, 2))
+        total, dots = contract(left, right, Split(4, 2), "written")
+        assert error(total, want_total) < 1e-13 and error(dots, want_dots) < 1e-13
+        with pytest.raises(ValueError, match="there is a strategy 'written' already"):
+            register_strategy(Written)
+    finally:
+        del STRATEGIES["written"]
 
 
 @pytest.mark.parametrize(("p", "d"), GPT2_SMALL)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from functools import partialmethod
 
@@ -17,6 +18,17 @@ from ghostEngines import GradDotProdEngine, RowsError, per_sample_losses
 from ghostEngines.guard import halves, separating_halves
 
 N, M = 3, 2
+
+
+class Table(nn.Module):
+    """A table of positions by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.weight[: h.shape[1]]
 
 
 def first_step(
@@ -194,6 +206,15 @@ def test_a_weight_that_is_read_besides_its_layers_call(
         joint_step(model, *token_rows(), M)
 
 
+def test_parameters_by_themselves_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at the first step, which is not compiled."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: nn.Sequential(Table())))
+    model.lin.compile()
+    with pytest.raises(RuntimeError, match=r"module 'lin\.0' of type Table lies in compiled code"):
+        joint_step(model, *token_rows(), M)
+
+
 def test_a_norms_output_that_is_changed_behind_autograds_back() -> None:
     def run(m: Wired, h: Tensor) -> Tensor:
         normed = m.lin(h)
@@ -338,6 +359,51 @@ def test_nothing_is_changed_by_the_guard(case: Case) -> None:
         dots, losses = joint_step(model, *case.data(N + M), M, case.losses, guard=guard)
         results.append([dots, losses, torch.get_rng_state(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+CHANCE = {
+    "a table": (lambda m, h: m.out(m.lin(h)), Table),
+    "a layer on constants": (
+        lambda m, h: m.out(h + m.lin(torch.ones(h.shape[1], D, dtype=h.dtype))), lambda: nn.Linear(D, D)
+    ),
+    "the sequence first": (
+        lambda m, h: m.out(m.lin(h.transpose(0, 1)).transpose(0, 1)), lambda: nn.Linear(D, D)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("name", CHANCE)
+def test_another_number_of_rows_is_guarded_too(name: str, micro: int) -> None:
+    """With another number of rows a dimension may be as long as the batch by chance: exact, or an error."""
+    run, between = CHANCE[name]
+    model, (x, y) = seeded(lambda: Wired(run, between)), token_rows(6, 4)
+    truth = per_sample(deepcopy(model), lambda m, x: m(x), x[[0, 1, 2, 3, 5]], y[[0, 1, 2, 3, 5]], 4)
+    engine = GradDotProdEngine(model, 1, micro_batches=micro)
+    engine.attach()
+    passes = [[0, 1, 2, 3, 5], [0, 1, 2, 5]] if micro == 1 else [[0, 1, 2, 3, 5], [0, 1, 2, 3]]
+
+    def dots(rows: list[int]) -> Tensor:
+        model.zero_grad()
+        engine.joint_loss(per_sample_losses(model, x[rows], y[rows])).backward()
+        engine.prepare_gradients()
+        return engine.dot_products()
+
+    assert (dots(passes[0]) - truth.dots()).abs().max() < 1e-10
+    with suppress(RowsError):
+        later = dots(passes[1])
+        assert (later - truth.dots()[: len(later)]).abs().max() < 1e-10
+
+
+def test_a_head_that_alone_trains() -> None:
+    case = BY_NAME["fused-gpt2-untied"]
+    models = [case.model(), case.model()]
+    for model in models:
+        for name, p in model.named_parameters():
+            p.requires_grad_("lm_head" in name)
+    truth = per_sample(models[0], case.logits, *case.data(N + M), N)
+    dots, _ = joint_step(models[1], *case.data(N + M), M, case.losses)
+    assert truth.dot_error(dots) < 1e-12
 
 
 def test_the_guard_looks_once() -> None:

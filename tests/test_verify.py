@@ -1,5 +1,6 @@
 """The check that a user runs first: on a model of one's own, with and without faults."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ghostEngines
 from ghostEngines import RULES, RowsError, register_rule, verify
 from ghostEngines.descriptions import PerPosition
+from ghostEngines.verify import load
 
 
 def test_an_exact_model_is_left_as_it_was() -> None:
@@ -121,3 +123,34 @@ def test_the_command_as_a_user_runs_it(tmp_path: Path) -> None:
     command = python("-m", "ghostEngines.verify", tmp_path / "mine.py:build")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "exact" in done.stdout, done.stderr
+
+
+def test_the_lines_of_readme() -> None:
+    """As they stand there, with a Hugging Face Llama."""
+    section = (ROOT / "README.md").read_text().partition("## In your own loop")[2]
+    lines = section.partition("```python\n")[2].partition("```")[0]
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, (x, y) = LlamaForCausalLM(config), token_rows()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    names = {"model": model, "optimizer": optimizer, "m": 2, "X": x, "Y": y}
+    exec(lines, names)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    plain = ghostEngines.per_sample_losses(lambda x: model(input_ids=x), x[:3], y[:3])
+    plain.mean().backward()
+    assert names["dots"].shape == (3,)
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).norm() <= 1e-5 * p.grad.norm() + 1e-9
+
+
+def test_the_example() -> None:
+    report = verify(*load(str(ROOT / "examples" / "nano_gpt.py:build")))
+    assert report.exact
+    command = python("examples/nano_gpt.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.count("dot products") == 3, done.stderr

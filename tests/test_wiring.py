@@ -157,9 +157,18 @@ def test_relative_positions() -> None:
         lambda m, h: m.out(m.lin(h)) + m.out(h),
         lambda m, h: m.out(m.lin(m.lin(h)[:, :2]).sum(1, keepdim=True) + h),
         lambda m, h: m.out(m.lin(h) + 0 * m.lin(h).detach()),
+        lambda m, h: m.out(0 * m.lin(h).detach() + m.lin(h)),
         lambda m, h: m.out(m.lin(h) + m.wte(torch.ones(h.shape[:2], dtype=torch.long))),
     ],
-    ids=["in a row", "side by side", "output layer", "other positions", "one not differentiated", "lookups"],
+    ids=[
+        "in a row",
+        "side by side",
+        "output layer",
+        "other positions",
+        "last not differentiated",
+        "first not differentiated",
+        "lookups",
+    ],
 )
 @pytest.mark.parametrize(
     "options", [{}, {"granularity": "pairwise"}, {"strategy": "gram"}, {"guard": False}], ids=str
