@@ -266,6 +266,11 @@ class Network:
         return "tied" in self.head or any(block.tied for block in self.blocks)
 
     @property
+    def source_trains(self) -> bool:
+        shared = self.head.startswith("tied") or "tied fused" in self.head
+        return self.source != "numbers" and not self.source_frozen and not (shared and self.head_frozen)
+
+    @property
     def fused(self) -> bool:
         return "fused" in self.head
 

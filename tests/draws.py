@@ -36,7 +36,9 @@ def numbers_of_rows(network: Network, options: Options) -> list[int]:
 
 def ambiguous(network: Network, options: Options) -> bool:
     """Whether a first dimension that is not the rows' may be taken for them."""
-    return any(size % rows == 0 for size in (network.T, D) for rows in numbers_of_rows(network, options))
+    return any(
+        size % rows == 0 for size in (network.T, D) for rows in numbers_of_rows(network, options) if rows > 1
+    )
 
 
 def _any(test: Callable[[Network, Block], bool]) -> Callable[[Network, Options], bool]:
@@ -47,10 +49,7 @@ def _recomputed(network: Network, block: Block) -> bool:
     return network.checkpointed or block.checkpointed
 
 
-BARE = {
-    "scale", "scalar", "one number", "shift", "bare matrix", "tokens and scales", "scale of three dimensions",
-    "another subclass of linear",
-}  # fmt: skip
+BARE = {"scale", "scalar", "one number", "shift", "bare matrix", "another subclass of linear"}
 WITHOUT_ROWS = {"of a vector for all", "of a factor for all", "of a sequence for all", "sequence first"}
 
 # Networks that are not drawn, each kind under a name: F, faults of the engine that are open; L, limits that it states
@@ -65,14 +64,10 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
         network.fused and not any(p.requires_grad for p in network.build().before_head())
     ),
     "F8 a use without rows that is not differentiated": _any(
-        lambda network, block: (
-            block.kind in BARE and block.wiring in ("first not differentiated", "result not used")
-        )
+        lambda network, block: block.kind in BARE and "not" in block.wiring
     ),
     "F9 one row, and nothing before the positions trains": lambda network, options: (
-        1 in numbers_of_rows(network, options)
-        and network.positions != "none"
-        and (network.source_frozen or network.source == "numbers")
+        1 in numbers_of_rows(network, options) and network.positions != "none" and not network.source_trains
     ),
     "F10 a gradient of nothing but rounding": _any(
         lambda network, block: (
@@ -86,9 +81,11 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
     ),
     "F12 a matrix before which nothing trains": _any(
         lambda network, block: (
-            block.kind in ("bare matrix", "another subclass of linear")
-            and (network.source_frozen or network.source == "numbers")
+            block.kind in ("bare matrix", "another subclass of linear") and not network.source_trains
         )
+    ),
+    "F14 rows in one use of a weight and none in a later one": _any(
+        lambda network, block: block.tied and (block.kind in BARE or block.wiring in WITHOUT_ROWS)
     ),
     "L1 a layer on the output without rows of another one": _any(
         lambda network, block: block.kind == "MLP" and block.wiring in WITHOUT_ROWS
@@ -109,7 +106,7 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
     "L5 a layer's input is changed in place afterwards": _any(
         lambda network, block: (
             "afterwards" in block.wiring
-            and (_recomputed(network, block) or (block.kind not in BARE and block.frozen != "everything"))
+            and (_recomputed(network, block) or (block.kind != "shift" and block.frozen != "everything"))
         )
     ),
 }
