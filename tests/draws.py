@@ -87,6 +87,14 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
     "F14 rows in one use of a weight and none in a later one": _any(
         lambda network, block: block.tied and (block.kind in BARE or block.wiring in WITHOUT_ROWS)
     ),
+    "F15 a row alone and a bare parameter": lambda network, options: (
+        1 in numbers_of_rows(network, options)
+        and (
+            "table" in network.positions
+            or network.head == "scaled"
+            or any(block.kind in BARE for block in network.blocks)
+        )
+    ),
     "L1 a layer on the output without rows of another one": _any(
         lambda network, block: block.kind == "MLP" and block.wiring in WITHOUT_ROWS
     ),
