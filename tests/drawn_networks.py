@@ -321,11 +321,6 @@ class DrawnNetwork(nn.Module):
         self._tie()
         self._freeze()
 
-    def before_head(self) -> list[nn.Parameter]:
-        """The parameters but the output layer's."""
-        own = {id(parameter) for parameter in self.out.parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in own]
-
     def _tie(self) -> None:
         head = self.network.head
         if head == "two that are tied":

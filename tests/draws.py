@@ -55,30 +55,6 @@ WITHOUT_ROWS = {"of a vector for all", "of a factor for all", "of a sequence for
 # Networks that are not drawn, each kind under a name: F, faults of the engine that are open; L, limits that it states
 # (or PyTorch has): what cannot be taken apart.
 KNOWN: dict[str, Callable[[Network, Options], bool]] = {
-    "F5 rows that the guard has not seen": lambda network, options: (
-        network.T % numbers_of_rows(network, options)[0] != 0
-        and any(rows > 1 and network.T % rows == 0 for rows in numbers_of_rows(network, options)[1:])
-        and ("table" in network.positions or any(block.wiring in WITHOUT_ROWS for block in network.blocks))
-    ),
-    "F6 nothing trains but a fused head": lambda network, options: (
-        network.fused and not any(p.requires_grad for p in network.build().before_head())
-    ),
-    "F8 a use without rows that is not differentiated": _any(
-        lambda network, block: block.kind in BARE and "not" in block.wiring
-    ),
-    "F9 one row, and nothing before the positions trains": lambda network, options: (
-        1 in numbers_of_rows(network, options) and network.positions != "none" and not network.source_trains
-    ),
-    "F10 a gradient of nothing but rounding": _any(
-        lambda network, block: (
-            network.fused
-            and block.kind == "attention"  # over one position
-            and (network.T == 1 or block.wiring == "first position, then all")
-        )
-    ),
-    "F11 the model's own parameter is not named": lambda network, options: (
-        "table" in network.positions and ambiguous(network, options)
-    ),
     "F12 a matrix before which nothing trains": _any(
         lambda network, block: (
             block.kind in ("bare matrix", "another subclass of linear") and not network.source_trains
@@ -118,7 +94,7 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
         )
     ),
 }
-# PROPERTY_KNOWN="F5 F6" draws those all the same, to see whether they are repaired; "all" draws all.
+# PROPERTY_KNOWN="F12 F14" draws those all the same, to see whether they are repaired; "all" draws all.
 DRAWN = os.environ.get("PROPERTY_KNOWN", "").split()
 
 
