@@ -33,6 +33,16 @@ class Truth:
         ]
         return Truth(rows, self.losses, self.n)
 
+    def times(self, weights: Tensor) -> "Truth":
+        """The same with every gradient times weights (all parameters,)."""
+        rows = []
+        for row in self.gradients:
+            parts = weights.split([g.numel() for g in row.values()])
+            rows.append(
+                {name: g * part.view_as(g) for (name, g), part in zip(row.items(), parts, strict=True)}
+            )
+        return Truth(rows, self.losses, self.n)
+
     def pairwise(self) -> Tensor:
         """(n, m)"""
         rows = self.vectors()
