@@ -49,7 +49,10 @@ def _recomputed(network: Network, block: Block) -> bool:
     return network.checkpointed or block.checkpointed
 
 
-BARE = {"scale", "scalar", "one number", "shift", "bare matrix", "another subclass of linear"}
+BARE = {
+    "scale", "scalar", "one number", "shift", "bare matrix", "another subclass of linear", "tokens and scales",
+    "scale of three dimensions"
+}  # fmt: skip
 WITHOUT_ROWS = {"of a vector for all", "of a factor for all", "of a sequence for all", "sequence first"}
 
 # Networks that are not drawn, each kind under a name: F, faults of the engine that are open; L, limits that it states
@@ -58,17 +61,6 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
     "F12 a matrix before which nothing trains": _any(
         lambda network, block: (
             block.kind in ("bare matrix", "another subclass of linear") and not network.source_trains
-        )
-    ),
-    "F14 rows in one use of a weight and none in a later one": _any(
-        lambda network, block: block.tied and (block.kind in BARE or block.wiring in WITHOUT_ROWS)
-    ),
-    "F15 a row alone and a bare parameter": lambda network, options: (
-        1 in numbers_of_rows(network, options)
-        and (
-            "table" in network.positions
-            or network.head == "scaled"
-            or any(block.kind in BARE for block in network.blocks)
         )
     ),
     "L1 a layer on the output without rows of another one": _any(
@@ -94,7 +86,7 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
         )
     ),
 }
-# PROPERTY_KNOWN="F12 F14" draws those all the same, to see whether they are repaired; "all" draws all.
+# PROPERTY_KNOWN="F12 L1" draws those all the same, to see whether they are repaired; "all" draws all.
 DRAWN = os.environ.get("PROPERTY_KNOWN", "").split()
 
 
