@@ -1,4 +1,4 @@
-"""Measures what the constants of ghostEngines/contraction.py stand for, on this machine.
+"""Measures what TILE_NUMEL (ghostEngines/contraction.py) and PASSES (strategies/registry.py) stand for, on this machine.
 
     python -m benchmarks.calibrate --rounds 7
 
