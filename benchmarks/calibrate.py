@@ -1,4 +1,4 @@
-"""Measures what TILE_NUMEL (ghostEngines/contraction.py) and PASSES (strategies/registry.py) stand for, on this machine.
+"""Measures what TILE_NUMEL (contraction.py) and PASSES (strategies/registry.py) of ghostEngines stand for, here.
 
     python -m benchmarks.calibrate --rounds 7
 
