@@ -490,6 +490,7 @@ class GradDotProdEngine:
         Raises RuntimeError if the backward pass did not start from `joint_loss`, if a weight was used without
         calling its layer, or if the loss has a term beside the joint loss (RowsError, at the first step)."""
         step = self._step()
+        self._raise_bypassed()
         if step.scale_probe.grad is None or all(probe.grad is None for probe in step.probes):
             raise RuntimeError(
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
@@ -497,7 +498,6 @@ class GradDotProdEngine:
             )
         self._current.phase = "idle"
         self._check_scale(step)
-        self._raise_bypassed()
         for tapped in self._layers:
             uses = step.uses.get(tapped.group)
             if tapped.calls > 1 and (uses is None or uses.calls < tapped.calls):

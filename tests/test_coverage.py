@@ -232,6 +232,23 @@ class Fused(nn.Module):
         return OfOnesOwn.apply(x, self.w)
 
 
+def test_parameters_that_another_module_reads() -> None:
+    """All that trains is in a container that is never called, as IA3's scales are."""
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.ParameterDict({"a": nn.Parameter(torch.ones(D))})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scales["a"]
+
+    model = Wired(lambda m, h: m.out(m.lin(h)), Holds)
+    for module in (model.wte, model.out):
+        module.requires_grad_(False)
+    refused(model, r"the weight of layer 'lin\.scales' was used in another way")
+
+
 def test_a_function_of_ones_own() -> None:
     """Whose backward cannot be called for one sample."""
     refused(
