@@ -1,0 +1,48 @@
+"""Compiled blocks of a Hugging Face model: one graph for all of them under the engine, one without gradients."""
+
+from functools import partialmethod
+
+import pytest
+import torch
+from cases import V, token_rows
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ghostEngines import GradDotProdEngine, per_sample_losses
+
+
+def test_a_llama_has_two_graphs_and_no_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is not compiled, since the guard cannot look into compiled code; the scores are the same."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, (x, y) = LlamaForCausalLM(config), token_rows()
+
+    def dots() -> list[Tensor]:
+        engine, found = GradDotProdEngine(model, 2), []
+        engine.attach()
+        for _ in range(2):
+            model.zero_grad()
+            engine.joint_loss(
+                per_sample_losses(lambda x: model(input_ids=x, use_cache=False), x, y)
+            ).backward()
+            engine.prepare_gradients()
+            found.append(engine.dot_products())
+        engine.detach()
+        return found
+
+    eager = dots()
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in model.model.layers:
+        layer.compile()
+    compiled = dots()
+    with torch.no_grad():
+        model(input_ids=x, use_cache=False)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    for mine, want in zip(compiled, eager, strict=True):
+        assert torch.allclose(mine, want, rtol=1e-4)
