@@ -4,7 +4,7 @@ from .errors import AttachError, RowsError
 from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule, register_unit
 from .losses import per_sample_losses
-from .verify import Report, verify
+from .verification import Report, verify
 
 __all__ = [
     "RULES",

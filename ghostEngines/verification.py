@@ -1,0 +1,234 @@
+"""Check the engine on a model: the first thing to run on one of your own.
+
+    python -m ghostEngines.verify my_model.py:build     # build() -> model, batch or model, batch, loss
+
+The guard comes first, with halves of the rows that separate every two of them. Then the engine's training
+gradients and dot products are compared with those of one backward pass for each row, each row called alone.
+"""
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foundation.arguments import ArgumentParser
+from foundation.errors import UserError
+
+from .graddotprod_engine import GradDotProdEngine
+from .guard import separating_halves
+from .losses import per_sample_losses
+
+# How far a result may be from the one of single rows, relative to its scale. Many models round to float32 within a
+# float64 one (Hugging Face's norms and rotary embeddings), which is 1e-7.
+BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
+
+Loss = Callable[[nn.Module, Any], Tensor]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameter, or the dot products over one layer's parameters."""
+
+    name: str
+    error: float  # |got - want| relative to its scale
+    bound: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. gradients: a line for each trainable parameter; dots: a line for all of them together."""
+
+    gradients: tuple[Line, ...]
+    dots: Line
+    rows: int
+
+    @property
+    def exact(self) -> bool:
+        return self.dots.right and all(line.right for line in self.gradients)
+
+    def __str__(self) -> str:
+        width = max(len(line.name) for line in (*self.gradients, self.dots))
+        lines = [f"{'':{width}}  relative error  bound"]
+        for line in (*self.gradients, self.dots):
+            verdict = "" if line.right else "  WRONG"
+            lines.append(f"{line.name:{width}}  {line.error:14.1e}  {line.bound:.0e}{verdict}")
+        wrong = [line.name for line in (*self.gradients, self.dots) if not line.right]
+        result = "exact" if not wrong else f"WRONG: {', '.join(wrong)}"
+        return "\n".join([*lines, f"{self.rows} rows: {result}"])
+
+
+def verify(
+    model: nn.Module, batch: Any, loss: Loss | None = None, *, val_batch_size: int = 1, **options: Any
+) -> Report:
+    """Compare the engine with one backward pass for each row.
+
+    Args:
+        model: in the precision in which it is to be checked; float64 shows most. It is left as it was.
+        batch: what the loss takes: a tensor, or a tuple or a dictionary of tensors. Tensors whose first
+        dimension is that
+            of the first one have the rows; the last `val_batch_size` are the validation rows.
+        loss: (model, batch) -> one loss for each row. None: the cross entropy of the model's logits, with
+        batch (x, y) as
+            `per_sample_losses` takes them, or a dictionary with Hugging Face's `input_ids` and `labels`.
+        options: of GradDotProdEngine.
+
+    Raises:
+        UserError, RuntimeError, ValueError: the engine refuses the model; the message says why.
+    """
+    loss = loss or _cross_entropy
+    tensors = [each for each in _leaves(batch) if each.dim() > 0]
+    if not tensors:
+        raise UserError("the batch has no tensor with rows")
+    rows = tensors[0].shape[0]
+    n = rows - val_batch_size
+    if n < 1:
+        raise UserError(
+            f"the batch has {rows} rows, the last {val_batch_size} of which are validation rows: give more"
+        )
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.grad for name, p in named.items()}
+    try:
+        for p in named.values():
+            p.grad = None
+        engine = GradDotProdEngine(model, val_batch_size, **options)
+        engine.halves = separating_halves
+        with engine:
+            engine.joint_loss(loss(model, batch)).backward()
+            engine.prepare_gradients()
+            got_dots = engine.dot_products()
+        got = {name: p.grad for name, p in named.items()}
+        want, want_dots, scales = _row_by_row(model, named, batch, loss, n, rows)
+    finally:
+        for name, p in named.items():
+            p.grad = before[name]
+    dtype = next(iter(named.values())).dtype
+    bound = BOUNDS[dtype]
+    largest = max(each.norm().item() for each in want.values())
+    lines = []
+    for name, gradient in want.items():
+        mine = torch.zeros_like(gradient) if got[name] is None else got[name]
+        assert mine is not None
+        # A gradient that is zero but for rounding is measured against the largest one.
+        scale = max(gradient.norm().item(), largest * torch.finfo(dtype).eps)
+        lines.append(Line(name, (mine - gradient).norm().item() / scale, bound))
+    dots_error = ((got_dots.double() - want_dots).abs() / scales).max().item()
+    return Report(tuple(lines), Line("dot products", dots_error, bound), rows)
+
+
+def _row_by_row(
+    model: nn.Module, named: Mapping[str, nn.Parameter], batch: Any, loss: Loss, n: int, rows: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The training gradient, the dot products (n,), and the scale of each, ‖∇ℓ_i‖·‖∇L_val‖, from one backward
+    pass for each row."""
+
+    def gradients(i: int) -> list[Tensor]:
+        (own,) = loss(model, _part(batch, i, rows))
+        found = torch.autograd.grad(own, list(named.values()), allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, named.values(), strict=True)]
+
+    direction = gradients(n)
+    for j in range(n + 1, rows):
+        direction = [a + b for a, b in zip(direction, gradients(j), strict=True)]
+    direction = [each / (rows - n) for each in direction]
+    total = [torch.zeros_like(each) for each in direction]
+    norm = torch.stack([each.double().norm() for each in direction]).norm()
+    dots, scales = [], []
+    for i in range(n):
+        own = gradients(i)
+        dots.append(sum((a.double() * b.double()).sum() for a, b in zip(own, direction, strict=True)))
+        scales.append(torch.stack([each.double().norm() for each in own]).norm() * norm)
+        total = [a + b / n for a, b in zip(total, own, strict=True)]
+    return (
+        dict(zip(named, total, strict=True)),
+        torch.stack([torch.as_tensor(d) for d in dots]),
+        torch.stack(scales),
+    )
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def _part(batch: Any, i: int, rows: int) -> Any:
+    """Row i of a batch."""
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1] if batch.dim() > 0 and batch.shape[0] == rows else batch
+    if isinstance(batch, Mapping):
+        return {
+            key: _part(each, i, rows) if isinstance(each, Tensor) else each for key, each in batch.items()
+        }
+    return tuple(_part(each, i, rows) if isinstance(each, Tensor) else each for each in batch)
+
+
+def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        labels = nn.functional.pad(
+            batch["labels"][:, 1:], (0, 1), value=-100
+        )  # Hugging Face's are not shifted yet
+        return per_sample_losses(lambda _: model(**inputs), None, labels)
+    x, y = batch
+    return per_sample_losses(model, x, y)
+
+
+def load(where: str) -> tuple[Any, ...]:
+    """Return what the function MODULE:FUNCTION or FILE.py:FUNCTION returns: a model, a batch and perhaps a loss."""
+    name, colon, function = where.rpartition(":")
+    if not colon:
+        raise UserError(f"{where!r}: give FILE.py:FUNCTION or MODULE:FUNCTION")
+    if name.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        if spec is None or spec.loader is None or not Path(name).is_file():
+            raise UserError(f"{name}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{name}: {error}; give FILE.py:FUNCTION or MODULE:FUNCTION") from error
+    if not hasattr(module, function):
+        raise UserError(f"{name} has no {function!r}")
+    result = getattr(module, function)()
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        raise UserError(f"{where} must return (model, batch) or (model, batch, loss)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the check and return the exit status: 0 exact, 1 wrong or refused, 2 wrong arguments."""
+    parser = ArgumentParser("python -m ghostEngines.verify", description=__doc__)
+    parser.add_argument(
+        "build", metavar="FILE.py:FUNCTION", help="returns (model, batch) or (model, batch, loss)"
+    )
+    parser.add_argument(
+        "--val_batch_size", type=int, default=1, help="how many of the last rows are validation rows [1]"
+    )
+    arguments = parser.parse_args(list(argv))
+    try:
+        built = load(arguments.build)
+    except UserError as error:
+        print(f"ghostEngines.verify: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        report = verify(*built, val_batch_size=arguments.val_batch_size)
+    except (UserError, RuntimeError, ValueError) as error:
+        print(f"refused: {error}")
+        return 1
+    print(report)
+    return 0 if report.exact else 1
