@@ -44,7 +44,7 @@ class Covered:
         for name, owners in self.owners.items():
             for first in owners.values():
                 users.setdefault(first, set()).add(name)
-        for sharing in users.values():
+        for sharing in (each for each in users.values() if len(each) > 1):
             merged = {group[name] for name in sharing}
             group = {name: min(merged) if number in merged else number for name, number in group.items()}
         return group

@@ -23,9 +23,7 @@ class Matrix:
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (N, T, p) and right (N, T, d) with the positions in one dimension."""
         left, right = self.left, self.right
-        if (
-            left.dtype != right.dtype
-        ):  # autograd casts the gradient to the dtype of the product, the narrower one
+        if left.dtype != right.dtype:  # autograd casts the gradient to the product's dtype, the narrower one
             dtype = min(left.dtype, right.dtype, key=lambda each: torch.finfo(each).bits)
             left, right = left.to(dtype), right.to(dtype)
         return (

@@ -193,11 +193,11 @@ class GradDotProdEngine:
         if optimizer is not None and self.micro_batches > 1:
             hooks.append(optimizer.register_step_pre_hook(self._check_complete))
         self._restore = [hook.remove for hook in hooks]
+        groups, owners = covered.groups, covered.owners
         for name, layer in covered.layers.items():
-            owners = covered.owners[name]
             kind = TappedParameters if covered.rule(name).parameter else TappedLayer
             tapped = kind(
-                layer, name, covered.rule(name), covered.groups[name], owners, self._current,
+                layer, name, covered.rule(name), groups[name], owners[name], self._current,
                 self._row_maps.get(name),
             )  # fmt: skip
             layer.forward = tapped.forward
@@ -403,9 +403,8 @@ class GradDotProdEngine:
             )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if (
-            torch.is_grad_enabled() and not self._rehearsing
-        ):  # a model may call itself without gradients within its forward
+        # A model may call itself without gradients within its forward.
+        if torch.is_grad_enabled() and not self._rehearsing:
             self._current.phase = "idle"
             self._forward_stack.close()
             self._step().end_forward()

@@ -135,11 +135,10 @@ class Guard:
         scale = scale / self.scale
         largest = max((each[0].sqrt() for each in self._joint.values()), default=scale)
         for key, got in self._joint.items():
-            if key not in self._seen:
-                continue
-            want = self._seen[key] * scale.to(got.dtype)
+            seen = self._seen.get(key, torch.zeros_like(got))  # zero: the rows' losses do not depend on it
+            want = seen * scale.to(got.dtype)
             # A gradient of nothing but rounding is measured against the largest one.
-            norm = torch.maximum(got[0].sqrt() + self._norm(key) * scale.abs(), 1e-3 * largest.to(got.dtype))
+            norm = torch.maximum(got[0].sqrt() + seen[0].sqrt() * scale.abs(), 1e-3 * largest.to(got.dtype))
             error = (got[1] - want[1]).abs()
             if error.isfinite() and error > self._tolerance * norm:
                 raise RowsError(
@@ -147,9 +146,6 @@ class Guard:
                     "another term was added to the loss (a z-loss, load balancing, a regulariser), which is in no "
                     "row's loss and so in no score. Add it to each row's loss, or leave it out."
                 )
-
-    def _norm(self, key: tuple[str, int]) -> Tensor:
-        return self._seen[key][0].sqrt()
 
 
 def fingerprint(backprops: Tensor) -> Tensor:

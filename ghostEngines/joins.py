@@ -22,9 +22,8 @@ from .graph import Graph
 from .row_maps import Flat, Identity, RowMap, by_sample
 from .tap import Call
 
-LARGEST = (
-    1 << 20
-)  # entries of a parameter that may be taken apart one sample at a time without the user's word
+# Entries of the largest parameter that is taken apart one sample at a time without the user's word.
+LARGEST = 1 << 20
 
 Path = list[tuple[Node, int]]
 """Operations, and which of their inputs is meant, from the join down to the tensor."""
@@ -59,8 +58,9 @@ class Join:
         join, number = self.path[0]
         if self.call.rule.parameter:
             if names == ["EmbeddingBackward0"]:
-                ignored = getattr(join, "_saved_padding_idx", -1)
-                ignored = None if ignored < 0 or ignored >= self.shape[0] else ignored
+                padding: int = join._saved_padding_idx  # type: ignore[attr-defined]
+                # PyTorch says "none" by -1, or by the largest unsigned number.
+                ignored = padding if 0 <= padding < self.shape[0] else None
                 return Rows(join._saved_indices, gradient, ignored)  # type: ignore[attr-defined]
             if names[0] in ("MmBackward0", "AddmmBackward0") and number == _second(names[0]):
                 left = join._saved_self if names[0] == "MmBackward0" else join._saved_mat1  # type: ignore[attr-defined]
@@ -73,12 +73,12 @@ class Join:
             each = each.unflatten(0, (self.rows, -1)).sum(1)
         parts: Sequence[Tensor] | None = None if each is None else list(each)
         if len(self.path) == 1 and each is not None:
-            return _per_sample(each.reshape(self.rows, *self.shape))
+            return PerSample(each.reshape(self.rows, *self.shape))
         with torch.no_grad():
             rows = [
                 self._of_sample(gradient, i, None if parts is None else parts[i]) for i in range(self.rows)
             ]
-        return _per_sample(torch.stack(rows))
+        return PerSample(torch.stack(rows))
 
     def _of_sample(self, gradient: Tensor, i: int, below: Tensor | None) -> Tensor:
         """The tensor's gradient for one sample, by the backward of each operation on the path. below: the
@@ -98,10 +98,6 @@ class Join:
         return part.reshape(self.shape)
 
 
-def _per_sample(gradients: Tensor) -> PerSample:
-    return PerSample(gradients)
-
-
 def _second(name: str) -> int:
     """Which input of a matrix product is its second factor."""
     return 1 if name == "MmBackward0" else 2
@@ -117,16 +113,16 @@ def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size) -
     """Return the gradient of an elementwise operation's input for each entry of the first dimension (R,
     *shape), where its input has none; None for other operations."""
     name = node.name()
-    if name in ("AddBackward0", "ExpandBackward0") and getattr(node, "_saved_alpha", 1) == 1:
+    if name == "ExpandBackward0" or (name in ("AddBackward0", "SubBackward0") and number == 0):
         local = gradient
-    elif name == "SubBackward0" and getattr(node, "_saved_alpha", 1) == 1:
-        local = gradient if number == 0 else -gradient
+    elif name in ("AddBackward0", "SubBackward0") and node._saved_alpha == 1:  # type: ignore[attr-defined]
+        local = gradient if name == "AddBackward0" else -gradient
     elif name == "MulBackward0":
         other = node._saved_other if number == 0 else node._saved_self  # type: ignore[attr-defined]
         if other is None:
             return None
         local = gradient * other
-    elif name == "AddmmBackward0" and number == 0 and getattr(node, "_saved_beta", 1) == 1:
+    elif name == "AddmmBackward0" and number == 0 and node._saved_beta == 1:  # type: ignore[attr-defined]
         local = gradient
     else:
         return None

@@ -90,9 +90,7 @@ class Call:
     guard: "Guard | None" = None
     free: bool = False  # the output has no sample dimension
     at_joins: list[Description] | None = None  # what the joins of such an output say of its gradient
-    checkpointed: bool = (
-        False  # what autograd keeps of the call is recomputed, or moved, in the backward pass
-    )
+    checkpointed: bool = False  # what autograd keeps is recomputed, or moved, in the backward pass
     recomputed: bool = False  # the call was made by checkpointing, in the backward pass
     rerun: "Rerun | None" = None  # of a unit
 

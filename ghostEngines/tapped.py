@@ -158,11 +158,11 @@ class TappedLayer:
             with torch.no_grad():  # in a checkpoint autograd counts what it keeps
                 want = self.rule.expected(self.layer, arguments)
                 error, largest = (output - want).abs().max(), want.abs().max()
-            precision = max(torch.finfo(each.dtype).eps for each in (arguments[0], output))
+            precision = max(torch.finfo(t.dtype).eps for t in (arguments[0], output) if t.is_floating_point())
             if not error <= max(50 * precision, 1e-5) * largest:
                 raise RuntimeError(
-                    f"layer '{self.name}' of type {type(self.layer).__name__} does not normalise its input as "
-                    "it did the random ones on which it was recognised as a norm: write a rule for it (register_rule)"
+                    f"layer '{self.name}' of type {type(self.layer).__name__} does not do with its input what "
+                    "it did with the random ones by which its rule was found: write a rule for it (register_rule)"
                 )
 
     def _enter_uses(

@@ -149,6 +149,25 @@ def test_whatever_can_be_taken_apart_is_exact(name: str) -> None:
     assert exact(Wired(run, between))
 
 
+class NearlyScaled(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = super().forward(tokens)
+        return rows * (3 + 1e-3 * (rows - 1))
+
+
+class Moody(nn.Linear):
+    """Does what its parent does on small inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 if x.abs().max() < 50 else 2)
+
+
+def test_a_subclass_that_is_nearly_its_parent() -> None:
+    assert exact(Wired(lambda m, h: m.out(h + m.lin(h.argmax(-1))), lambda: NearlyScaled(V, D)))
+    assert exact(Wired(lambda m, h: m.out(m.lin(h)), lambda: Moody(D, D)))
+    refused(Wired(lambda m, h: m.out(m.lin(100 * h)), lambda: Moody(D, D)), "by which its rule was found")
+
+
 def test_as_many_rows_as_features() -> None:
     """A transposed weight then has the rows' number as its first dimension, and is no join for that."""
     model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: TwiceLinear(D, D)))

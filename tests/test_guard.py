@@ -131,6 +131,21 @@ def test_another_term_beside_the_joint_loss(name: str) -> None:
             engine.prepare_gradients()
 
 
+def test_a_layer_that_only_another_term_reaches() -> None:
+    """An auxiliary output: the rows' losses do not depend on it at all."""
+    model, (x, y), seen = (
+        seeded(lambda: Wired(lambda m, h: m.out(h) + 0 * m.lin(h).detach().sum())),
+        token_rows(),
+        [],
+    )
+    model.lin.register_forward_hook(lambda module, args, output: seen.append(output))
+    with GradDotProdEngine(model, M) as engine:
+        loss = engine.joint_loss(per_sample_losses(model, x, y))
+        (loss + 1e-2 * seen[-1].square().mean()).backward()
+        with pytest.raises(RowsError, match=r"layer 'lin' is not that of engine\.joint_loss"):
+            engine.prepare_gradients()
+
+
 # Randomness
 
 
@@ -238,7 +253,7 @@ def test_a_norm_that_does_something_else_in_the_model() -> None:
             return normed * self.weight * (1 if x.dim() < 4 else 2)
 
     first_step(lambda m, h: m.out(m.lin(h)), Moody)
-    with pytest.raises(RuntimeError, match="does not normalise its input as it did"):
+    with pytest.raises(RuntimeError, match="does not do with its input what it did with the random ones"):
         first_step(lambda m, h: m.out(m.lin(h[:, None])[:, 0]), Moody)
 
 

@@ -22,12 +22,12 @@ def subclass_rule(layer: nn.Module) -> LayerRule | None:
     if len(takes) != 1 or takes[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return None
     if isinstance(layer, nn.Linear) and not layer._buffers:
-        return RULES[nn.Linear] if _is_linear(layer) else None
+        return replace(RULES[nn.Linear], expected=linear_output) if _is_linear(layer) else None
     if isinstance(layer, nn.Embedding) and set(layer._parameters) == {"weight"}:
         factor = _factor(layer)
         if factor is None:
             return None
-        rule = RULES[nn.Embedding]
+        rule = replace(RULES[nn.Embedding], expected=partial(embedding_output, factor))
         return rule if factor == 1 else replace(rule, describe=partial(scaled_embedding, factor))
     return None
 
@@ -77,11 +77,18 @@ def _factor(layer: nn.Embedding) -> float | None:
     factor = ones.flatten()[0]
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     output = _probe(layer, {"weight": drawn}, tokens)
-    want = drawn[tokens] * factor
-    if layer.padding_idx is not None and layer.padding_idx < tokens.shape[1]:
-        want = want.clone()
-    return (
-        factor.item()
-        if output is not None and torch.allclose(output, want, rtol=1e-2) and ones.eq(factor).all()
-        else None
-    )
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    same = output is not None and torch.allclose(output, drawn[tokens] * factor, rtol=tolerance, atol=0)
+    return factor.item() if same and ones.eq(factor).all() else None
+
+
+def linear_output(layer: nn.Linear, inputs: tuple[Any, ...]) -> Tensor:
+    """Return the parent's output, in float32 or wider."""
+    dtype = accumulation_dtype(inputs[0].dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return nn.functional.linear(inputs[0].to(dtype), layer.weight.to(dtype), bias)
+
+
+def embedding_output(factor: float, layer: nn.Embedding, inputs: tuple[Any, ...]) -> Tensor:
+    """Return the parent's output times the factor."""
+    return layer.weight[inputs[0]] * factor
