@@ -91,19 +91,28 @@ def row_loss(logits: Tensor, y: Tensor) -> Tensor:
     return -torch.stack(picked).mean()
 
 
-def per_sample(model: nn.Module, logits: Logits, x: Tensor, y: Tensor, n: int) -> Truth:
-    """model: in float64. logits(model, x) -> (1, T, V) or (1, V) for one row x (1, ...)."""
+def per_loss(model: nn.Module, loss: Callable[[int], Tensor], samples: int, n: int) -> Truth:
+    """model: in float64. loss(i): the loss of sample i, a scalar."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows, losses = [], []
-    for i in range(len(x)):
-        row_logits = logits(model, x[i : i + 1])
-        loss = row_loss(row_logits.reshape(-1, row_logits.shape[-1]), y[i].reshape(-1))
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    for i in range(samples):
+        own = loss(i)
+        gradients = torch.autograd.grad(own, list(named.values()), allow_unused=True)
         rows.append(
             {
                 name: torch.zeros_like(p) if g is None else g
                 for (name, p), g in zip(named.items(), gradients, strict=True)
             }
         )
-        losses.append(loss.detach())
+        losses.append(own.detach())
     return Truth(rows, torch.stack(losses), n)
+
+
+def per_sample(model: nn.Module, logits: Logits, x: Tensor, y: Tensor, n: int) -> Truth:
+    """model: in float64. logits(model, x) -> (1, T, V) or (1, V) for one row x (1, ...)."""
+
+    def loss(i: int) -> Tensor:
+        own = logits(model, x[i : i + 1])
+        return row_loss(own.reshape(-1, own.shape[-1]), y[i].reshape(-1))
+
+    return per_loss(model, loss, len(x), n)

@@ -4,6 +4,7 @@ from .errors import AttachError, RowsError
 from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule, register_unit
 from .losses import per_sample_losses
+from .row_maps import packed_documents
 from .verification import Report, verify
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GradDotProdEngine",
     "Report",
     "RowsError",
+    "packed_documents",
     "per_sample_losses",
     "register_rule",
     "register_unit",

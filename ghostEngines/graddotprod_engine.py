@@ -36,6 +36,7 @@ from .memory import Scratch
 from .model_inputs import input_shape
 from .precision import autocast_of
 from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
+from .row_maps import Samples
 from .sinks import DotProducts
 from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, Step
 from .strategies import STRATEGIES
@@ -74,6 +75,10 @@ class GradDotProdEngine:
             until the last (one model's size); `.grad` is then the gradient of the mean loss of all n ·
             micro_batches train rows, and after each pass `dot_products` are those of its own rows.
         rows: the name of the model's input whose first dimension is the row, where it cannot be told.
+        samples: where samples are not the model's rows (documents packed into a row, pairs of rows): a function
+            that is called as the model is and returns the sample of each row (R,), or of each position (R, T),
+            train samples first; the last `val_batch_size` samples are the validation samples. The losses are
+            then one for each sample.
         row_maps: for layers, by name, whose entries are not rows in order: what makes, of the layer's inputs
         and
             the number of rows, a row map (row_maps.py).
@@ -95,6 +100,7 @@ class GradDotProdEngine:
         strategy: str | None = None,
         micro_batches: int = 1,
         rows: str | None = None,
+        samples: Callable[..., Tensor] | None = None,
         row_maps: Mapping[str, RowMapMaker] | None = None,
         guard: bool = True,
     ) -> None:
@@ -121,10 +127,10 @@ class GradDotProdEngine:
         self.direction = direction
         self.strategy = strategy
         self.micro_batches = micro_batches
-        self._rows, self._row_maps = rows, dict(row_maps or {})
+        self._rows, self._samples, self._row_maps = rows, samples, dict(row_maps or {})
         self._guards = guard
-        self.halves = halves  # of the rows, for the guard
-        self._guarded: set[int] = set()  # the numbers of rows that the guard has seen
+        self.halves = halves  # of the samples, for the guard
+        self._guarded: set[tuple[int, ...]] = set()  # the sizes of the batches that the guard has seen
         self._micro_batch = 0  # the one whose turn it is
         self._kept: dict[str, Any] = {}
         self._versions: list[int] = []  # of the parameters, at the first micro-batch
@@ -167,6 +173,10 @@ class GradDotProdEngine:
         """
         if self._restore:
             raise RuntimeError("the engine is attached already: detach it first")
+        if self._samples is not None and self._compiled():
+            raise AttachError(
+                "samples that are not the model's rows can be followed in uncompiled code only: leave torch.compile out"
+            )
         self._mixing = mixing_modules(self.model)
         check_rows_are_independent(self._mixing)
         covered = cover(self.model)
@@ -236,31 +246,35 @@ class GradDotProdEngine:
             return
         self._check_unchanged()
         self._forget_joins()
-        split, shape = self._split(args, kwargs)
+        split, samples, shape = self._split(args, kwargs)
         guard = None
-        # What is told from a first dimension depends on the number of rows.
-        if self._guards and split.n + split.m not in self._guarded:
+        if self._guards and self._batch_size(samples, shape) not in self._guarded:
             weight = self._weight()
-            guard = Guard(self.halves(split.n + split.m), weight.device, autocast_of(weight) or weight.dtype)
+            guard = Guard(self.halves(samples.count), weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
                 self._check_compiled()
                 with self._eager():
-                    self._rehearse(guard, split, shape, args, kwargs)
+                    self._rehearse(guard, split, samples, shape, args, kwargs)
             elif self._compiled():  # compiled code cannot be looked into
                 self._check_compiled()
                 self._forward_stack.enter_context(self._eager())
-        self._new_step(split, shape, guard)
+        self._new_step(split, samples, shape, guard)
         weight = self._weight()
         self._autocast = autocast_of(weight)
         self._random_states = random_states(weight.device) if self._guards else []
 
-    def _new_step(self, split: Split, shape: torch.Size, guard: Guard | None) -> Step:
+    @staticmethod
+    def _batch_size(samples: Samples, shape: torch.Size) -> tuple[int, ...]:
+        """What the layers' row maps are told from."""
+        return (samples.count,) if samples.index is None else tuple(shape[: samples.index.dim()])
+
+    def _new_step(self, split: Split, samples: Samples, shape: torch.Size, guard: Guard | None) -> Step:
         count = len(self._layers) if self.granularity == "per_layer" else 1
         scales = self._preconditioners()
         by_direction = self.micro_batches > 1 or scales is not None
         sink = DotProducts(split, self._scratch, self.strategy, by_direction)
         step = self._current.step = Step.begin(
-            split, shape, self._weight(), count, sink, self.micro_batches, self._kept, scales, guard
+            split, samples, shape, self._weight(), count, sink, self.micro_batches, self._kept, scales, guard
         )
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
@@ -273,16 +287,21 @@ class GradDotProdEngine:
             join.remove()
         self._joins = []
 
-    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Split, torch.Size]:
-        """The division of the rows that the model is called with, and the shape of its input."""
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Split, Samples, torch.Size]:
+        """The division of the samples that the model is called with, what they are, and its input's shape."""
         shape = input_shape(args, kwargs, self._rows)
-        m, rows = self.val_batch_size if self._micro_batch == 0 else 0, shape[0]
+        samples = Samples(shape[0])
+        if self._samples is not None:
+            with torch.no_grad():
+                samples = Samples.indexed(self._samples(*args, **kwargs), shape)
+        m, rows = self.val_batch_size if self._micro_batch == 0 else 0, samples.count
+        what = "rows" if self._samples is None else "samples"
         if self._first is not None and self._micro_batch > 0:
             if rows != self._first.split.n:
                 raise ValueError(
-                    f"micro-batch {self._micro_batch + 1} of {self.micro_batches} has {rows} rows, the first had "
-                    f"{self._first.split.n} train rows: all need the same number, and only the first is followed "
-                    "by the validation rows"
+                    f"micro-batch {self._micro_batch + 1} of {self.micro_batches} has {rows} {what}, the first had "
+                    f"{self._first.split.n} train {what}: all need the same number, and only the first is followed "
+                    f"by the validation {what}"
                 )
             if self._versions != self._parameter_versions():
                 raise RuntimeError(self._incomplete("the parameters were changed"))
@@ -290,10 +309,10 @@ class GradDotProdEngine:
             self._versions = self._parameter_versions()
         if rows <= m:
             raise ValueError(
-                f"the model was called with {rows} rows, the last {m} of which are validation rows: there "
-                "is no train row. Append the validation rows to the train rows, or detach the engine."
+                f"the model was called with {rows} {what}, the last {m} of which are validation {what}: there "
+                f"is no train {what[:-1]}. Append the validation {what} to the train {what}, or detach the engine."
             )
-        return Split(rows - m, m, self.granularity == "pairwise"), shape
+        return Split(rows - m, m, self.granularity == "pairwise"), samples, shape
 
     def _weight(self) -> Tensor:
         return next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
@@ -341,12 +360,18 @@ class GradDotProdEngine:
         return torch.compiler.set_stance("force_eager")
 
     def _rehearse(
-        self, guard: Guard, split: Split, shape: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        guard: Guard,
+        split: Split,
+        samples: Samples,
+        shape: torch.Size,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         """The guard's own passes for a head that makes its gradients in the forward pass, and so must be told
         before which rows are meant."""
         for mask in guard.masks:
-            step = self._new_step(split, shape, guard)
+            step = self._new_step(split, samples, shape, guard)
             guard.weights = torch.where(mask, step.row_weights(), 0.0)
             guard.rehearsing, guard.losses = True, []
             states = random_states(self._weight().device)
@@ -362,7 +387,7 @@ class GradDotProdEngine:
             self._bypassed = self._find_bypass(loss)
             self._raise_bypassed()
             if step.free:
-                self._joins = hook_joins(Graph(loss), step.free, step.rows)
+                self._joins = hook_joins(Graph(loss), step.free, step.samples)
             self._guard_backward(guard, mask, loss, retain_graph=False)
             self._forget_joins()
         guard.check_rows()
@@ -403,8 +428,8 @@ class GradDotProdEngine:
             )
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A model may call itself without gradients within its forward.
-        if torch.is_grad_enabled() and not self._rehearsing:
+        # A model may call itself without gradients within its forward; "idle": the step could not begin.
+        if torch.is_grad_enabled() and not self._rehearsing and self._current.phase == "forward":
             self._current.phase = "idle"
             self._forward_stack.close()
             self._step().end_forward()
@@ -439,7 +464,7 @@ class GradDotProdEngine:
         weights = step.row_weights()
         if losses.shape != weights.shape:
             raise ValueError(
-                f"joint_loss takes one loss per row, {tuple(weights.shape)}, train rows first; got "
+                f"joint_loss takes one loss per sample, {tuple(weights.shape)}, train samples first; got "
                 f"{tuple(losses.shape)}"
             )
         loss = (losses * weights).sum() + step.scale_probe
@@ -451,7 +476,7 @@ class GradDotProdEngine:
             if self._watched is not None:  # joint_loss may be asked for again, for a log
                 self._watched.remove()
             if first and step.free:
-                self._joins = hook_joins(Graph(loss), step.free, step.rows)
+                self._joins = hook_joins(Graph(loss), step.free, step.samples)
             if first and step.guard is not None and not self._heads():
                 self._guard_losses(step.guard, losses * weights)
             self._watched = losses.register_hook(self._begin_backward)
@@ -506,7 +531,7 @@ class GradDotProdEngine:
                 )
         if step.guard is not None:
             step.guard.check_joint(step.scale_probe.grad)
-            self._guarded.add(step.rows)
+            self._guarded.add(self._batch_size(step.samples, step.input_shape))
             step.guard = None
         self._prepared = True
         if self._micro_batch == 0:

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from .descriptions import Description, Matrix, PerSample, Rows
 from .graph import Graph
-from .row_maps import Flat, Identity, RowMap, by_sample
+from .row_maps import Identity, Indexed, RowMap, Samples, by_sample
 from .tap import Call
 
 # Entries of the largest parameter that is taken apart one sample at a time without the user's word.
@@ -32,10 +32,9 @@ Path = list[tuple[Node, int]]
 class Join:
     """One join of a tensor without a sample dimension."""
 
-    def __init__(self, call: Call, path: Path, rows: int, shape: torch.Size) -> None:
-        self.call, self.path, self.rows, self.shape = call, path, rows, shape
-        result = tuple(path[0][0]._input_metadata[0].shape)
-        self.row_map: RowMap = Identity() if result[0] == rows else Flat(rows)
+    def __init__(self, call: Call, path: Path, row_map: RowMap, samples: int, shape: torch.Size) -> None:
+        """row_map: of the join's result. samples: N. shape: of the tensor."""
+        self.call, self.path, self.row_map, self.samples, self.shape = call, path, row_map, samples, shape
         self._handle = path[0][0].register_prehook(self.hook)
 
     def remove(self) -> None:
@@ -51,9 +50,13 @@ class Join:
         if self.call.guard is not None and self.call.guard.watches_rows(self.call, gradient, self.row_map):
             return
         assert self.call.at_joins is not None
-        self.call.at_joins.append(by_sample(self._described(gradient), self.row_map))
+        described = self._described(gradient)
+        if not isinstance(described, PerSample):
+            described = by_sample(described, self.row_map)
+        self.call.at_joins.append(described)
 
     def _described(self, gradient: Tensor) -> Description:
+        """Return what the entries of the join's result say, or the gradients of the samples."""
         names = [node.name() for node, _ in self.path]
         join, number = self.path[0]
         if self.call.rule.parameter:
@@ -68,25 +71,30 @@ class Join:
                     return Matrix(gradient, left)
                 if not names[1:]:
                     return Matrix(left, gradient)
-        each = _elementwise(join, number, gradient, _input_shape(join, number))
-        if each is not None and isinstance(self.row_map, Flat):
-            each = each.unflatten(0, (self.rows, -1)).sum(1)
+        each = _elementwise(join, number, gradient, _input_shape(join, number), self._leading)
+        if each is not None and not isinstance(self.row_map, Identity):
+            each = self.row_map.to_rows(each).sum(1)
         parts: Sequence[Tensor] | None = None if each is None else list(each)
         if len(self.path) == 1 and each is not None:
-            return PerSample(each.reshape(self.rows, *self.shape))
+            return PerSample(each.reshape(self.samples, *self.shape))
         with torch.no_grad():
             rows = [
-                self._of_sample(gradient, i, None if parts is None else parts[i]) for i in range(self.rows)
+                self._of_sample(gradient, i, None if parts is None else parts[i]) for i in range(self.samples)
             ]
         return PerSample(torch.stack(rows))
+
+    @property
+    def _leading(self) -> int:
+        """How many dimensions of the result say which sample an entry belongs to."""
+        return self.row_map.rows.dim() if isinstance(self.row_map, Indexed) else 1
 
     def _of_sample(self, gradient: Tensor, i: int, below: Tensor | None) -> Tensor:
         """The tensor's gradient for one sample, by the backward of each operation on the path. below: the
         gradient of the join's input, where it is known."""
         part, path = gradient, self.path
         if below is None:
-            entries = len(gradient) // self.rows
-            own = slice(i * entries, (i + 1) * entries)
+            this = torch.arange(self.samples, device=gradient.device) == i
+            own = self.row_map.of_rows(this, len(gradient))
             part = torch.zeros_like(gradient)
             part[own] = gradient[own]
         else:
@@ -109,9 +117,9 @@ def _input_shape(node: Node, number: int) -> torch.Size:
     return torch.Size(child._input_metadata[output].shape)
 
 
-def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size) -> Tensor | None:
-    """Return the gradient of an elementwise operation's input for each entry of the first dimension (R,
-    *shape), where its input has none; None for other operations."""
+def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size, leading: int) -> Tensor | None:
+    """Return the gradient of an elementwise operation's input for each entry of the leading dimensions (...,
+    *shape), where its input has none of them; None for other operations."""
     name = node.name()
     if name == "ExpandBackward0" or (name in ("AddBackward0", "SubBackward0") and number == 0):
         local = gradient
@@ -127,15 +135,15 @@ def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size) -
     else:
         return None
     padded = (1,) * (local.dim() - len(shape)) + tuple(shape)
-    if len(shape) > local.dim() or padded[0] != 1:
+    if len(shape) > local.dim() or any(size != 1 for size in padded[:leading]):
         return None
-    summed = [dim for dim in range(1, local.dim()) if padded[dim] == 1 and local.shape[dim] > 1]
+    summed = [dim for dim in range(leading, local.dim()) if padded[dim] == 1 and local.shape[dim] > 1]
     if summed:
         local = local.sum(summed, keepdim=True)
-    return local.reshape(len(local), *shape)
+    return local.reshape(*local.shape[:leading], *shape)
 
 
-def hook_joins(graph: Graph, free: list[tuple[Call, Node]], rows: int) -> list[Join]:
+def hook_joins(graph: Graph, free: list[tuple[Call, Node]], samples: Samples) -> list[Join]:
     """Find the joins of all tensors without a sample dimension, and put hooks on them. They must be removed
     at the end of the step: they hold the graph that holds them.
 
@@ -148,9 +156,10 @@ def hook_joins(graph: Graph, free: list[tuple[Call, Node]], rows: int) -> list[J
     for call, node in free:
         call.at_joins = []
         shape = torch.Size(node._input_metadata[0].shape)
-        for path in _paths(graph, bearing, node, rows, shape.numel()):
-            if _can_be_taken_apart(call, path, shape, rows):
-                found.append(Join(call, path, rows, shape))
+        for path in _paths(graph, bearing, node, samples.rows, shape.numel()):
+            row_map = _row_map_of_join(call, path, shape, samples)
+            if row_map is not None:
+                found.append(Join(call, path, row_map, samples.count, shape))
             else:
                 lost[_what(call)] = path[0][0].name()
     free.clear()  # it holds the graph
@@ -167,22 +176,21 @@ def _taps(graph: Graph) -> Iterator[tuple[Call, Node]]:
             yield node.call, node  # type: ignore[attr-defined]
 
 
-def _can_be_taken_apart(call: Call, path: Path, shape: torch.Size, rows: int) -> bool:
+def _row_map_of_join(call: Call, path: Path, shape: torch.Size, samples: Samples) -> RowMap | None:
+    """Return where the entries of a join's result belong; None if it cannot be taken apart."""
     join = path[0][0]
     results = [tuple(each.shape) for each in join._input_metadata]
     names = [node.name() for node, _ in path]
     if len(results) != 1 or any("Compiled" in name or "Tap" in name for name in names):
-        return False
+        return None
     if not all(callable(node) for node, _ in path):
-        return False  # an autograd function written in Python
-    (result,) = results
-    if not result or result[0] == 0 or result[0] % rows != 0:
-        return False
+        return None  # an autograd function written in Python
     if call.checkpointed and any(_keeps_tensors(node) for node, _ in path):
-        return False  # checkpointing gives what was kept to the operation itself, once
-    if not call.rule.parameter or shape.numel() <= LARGEST:
-        return True
-    return names == ["EmbeddingBackward0"] or names[0] in ("MmBackward0", "AddmmBackward0")
+        return None  # checkpointing gives what was kept to the operation itself, once
+    small = not call.rule.parameter or shape.numel() <= LARGEST
+    if not (small or names == ["EmbeddingBackward0"] or names[0] in ("MmBackward0", "AddmmBackward0")):
+        return None
+    return samples.row_map(torch.Size(results[0]), of_result=True)
 
 
 def _keeps_tensors(node: Node) -> bool:

@@ -6,16 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .row_maps import Indexed
+
 IGNORE_INDEX = -100
 
 
-def per_sample_losses(model: Callable[[Any], Any], x: Any, y: Tensor) -> Tensor:
-    """One cross entropy per row: the mean over the row's own targets, in nats.
+def per_sample_losses(
+    model: Callable[[Any], Any], x: Any, y: Tensor, *, samples: Tensor | None = None
+) -> Tensor:
+    """Return one cross entropy per sample: the mean over its own targets, in nats.
 
     x: what the model takes, with the sample first. y (N, T) or (N,): the target of each position, shifted
     already (y[t] is the token that follows x[t]), -100 where there is none. The model returns logits (N, T,
-    V) or (N, V), or a Hugging Face output that has them. Returns (N,) in float32 (float64 for a float64
-    model). Raises ValueError for a row without any target."""
+    V) or (N, V), or a Hugging Face output that has them. samples (R,) or (R, T): the sample of each row, or of
+    each position, where samples are not the rows. Returns (N,) in float32 (float64 for a float64 model). Raises
+    ValueError for a sample without any target."""
     output = model(x)
     if isinstance(output, tuple | list):
         raise TypeError(
@@ -28,23 +33,25 @@ def per_sample_losses(model: Callable[[Any], Any], x: Any, y: Tensor) -> Tensor:
             f"logits of shape {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got "
             f"{tuple(y.shape)}"
         )
-    targets = y.reshape(len(y), -1)
-    counts = count_targets(targets)
     logits = logits.reshape(-1, logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(
-        logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return losses.view(len(y), -1).sum(1) / counts
+    losses = nn.functional.cross_entropy(logits, y.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    losses, targets = losses.view(len(y), -1), y.reshape(len(y), -1)
+    if samples is not None:
+        samples = samples.view(len(y), -1).expand_as(targets)
+        by_sample = Indexed(samples, int(samples.max()) + 1)
+        # What pads a short sample is zero, and so must a target that is none be.
+        losses, targets = by_sample.to_rows(losses), by_sample.to_rows(targets - IGNORE_INDEX) + IGNORE_INDEX
+    return losses.sum(1) / count_targets(targets)
 
 
 def count_targets(targets: Tensor) -> Tensor:
-    """targets (N, T) -> (N,): how many positions of each row have a target. Raises ValueError for a row
+    """targets (N, T) -> (N,): how many positions of each sample have a target. Raises ValueError for a sample
     without any."""
     counts = (targets != IGNORE_INDEX).sum(1)
     require(
         counts.min() > 0,
-        "a row has no target: every one of its labels is -100, so that its loss is undefined.",
+        "a sample has no target: every one of its labels is -100, so that its loss is undefined.",
     )
     return counts
 

@@ -1,16 +1,17 @@
-"""Row maps: which sample each entry of a layer's first dimension belongs to.
+"""Row maps: which sample each entry of a layer's first dimensions belongs to.
 
     Identity   entry r is sample r
     Flat       samples one after the other, the same number of entries each: (N·K, ...)
     Indexed    any order: a sample for each entry
 
-A row map puts tensors, and descriptions made of them, into the form (N, positions, ...). The engine takes
-Identity and Flat from an input's first dimension, and its guard (guard.py) checks that this is what the model
-does; any other map is given by the user.
+A row map puts tensors, and descriptions made of them, into the form (N, positions, ...). A layer's row map is
+told from the shape of its input and from what the samples of the step are (`Samples`), and the guard (guard.py)
+checks that this is what the model does; any other map is given by the user.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ from .descriptions import Description, Matrix, PerPosition, Rows, Streamed
 
 
 class RowMap(Protocol):
-    """Where the entries of a layer's first dimension belong."""
+    """Where the entries of a layer's first dimensions belong."""
 
     def to_rows(self, entries: Tensor) -> Tensor:
         """(R, ...) -> (N, positions, ...), zeros where a sample has fewer positions."""
 
     def of_rows(self, of_sample: Tensor, entries: int) -> Tensor:
-        """Return, of a value for each sample (N,), the value of each of the R entries."""
+        """Return, of a value for each sample (N,), the value of each entry; entries: the first dimension's."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Identity:
 
     def of_rows(self, of_sample: Tensor, entries: int) -> Tensor:
         return of_sample
+
+
+ROWS = Identity()
 
 
 @dataclass(frozen=True)
@@ -55,30 +59,112 @@ class Flat:
 
 @dataclass(frozen=True, eq=False)
 class Indexed:
-    """Entry r is of sample rows[r] (R,); samples: N."""
+    """Entry r is of sample rows[r], in one or several first dimensions: rows has their shape. samples: N."""
 
     rows: Tensor
     samples: int
 
     def to_rows(self, entries: Tensor) -> Tensor:
-        places, longest = self._places()
-        padded = entries.new_zeros(self.samples * longest, *entries.shape[1:])
-        padded = padded.index_copy(0, places, entries)
+        places, longest = self._places
+        flat = entries.flatten(0, self.rows.dim() - 1)
+        padded = flat.new_zeros(self.samples * longest, *flat.shape[1:]).index_copy(0, places, flat)
         rows: Tensor = padded.unflatten(0, (self.samples, longest))
         return rows
 
     def of_rows(self, of_sample: Tensor, entries: int) -> Tensor:
         return of_sample[self.rows]
 
+    @cached_property
     def _places(self) -> tuple[Tensor, int]:
         """(R,) where each entry goes, and the largest number of entries of a sample. Waits for the device."""
-        order = torch.argsort(self.rows, stable=True)
-        counts = torch.bincount(self.rows, minlength=self.samples)
+        rows = self.rows.flatten()
+        order = torch.argsort(rows, stable=True)
+        counts = torch.bincount(rows, minlength=self.samples)
         longest = int(counts.max())
         starts = counts.cumsum(0) - counts
         within = torch.empty_like(order)
-        within[order] = torch.arange(len(order), device=order.device) - starts[self.rows[order]]
-        return self.rows * longest + within, longest
+        within[order] = torch.arange(len(order), device=order.device) - starts[rows[order]]
+        return rows * longest + within, longest
+
+
+class Samples:
+    """What the samples of a step are: the rows of the model's input, or what an index says of each row or
+    position.
+
+    count: N, the n train samples before the m validation samples. index (R,) or (R, T): the sample of each of
+    the R rows, or of each position of a row; None: row i is sample i.
+    """
+
+    def __init__(self, count: int, index: Tensor | None = None) -> None:
+        self.count, self.index = count, index
+        self._maps: list[Indexed] = []
+        if index is not None:
+            self._maps = [Indexed(index, count), Indexed(index.flatten(), count)]
+
+    @property
+    def rows(self) -> int:
+        """R: the rows of the model's input."""
+        return self.count if self.index is None else len(self.index)
+
+    @property
+    def of_positions(self) -> bool:
+        """Whether the positions of one row may be of several samples."""
+        return self.index is not None and self.index.dim() == 2
+
+    @classmethod
+    def indexed(cls, index: Any, shape: torch.Size) -> "Samples":
+        """Check an index that a user gives for an input of this shape. Waits for the device.
+
+        Raises ValueError for one that is no such index, or leaves out a sample."""
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.dim() not in (1, 2):
+            raise ValueError(
+                "samples must return integers (rows,) or (rows, positions), the sample of each row or position; "
+                f"got {tuple(index.shape) if isinstance(index, Tensor) else type(index).__name__}"
+            )
+        if index.shape != shape[: index.dim()]:
+            raise ValueError(
+                f"samples returned {tuple(index.shape)} for a model input of shape {tuple(shape)}: give one sample "
+                "for each row, or for each position of each row"
+            )
+        if index.numel() == 0 or int(index.min()) < 0:
+            raise ValueError(
+                "samples are numbered from 0, train samples first; padding belongs to the sample before it"
+            )
+        counts = torch.bincount(index.flatten())
+        if int(counts.min()) == 0:
+            raise ValueError(
+                f"sample {int(counts.argmin())} of {len(counts)} has no entry in the model's input: number the "
+                "samples without gaps"
+            )
+        return cls(len(counts), index)
+
+    def row_map(self, shape: torch.Size, *, of_result: bool = False) -> RowMap | None:
+        """Return where the entries of a tensor of this shape belong; None if it has no sample dimension.
+
+        of_result: it is made from the samples' entries, so that a single dimension may be theirs, flattened."""
+        if len(shape) == 0 or shape[0] == 0:
+            return None
+        if self.count == 1:  # whatever it is, it belongs to that sample
+            return ROWS if shape[0] == 1 else Flat(1)
+        if self.index is not None:
+            for each in self._maps:
+                if shape[: each.rows.dim()] == each.rows.shape:
+                    return each
+        elif shape[0] == self.count:
+            return ROWS
+        if (len(shape) == 1 and not of_result) or shape[0] % self.rows != 0 or self.of_positions:
+            return None
+        if self.index is None:
+            return Flat(self.count)
+        return Indexed(self.index.repeat_interleave(shape[0] // self.rows), self.count)
+
+
+def packed_documents(position_ids: Tensor, **_: Any) -> Tensor:
+    """Return the document of each position (R, T), where position ids start at 0 again with every document.
+
+    To be given as `samples=`; it takes what a Hugging Face model is called with."""
+    documents: Tensor = (position_ids == 0).flatten().cumsum(0) - 1
+    return documents.view_as(position_ids)
 
 
 def by_sample(description: Description, row_map: RowMap) -> Description:

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .contraction import Split, accumulation_dtype
 from .memory import Keep
 from .preconditioner import Preconditioner
+from .row_maps import Samples
 from .sinks import DotProducts
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def refuse_to_be_copied(self: object) -> NoReturn:
 
 @dataclass
 class Step:
-    """One pass over a joint batch of n train and m validation rows.
+    """One pass over a joint batch of n train and m validation samples.
 
     Of several micro-batches, which make one optimizer step, the first has the validation rows; their gradient
     is kept, by parameter, for the others, whose m is 0.
     """
 
     split: Split
+    samples: Samples
     input_shape: torch.Size  # of the model's input
     # Zeros (n, k) each. After the backward the gradient of a probe is the sum of the dot products of the
     # layers that share it, times s²/(n·G), or s²/(n·m) if pairwise: s is the common factor on the loss, G the
@@ -66,6 +68,7 @@ class Step:
     def begin(
         cls,
         split: Split,
+        samples: Samples,
         input_shape: torch.Size,
         like: Tensor,
         probes: int,
@@ -82,6 +85,7 @@ class Step:
         each = [zeros(split.n, split.directions) for _ in range(probes)]
         return cls(
             split,
+            samples,
             input_shape,
             each,
             zeros(()),
@@ -93,11 +97,6 @@ class Step:
         )
 
     __reduce__ = refuse_to_be_copied
-
-    @property
-    def rows(self) -> int:
-        """N: train and validation rows."""
-        return self.split.n + self.split.m
 
     def row_weights(self) -> Tensor:
         """Return the weight of every row's loss in the joint loss (n+m,): 1/(n·G) for train and 1/m for

@@ -22,7 +22,7 @@ from .errors import RowsError
 from .layer_rules.registry import LayerRule
 from .layer_rules.units import part_of, rerun, sample_gradients, tensors_of
 from .precision import without_autocast
-from .row_maps import RowMap, by_sample
+from .row_maps import RowMap, Samples, by_sample
 from .sinks import DotProducts, Site
 
 if TYPE_CHECKING:
@@ -194,13 +194,13 @@ class Rerun:
         layer: nn.Module,
         places: Sequence[tuple[nn.Module, str]],
         names: Sequence[str],
-        rows: int,
+        samples: Samples,
         x: Tensor,
         before: "Attributes",
     ) -> None:
         """before: the module's attributes before it ran, since it may keep a state in them."""
         self.before = before
-        self.layer, self.places, self.names, self.rows = layer, places, names, rows
+        self.layer, self.places, self.names, self.samples = layer, places, names, samples
         self.device = x.device.type
         self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
 
@@ -223,11 +223,13 @@ class Rerun:
 
         def of_sample(i: int) -> list[Tensor]:
             with swapped(self.places, parameters):
-                return sample_gradients(self.forward, parameters, inputs, self.names, backprops, i, self.rows)
+                return sample_gradients(
+                    self.forward, parameters, inputs, self.names, backprops, i, self.samples
+                )
 
         assert call.uses is not None
         if call.uses.alone(call.parameters):
-            totals, dots = call.sink.together(call.sites, of_sample, self.rows)
+            totals, dots = call.sink.together(call.sites, of_sample, self.samples.count)
             return list(totals), dots
         gradients: list[Tensor | None] = []
         every = []
@@ -236,7 +238,7 @@ class Rerun:
             def of_parameter(i: int, number: int = number) -> Tensor:
                 return of_sample(i)[number]
 
-            gradient, own_dots = call.take(number, Streamed(of_parameter, self.rows))
+            gradient, own_dots = call.take(number, Streamed(of_parameter, self.samples.count))
             gradients.append(gradient)
             if own_dots is not None:
                 every.append(own_dots)
@@ -245,10 +247,10 @@ class Rerun:
     def check(self, inputs: Sequence[Any], output: Any, name: str) -> None:
         """Raise RowsError unless the module gives a row alone what it gives it among the others."""
         with torch.no_grad():
-            for i in (0, self.rows - 1):
-                alone = rerun(self.forward, inputs, self.names, i, self.rows)
+            for i in (0, self.samples.count - 1):
+                alone = rerun(self.forward, inputs, self.names, i, self.samples)
                 for own, among in zip(alone, tensors_of(output), strict=True):
-                    want = part_of(among, i, self.rows)
+                    want = part_of(among, i, self.samples)
                     tolerance = 100 * torch.finfo(own.dtype).eps
                     if own.shape != want.shape or not torch.allclose(
                         own, want, rtol=tolerance, atol=tolerance * want.abs().max().item(), equal_nan=True

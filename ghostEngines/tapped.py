@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from .layer_rules.registry import LayerRule
 from .layer_rules.units import tensors_of
 from .precision import compute_dtype
-from .row_maps import Flat, Identity, RowMap
+from .row_maps import ROWS, RowMap
 from .sinks import Site
 from .step import CurrentStep, Step, refuse_to_be_copied
 from .tap import KEPT, Call, Recomputable, Rerun, Tap, attributes, swapped
 from .uses import Uses
 
-ROWS = Identity()
 RowMapMaker = Callable[[tuple[Any, ...], int], RowMap]
-"""(inputs of a layer's call, number of rows) -> its row map."""
+"""(inputs of a layer's call, number of samples) -> its row map."""
 
 
 def own_parameters(layer: nn.Module, rule: LayerRule) -> Iterator[tuple[str, nn.Module, str]]:
@@ -123,13 +122,13 @@ class TappedLayer:
         if not torch.compiler.is_compiling():
             link = self._enter_uses(step, call, parameters, row_map, arguments[0])
             if rule.unit:
-                call.rerun = Rerun(layer, places, tuple(named_inputs), step.rows, x, before)
+                call.rerun = Rerun(layer, places, tuple(named_inputs), step.samples, x, before)
             if step.guard is not None:
                 self._check_call(call, arguments, output)
-        elif rule.unit or row_map is None:
+        elif rule.unit or row_map is None or step.samples.index is not None:
             raise RuntimeError(
-                f"layer '{self.name}' runs in compiled code, and its rule needs more than plain mathematics: leave its "
-                "block uncompiled"
+                f"layer '{self.name}' runs in compiled code, and its rule, or samples that are not rows, need more "
+                "than plain mathematics: leave its block uncompiled"
             )
         outputs = [output] if isinstance(output, Tensor) else tensors_of(output)
         *tapped, link = Tap.apply(call, self.probe, link, len(outputs), *outputs, *parameters, *kept)
@@ -178,8 +177,9 @@ class TappedLayer:
         call.uses = step.uses.setdefault(self.group, Uses())
         tokens = None
         if self.rule.lookup:
-            rows = x.expand(step.rows, *x.shape) if row_map is None else row_map.to_rows(x)
-            tokens = rows.reshape(step.rows, -1)
+            count = step.samples.count
+            rows = x.expand(count, *x.shape) if row_map is None else row_map.to_rows(x)
+            tokens = rows.reshape(count, -1)
         call.position = call.uses.enter(parameters, tokens)
         return call.uses.link
 
@@ -198,29 +198,37 @@ class TappedLayer:
         return [_of(place) for place in own_parameters(self.layer, self.rule)]
 
     def enter(self, x: Tensor, arguments: tuple[Any, ...]) -> RowMap | None:
-        """Count this call, and return where the entries of the first dimension of its input x belong; None if
-        it has no sample dimension.
+        """Count this call, and return where the entries of its input x belong; None if it has no sample
+        dimension.
 
         Raises ValueError if that cannot be told, RuntimeError outside of a step."""
         step = self.step
         if self._current.phase == "forward":
             self.calls += 1
-        rows = step.split.n + step.split.m
+        samples = step.samples
         if self._row_map is not None:
-            return self._row_map(arguments, rows)
-        if rows == 1 and x.dim() > 0:  # whatever it is, it belongs to that row
-            return ROWS if x.shape[0] == 1 else Flat(1)
-        if x.dim() == 1 and x.shape[0] == rows and rows in step.input_shape[1:]:
+            return self._row_map(arguments, samples.count)
+        rows = samples.rows
+        if (
+            x.dim() == 1
+            and x.shape[0] == rows > 1
+            and rows in step.input_shape[1:]
+            and not samples.of_positions
+        ):
             raise ValueError(
                 f"layer '{self.name}' got an input of shape {tuple(x.shape)}, which may be one entry for "
                 f"each of the {rows} rows of the model's input, or for each of its {rows} columns: expand "
                 f"it to ({rows}, ...), or use another number of rows."
             )
-        if x.dim() > 0 and x.shape[0] == rows:
-            return ROWS
-        if x.dim() > 1 and x.shape[0] > 0 and x.shape[0] % rows == 0:
-            return Flat(rows)
-        return None
+        row_map = samples.row_map(x.shape)
+        if row_map is None and samples.of_positions and x.dim() > 2 and x.shape[0] == rows:
+            assert samples.index is not None
+            raise ValueError(
+                f"layer '{self.name}' got an input of shape {tuple(x.shape)}, with the rows of the model's input but "
+                f"not their positions {tuple(samples.index.shape)}, of which the samples are made: name where its "
+                "entries belong with row_maps, or freeze its parameters"
+            )
+        return row_map
 
     def site(self, name: str, parameter: Tensor) -> Site:
         """Return what the sink needs to know of a parameter in this pass."""
@@ -260,7 +268,7 @@ class TappedParameters(TappedLayer):
             call = Call(
                 self.layer, self.rule, (name,), (self.site(name, parameter),), step.sink, ROWS, (), None, None
             )
-            alone = ROWS if step.rows == 1 else None
+            alone = ROWS if step.samples.count == 1 else None
             link = self._enter_uses(step, call, [parameter], alone, parameter)
             output, link = Tap.apply(call, self.probe, link, 1, parameter.detach(), parameter)
             if call.uses is not None:

@@ -82,7 +82,8 @@ def verify(
         loss: (model, batch) -> one loss for each row. None: the cross entropy of the model's logits, with
         batch (x, y) as
             `per_sample_losses` takes them, or a dictionary with Hugging Face's `input_ids` and `labels`.
-        options: of GradDotProdEngine.
+        options: of GradDotProdEngine. With `samples` the loss gives one for each sample, and each of them is
+            differentiated alone, of the whole batch.
 
     Raises:
         UserError, RuntimeError, ValueError: the engine refuses the model; the message says why.
@@ -92,6 +93,21 @@ def verify(
     if not tensors:
         raise UserError("the batch has no tensor with rows")
     rows = tensors[0].shape[0]
+
+    def of_row(i: int) -> Tensor:
+        own: Tensor
+        (own,) = loss(model, _part(batch, i, rows))
+        return own
+
+    def of_sample(i: int) -> Tensor:
+        own: Tensor = loss(model, batch)[i]
+        return own
+
+    of_one = of_row
+    if options.get("samples") is not None:
+        of_one = of_sample
+        with torch.no_grad():
+            rows = len(loss(model, batch))
     n = rows - val_batch_size
     if n < 1:
         raise UserError(
@@ -109,7 +125,7 @@ def verify(
             engine.prepare_gradients()
             got_dots = engine.dot_products()
         got = {name: p.grad for name, p in named.items()}
-        want, want_dots, scales = _row_by_row(model, named, batch, loss, n, rows)
+        want, want_dots, scales = _one_by_one(named, of_one, n, rows)
     finally:
         for name, p in named.items():
             p.grad = before[name]
@@ -127,15 +143,14 @@ def verify(
     return Report(tuple(lines), Line("dot products", dots_error, bound), rows)
 
 
-def _row_by_row(
-    model: nn.Module, named: Mapping[str, nn.Parameter], batch: Any, loss: Loss, n: int, rows: int
+def _one_by_one(
+    named: Mapping[str, nn.Parameter], loss: Callable[[int], Tensor], n: int, rows: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The training gradient, the dot products (n,), and the scale of each, ‖∇ℓ_i‖·‖∇L_val‖, from one backward
-    pass for each row."""
+    pass for each loss."""
 
     def gradients(i: int) -> list[Tensor]:
-        (own,) = loss(model, _part(batch, i, rows))
-        found = torch.autograd.grad(own, list(named.values()), allow_unused=True)
+        found = torch.autograd.grad(loss(i), list(named.values()), allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, named.values(), strict=True)]
 
     direction = gradients(n)

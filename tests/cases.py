@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ghostEngines import CrossEntropyHead, GradDotProdEngine, per_sample_losses
@@ -36,6 +36,16 @@ def tiny_gpt2(tied: bool) -> GPT2LMHeadModel:
     for p in model.parameters():  # biases and norms away from their neutral starting values
         nn.init.normal_(p, std=0.3)
     return model
+
+
+def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
+    """Two heads that share a key and value head; called with keywords alone."""
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -4,10 +4,9 @@ from functools import partialmethod
 
 import pytest
 import torch
-from cases import V, token_rows
+from cases import tiny_llama, token_rows
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
 
@@ -15,12 +14,7 @@ from ghostEngines import GradDotProdEngine, per_sample_losses
 def test_a_llama_has_two_graphs_and_no_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step is not compiled, since the guard cannot look into compiled code; the scores are the same."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
-    config = LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, (x, y) = LlamaForCausalLM(config), token_rows()
+    model, (x, y) = tiny_llama(3), token_rows()
 
     def dots() -> list[Tensor]:
         engine, found = GradDotProdEngine(model, 2), []

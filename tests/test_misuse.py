@@ -63,9 +63,9 @@ def test_every_step_has_its_turn() -> None:
 @pytest.mark.parametrize(
     "bad", [lambda v: v[:3], lambda v: v.mean(), lambda v: v[:, None], lambda v: v.repeat(2)]
 )
-def test_joint_loss_takes_one_loss_per_row(bad) -> None:
+def test_joint_loss_takes_one_loss_per_sample(bad) -> None:
     engine, _, run, _ = started()
-    with pytest.raises(ValueError, match=r"one loss per row, \(5,\)"):
+    with pytest.raises(ValueError, match=r"one loss per sample, \(5,\)"):
         engine.joint_loss(bad(run(1)))
 
 

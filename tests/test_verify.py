@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import D, T, V, Wired, seeded, token_rows
+from cases import D, T, V, Wired, seeded, tiny_llama, token_rows
 from run_helpers import ROOT, python
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import ghostEngines
 from ghostEngines import RULES, RowsError, register_rule, verify
@@ -27,12 +26,8 @@ def test_an_exact_model_is_left_as_it_was() -> None:
 
 
 def test_a_hugging_face_model_with_labels() -> None:
-    config = LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16,
-    )  # fmt: skip
     x = torch.randint(V, (4, T))
-    assert verify(LlamaForCausalLM(config), {"input_ids": x, "labels": x}).exact
+    assert verify(tiny_llama(1), {"input_ids": x, "labels": x}).exact
 
 
 class Scale(nn.Module):
@@ -126,12 +121,7 @@ def test_the_lines_of_readme() -> None:
     """As they stand there, with a Hugging Face Llama."""
     section = (ROOT / "README.md").read_text().partition("## In your own loop")[2]
     lines = section.partition("```python\n")[2].partition("```")[0]
-    config = LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, (x, y) = LlamaForCausalLM(config), token_rows()
+    model, (x, y) = tiny_llama(), token_rows()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     names = {"model": model, "optimizer": optimizer, "m": 2, "X": x, "Y": y}
     exec(lines, names)

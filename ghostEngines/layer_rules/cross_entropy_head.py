@@ -60,8 +60,9 @@ def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targe
     step = tapped.step
     if not isinstance(tapped.enter(hidden, (hidden, targets)), Identity):
         raise ValueError(
-            f"layer '{tapped.name}' takes hidden states (rows, T, d), with the {step.rows} rows of the model's input "
-            f"first; got {tuple(hidden.shape)}"
+            f"layer '{tapped.name}' takes hidden states (rows, T, d), one row for each of the "
+            f"{step.samples.count} samples; got {tuple(hidden.shape)}. Samples that are not rows need nn.Linear and "
+            "per_sample_losses."
         )
     weight = layer.weight
     if step.guard is not None and step.guard.rehearsing:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..row_maps import Samples
 from .registry import LayerRule, anything_goes
 
 UNITS: dict[type[nn.Module], LayerRule] = {}
@@ -40,13 +41,33 @@ def stacked_rule(layer: nn.Module) -> LayerRule | None:
     return UNIT if any(p.dim() == 3 and min(p.shape) > 1 for p in own) else None
 
 
-def part_of(value: Any, i: int, rows: int) -> Any:
+def part_of(value: Any, i: int, samples: Samples) -> Any:
     """Return sample i's part of an input or output: of a tensor whose first dimension is a multiple of the
-    rows, its entries, the samples one after the other. Anything else belongs to all samples."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] % rows != 0:
+    samples, its entries, one sample after the other. Anything else belongs to all samples, and so does all of it
+    where samples are not the rows."""
+    if samples.index is not None or not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    each = value.shape[0] // rows
-    return value[i * each : (i + 1) * each]
+    each, rest = divmod(value.shape[0], samples.count)
+    return value if rest else value[i * each : (i + 1) * each]
+
+
+def backprop_of(gradient: Tensor, i: int, samples: Samples) -> Tensor:
+    """Return the gradient of sample i's part of an output, or the whole with zeros at all others where samples
+    are not the rows. Raises RuntimeError if it cannot be told which they are."""
+    if samples.index is None:
+        part: Tensor = part_of(gradient, i, samples)
+        return part
+    row_map = samples.row_map(gradient.shape)
+    if row_map is None:
+        raise RuntimeError(
+            f"a module that is taken as one layer has an output of shape {tuple(gradient.shape)}, of which it cannot "
+            "be told what belongs to which sample: freeze its parameters"
+        )
+    this = torch.arange(samples.count, device=gradient.device) == i
+    part = torch.zeros_like(gradient)
+    own = row_map.of_rows(this, len(gradient))
+    part[own] = gradient[own]
+    return part
 
 
 def rerun(
@@ -54,11 +75,11 @@ def rerun(
     inputs: Sequence[Any],
     names: Sequence[str],
     i: int,
-    rows: int,
+    samples: Samples,
 ) -> list[Tensor]:
     """Run a module on sample i's part of its inputs and return its floating-point outputs. names: of the last
     inputs."""
-    parts = [part_of(each, i, rows) for each in inputs]
+    parts = [part_of(each, i, samples) for each in inputs]
     positional = len(parts) - len(names)
     output = forward(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
     return tensors_of(output)
@@ -77,13 +98,13 @@ def sample_gradients(
     names: Sequence[str],
     backprops: Sequence[Tensor | None],
     i: int,
-    rows: int,
+    samples: Samples,
 ) -> list[Tensor]:
     """Return sample i's gradient of each parameter; forward runs the module with these very parameters."""
     with torch.enable_grad():
-        outputs = rerun(forward, inputs, names, i, rows)
+        outputs = rerun(forward, inputs, names, i, samples)
     pairs = [
-        (output, part_of(backprop, i, rows))
+        (output, backprop_of(backprop, i, samples))
         for output, backprop in zip(outputs, backprops, strict=True)
         if backprop is not None and output.requires_grad
     ]
