@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ghostEngines import GradDotProdEngine
-from model_setup import CausalLM, architecture_config, set_up_blocks
+from ghostEngines import GradDotProdEngine, per_sample_losses
+from model_setup import ARCHITECTURES, CausalLM, architecture_config, set_up_blocks
 
 ENGINE_OPTIONS = {
     "graddotprod": {},
@@ -36,12 +36,41 @@ EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
 
 
+LLAMA = "Llama-134M"  # Hugging Face's own model on all sides, with a plain cross entropy
+ARCHITECTURE_NAMES = (*ARCHITECTURES, LLAMA)
+
+
+class WithLosses(nn.Module):
+    """A Hugging Face model that returns a loss for each row."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return per_sample_losses(lambda x: self.hf(input_ids=x, use_cache=False), x, y)
+
+
+def llama() -> LlamaForCausalLM:
+    """12 layers of GPT2-Small's width and vocabulary."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50304,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 @dataclass
 class Setup:
     """What all methods share: the same weights, the same rows, train rows first."""
 
-    hf: GPT2LMHeadModel
-    ours: CausalLM
+    hf: nn.Module
+    ours: CausalLM | WithLosses
     x: Tensor
     y: Tensor
     n: int
@@ -52,17 +81,15 @@ class Setup:
     @classmethod
     def make(cls, args: argparse.Namespace) -> "Setup":
         torch.manual_seed(0)
-        config = architecture_config(args.architecture)
-        ours = CausalLM(GPT2LMHeadModel(config))
-        plain = architecture_config(args.architecture)
-        plain.activation_function = "gelu_new"  # what Hugging Face's GPT-2 runs
-        hf = GPT2LMHeadModel(plain)
+        if args.architecture == LLAMA:
+            ours, hf = WithLosses(llama()), llama()
+        else:
+            ours = CausalLM(GPT2LMHeadModel(architecture_config(args.architecture)))
+            plain = architecture_config(args.architecture)
+            plain.activation_function = "gelu_new"  # what Hugging Face's GPT-2 runs
+            hf = GPT2LMHeadModel(plain)
         hf.load_state_dict(ours.hf.state_dict())
-        if args.activation_checkpointing:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.compile:
-            for block in hf.transformer.h:
-                block.compile()
+        set_up_hugging_face(hf, compiled=args.compile, checkpointing=args.activation_checkpointing)
         rows = args.batch_size + args.val_batch_size
         tokens = torch.randint(50257, (rows, args.block_size + 1))
         x, y = tokens[:, :-1].to(args.device), tokens[:, 1:].to(args.device)
@@ -81,12 +108,25 @@ class Setup:
             args,
         )
 
-    def own_model(self, name: str) -> CausalLM:
+    def own_model(self, name: str) -> CausalLM | WithLosses:
         """Modules of its own around the shared parameters, for a method to attach to and to compile."""
         model = copy.deepcopy(self.ours, {id(parameter): parameter for parameter in self.ours.parameters()})
         compiled = self.args.compile and name not in EAGER
-        set_up_blocks(model, compiled=compiled, checkpointing=self.args.activation_checkpointing)
+        set_up = set_up_blocks if isinstance(model, CausalLM) else set_up_hugging_face
+        set_up(
+            model if isinstance(model, CausalLM) else model.hf,
+            compiled=compiled,
+            checkpointing=self.args.activation_checkpointing,
+        )
         return model
+
+
+def set_up_hugging_face(hf: nn.Module, *, compiled: bool, checkpointing: bool) -> None:
+    if checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        for block in hf.model.layers if isinstance(hf, LlamaForCausalLM) else hf.transformer.h:
+            block.compile()
 
 
 @dataclass
@@ -112,7 +152,7 @@ def make_hf(setup: Setup, rows: slice) -> Callable[[], None]:
     return step
 
 
-def make_regular(setup: Setup, model: CausalLM, rows: slice) -> Callable[[], None]:
+def make_regular(setup: Setup, model: nn.Module, rows: slice) -> Callable[[], None]:
     def step() -> None:
         with setup.autocast():
             losses = model(setup.x[rows], setup.y[rows])
@@ -121,7 +161,7 @@ def make_regular(setup: Setup, model: CausalLM, rows: slice) -> Callable[[], Non
     return step
 
 
-def make_engine(setup: Setup, model: CausalLM, **options: object) -> Callable[[], Tensor]:
+def make_engine(setup: Setup, model: nn.Module, **options: object) -> Callable[[], Tensor]:
     engine = GradDotProdEngine(model, setup.m, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1.0, fused=True)
     if engine.direction == "adamw":  # which divides by sqrt(0) + 1 after a step of zero gradients

@@ -24,9 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.step_methods import METHODS, Method, Setup, make_loop, make_methods
+from benchmarks.step_methods import (
+    ARCHITECTURE_NAMES,
+    METHODS,
+    Method,
+    Setup,
+    make_loop,
+    make_methods,
+)
 from foundation.paths import path_argument
-from model_setup import ARCHITECTURES, CausalLM
 
 RATIOS = (
     ("graddotprod", "regular_nm"),
@@ -43,7 +49,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relati
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in (model.hf if isinstance(model, CausalLM) else model).parameters()]
+    return [p.grad for p in getattr(model, "hf", model).parameters()]
 
 
 def check(setup: Setup, methods: dict[str, Method], dtype: str) -> None:
@@ -183,7 +189,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "benchmarks.step_time", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="GPT2-Small")
+    parser.add_argument("--architecture", choices=ARCHITECTURE_NAMES, default="GPT2-Small")
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=2, help="n, train rows")
     parser.add_argument("--val_batch_size", type=int, default=1, help="m, validation rows")

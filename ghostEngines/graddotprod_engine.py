@@ -8,6 +8,7 @@ for the probe its per-sample dot products. Autograd adds the probe's gradients o
 training gradient. Nothing is stored on modules or parameters and no gradient is made behind autograd's back:
 reducers, clipping, accumulation and checkpointing see an ordinary model."""
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -42,6 +43,8 @@ from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity
 from .strategies import STRATEGIES
 from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer, TappedParameters
+
+log = logging.getLogger(__name__)
 
 LossScale = float | Callable[[], float | Tensor]
 
@@ -249,6 +252,7 @@ class GradDotProdEngine:
         split, samples, shape = self._split(args, kwargs)
         guard = None
         if self._guards and self._batch_size(samples, shape) not in self._guarded:
+            log.info("checking that the %d samples of this step do not depend on each other, once", samples.count)
             weight = self._weight()
             guard = Guard(self.halves(samples.count), weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
