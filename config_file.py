@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
-from domain_lists import Selection, parse_domains, parse_set
+from data_processing.domain_lists import Selection, parse_domains, parse_set
+from foundation.errors import ConfigError
+from foundation.flags import check_flags, flag, flag_parser, flags_of
 from foundation.paths import expand_home
+from score_store.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent
 
@@ -223,6 +225,11 @@ class TrainingConfig:
         return Path(self.results_dir) / self.run_name
 
     @property
+    def folder(self) -> RunFolder:
+        """The paths in this run's folder. Of a resolved configuration only."""
+        return RunFolder(self.result_dir)
+
+    @property
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint (--resume auto is settled by then: run_folder)."""
         return self.resume == "always" or self.resume_from is not None
@@ -231,7 +238,7 @@ class TrainingConfig:
     def saved_model(self) -> Path | None:
         """The model that --eval_only evaluates; None: the untrained one. Of a resolved configuration only."""
         assert self.eval_only
-        return None if "run_name" in self.resolved_from else self.result_dir / "model"
+        return None if "run_name" in self.resolved_from else self.folder.model
 
     def validate(self) -> None:
         """Check all that can be known without data and model. Raises ConfigError at the first thing wrong."""

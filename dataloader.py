@@ -1,151 +1,35 @@
-"""Memory-mapped shards -> training batches (x, y, sample ids), in a seeded order that nothing else decides.
+"""The data of a run: training and evaluation batches in a seeded order, and the validation rows.
 
-Block b of a domain is tokens[b*T : b*T + T + 1]: neighbours share one token, so that each token after the
-first is a target exactly once; what is left at a domain's end is not used. Row r of global step s is position
-s*B + r of the order, with B the rows of all processes together: how many processes share them does not
-matter, and a step is found without walking through those before it. Nothing here is as large as the data.
+Row r of global step s is position s*B + r of the order, with B the rows of all processes together: how many
+processes share them does not matter, and a step is found without walking through those before it. Nothing here
+is as large as the data.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from batch_order import BatchOrder, seeded_choice
-from command_line import ConfigError
-from data_processing.shards import VOCAB, Shard, ShardError, list_shards
-from domain_lists import Selection, listed, shown
+from config_file import TrainingConfig
+from data_processing.block_order import BatchOrder, seeded_choice
+from data_processing.blocks import Batch, BlockDataset
+from data_processing.domain_lists import Selection, shown
+from data_processing.tokenizers import Tokenizer, get_tokenizer
+from foundation.errors import ConfigError
+from run.processes import World
 
-BLOCK_BITS = 40  # a sample id is the number of the domain, then so many bits of the block's number
+EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are not the first training batches
 
-
-@dataclass(frozen=True)
-class Batch:
-    """b samples of T positions."""
-
-    x: torch.Tensor  # (b, T) int64
-    y: torch.Tensor  # (b, T) int64, the targets: y[:, t] is the token after x[:, t]; shifted once, here
-    sample_ids: npt.NDArray[np.int64]  # (b,)
-    domains: tuple[str, ...]  # length b
-    blocks: npt.NDArray[np.int64]  # (b,) within the domain
+logger = logging.getLogger(__name__)
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """x, y (n, T), copied without waiting where they are in pinned memory."""
     return batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
-
-
-class BlockDataset:
-    """The blocks of one split. Opening it reads no tokens: that happens as batches need them.
-
-    domains: those in use, sorted; blocks_per_domain and checksums: of each of them, in that order;
-    num_blocks and max_token_id: over all of them; tokenizer: the one that made them; short: tokens of each
-    domain that is not used because it has no whole block.
-    """
-
-    def __init__(self, shards: Sequence[Shard], block_size: int, selection: Selection) -> None:
-        """shards: all of the split, sorted. Raises as `open` does."""
-        if block_size < 1:
-            raise ConfigError(f"--block_size {block_size}: at least 1")
-        self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
-        self.all_domains = list(self._numbers)
-        self.block_size = block_size
-        self.tokenizer = shards[0].tokenizer
-        wanted = self._wanted(shards, selection)
-        short = [shard for shard in wanted if self._blocks_of(shard) == 0]
-        if short and (selection.domains is not None or len(short) == len(wanted)):
-            raise ConfigError(self._too_short(short, wanted, selection))
-        self.short = {shard.domain: shard.num_tokens for shard in short}
-        self._shards = {shard.domain: shard for shard in wanted if shard not in short}
-        self.domains = tuple(self._shards)
-        self.checksums = {domain: shard.checksum for domain, shard in self._shards.items()}
-        self.max_token_id = max(shard.max_token_id for shard in self._shards.values())
-        self.blocks_per_domain = {domain: self._blocks_of(shard) for domain, shard in self._shards.items()}
-        self.num_blocks = sum(self.blocks_per_domain.values())
-
-    @classmethod
-    def open(cls, data_dir: Path, block_size: int, selection: Selection) -> Self:
-        """Opens a split, or some domains of it. Without names, domains without a whole block are left out.
-
-        Raises ShardError if a shard is missing or damaged, ConfigError if a domain that was named is not
-        there or has no whole block, or if none has one.
-        """
-        return cls(list_shards(data_dir, selection.split), block_size, selection)
-
-    def _blocks_of(self, shard: Shard) -> int:
-        return (shard.num_tokens - 1) // self.block_size
-
-    def _wanted(self, shards: Sequence[Shard], selection: Selection) -> list[Shard]:
-        names = self.all_domains if selection.domains is None else selection.domains
-        missing = [name for name in names if name not in self._numbers]
-        if missing:
-            raise ConfigError(
-                f"{selection.given}: no {listed(missing)} in {shards[0].path.parent}; choose from "
-                f"{listed(self.all_domains)}"
-            )
-        return [shard for shard in shards if shard.domain in names]
-
-    def _too_short(self, short: Sequence[Shard], wanted: Sequence[Shard], selection: Selection) -> str:
-        folder, block = short[0].path.parent, f"a block is {self.block_size + 1} tokens"
-        longest = max(wanted, key=lambda shard: shard.num_tokens)
-        if longest in short:
-            return (
-                f"{selection.given}: {block}, and the longest of these domains in {folder} is "
-                f"{_length(longest)}; choose --block_size {longest.num_tokens - 1} or smaller"
-            )
-        rest = selection.only(shard.domain for shard in wanted if shard not in short)
-        enough = min(shard.num_tokens for shard in short) - 1
-        return (
-            f"{selection.given}: {block}, and in {folder} there are fewer in "
-            f"{', '.join(map(_length, short))}; choose {rest}, or --block_size {enough} or smaller"
-        )
-
-    def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:
-        """(T+1,) uint16: a view of the memory map, not to be kept. Raises IndexError if there is no such
-        block, ShardError if the shard cannot be read any more."""
-        if not 0 <= block < self.blocks_per_domain[domain]:
-            raise IndexError(f"block {block} of {domain!r}, which has {self.blocks_per_domain[domain]}")
-        start = block * self.block_size
-        return self._shards[domain].tokens[start : start + self.block_size + 1]
-
-    def sample_id(self, domain: str, block: int) -> int:
-        """A block's id, the same for every choice of domains. Its high bits are the domain's place among all
-        domains of the split, `all_domains`: another folder may have other domains, and then other ids."""
-        return self._numbers[domain] << BLOCK_BITS | block
-
-    def batch(self, places: Sequence[tuple[str, int]]) -> Batch:
-        """The batch of these (domain, block). Raises ShardError if a token is beyond the vocabulary."""
-        rows = np.empty((len(places), self.block_size + 1), np.uint16)  # (b, T+1)
-        for row, (domain, block) in zip(rows, places, strict=True):
-            row[:] = self.tokens(domain, block)  # one view at a time: each keeps a file open
-        if rows.max() >= VOCAB:
-            self._report_foreign_token(places, rows)
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return Batch(
-            x=tokens[:, :-1].contiguous(),
-            y=tokens[:, 1:].contiguous(),
-            sample_ids=np.array([self.sample_id(domain, block) for domain, block in places], np.int64),
-            domains=tuple(domain for domain, _ in places),
-            blocks=np.array([block for _, block in places], np.int64),
-        )
-
-    def _report_foreign_token(self, places: Sequence[tuple[str, int]], rows: npt.NDArray[np.uint16]) -> None:
-        """An embedding would fail on such a token too, but on a GPU without saying where it came from."""
-        domain, block = places[int(rows.max(axis=1).argmax())]
-        path = self._shards[domain].path.with_suffix(".bin")
-        raise ShardError(
-            f"{path}: token id {rows.max()} in block {block} is beyond the vocabulary of {VOCAB} ids: the "
-            "file is damaged; tokenize again"
-        )
-
-
-def _length(shard: Shard) -> str:
-    return f"{shown(shard.domain)} ({shard.num_tokens} tokens)"
 
 
 class BatchLoader:
@@ -223,3 +107,90 @@ def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
             f"positions; choose 1 to {dataset.num_blocks}, or a smaller --block_size"
         )
     return dataset.batch(seeded_choice(m, dataset.blocks_per_domain, seed))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """train: the loader of training batches. evaluation: a loader for each of train, val and test.
+    validation: the rows (m, T) that dot products refer to. tokenizer: the one that made the shards."""
+
+    train: Prefetch
+    evaluation: dict[str, BatchLoader]
+    validation: Batch
+    tokenizer: Tokenizer
+    blocks: dict[str, BlockDataset]
+
+    @classmethod
+    def open(cls, config: TrainingConfig, world: World) -> "TrainingData":
+        """Opens the shards that the configuration names, and logs which domains have no whole block.
+
+        Raises ShardError for shards that are missing or damaged, ConfigError for a domain that was named and
+        is not there or has no whole block, a split without a whole block, too few validation blocks, or
+        shards of different tokenizers."""
+        assert config.pile_data_dir is not None
+        data_dir, selections = Path(config.pile_data_dir), config.selections()
+        blocks = {
+            name: BlockDataset.open(data_dir, config.block_size, selection)
+            for name, selection in selections.items()
+        }
+        check_tokenizers(blocks)
+        log_short_domains(selections, blocks, config.block_size)
+        train = BatchLoader(
+            blocks["train"],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            weights=selections["train"].weights,
+            rank=world.rank,
+            world_size=world.size,
+            micro_batches=config.gradient_accumulation_steps,
+        )
+        assert config.eval_bs is not None
+        evaluation = {
+            name: BatchLoader(part, batch_size=config.eval_bs, seed=config.seed + EVALUATION_SEED)
+            for name, part in blocks.items()
+        }
+        validation = validation_batch(blocks["val"], config.val_batch_size, config.seed)
+        ahead = Prefetch(train, pin=config.device == "cuda")
+        return cls(ahead, evaluation, validation, get_tokenizer(blocks["train"].tokenizer), blocks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.train.close()
+
+
+def log_short_domains(
+    selections: Mapping[str, Selection], blocks: Mapping[str, BlockDataset], block_size: int
+) -> None:
+    """Log one line that names the domains without a whole block, if there are any."""
+    found = [
+        f"{shown(domain)} in {selections[name].split} ({tokens} tokens)"
+        for name, part in blocks.items()
+        for domain, tokens in part.short.items()
+    ]
+    if found:
+        logger.warning(
+            "domains without a whole block of %d tokens (--block_size %d and the last target) are not used: "
+            "%s",
+            block_size + 1,
+            block_size,
+            ", ".join(dict.fromkeys(found)),
+        )
+
+
+def check_tokenizers(blocks: dict[str, BlockDataset]) -> None:
+    """ConfigError for splits of different tokenizers."""
+    tokenizers = {name: part.tokenizer for name, part in blocks.items()}
+    if len(set(tokenizers.values())) > 1:
+        raise ConfigError(f"the splits were made by different tokenizers, {tokenizers}: make them with one")
+
+
+def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
+    """ConfigError for token ids that the model has no row for."""
+    for name, part in blocks.items():
+        if part.max_token_id >= vocabulary:
+            raise ConfigError(
+                f"the {name} shards have token id {part.max_token_id}, the model's vocabulary ends at "
+                f"{vocabulary - 1}: tokenize them with a GPT-2 tokenizer"
+            )

@@ -7,11 +7,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from config_file import TrainingConfig
-from dataloader import BatchLoader, to_device
-from distributed import World
-from finite_guard import NonFiniteLoss
+from dataloader import BatchLoader, TrainingData, to_device
 from model_setup import CausalLM, Precision
-from training_data import TrainingData
+from run.finite_guard import NonFiniteLoss
+from run.processes import World
 
 
 @torch.no_grad()

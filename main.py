@@ -18,7 +18,17 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 import torch
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import (
+from config_file import TrainingConfig, describe, resolve
+from dataloader import TrainingData, check_tokens, to_device
+from evaluation import check_evaluation, evaluate
+from foundation.errors import ConfigError, UserError
+from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
+from ghostEngines.covered_layers import contraction_plan, cover
+from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
+from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
+from ghostEngines.strategies.instantiate import GPU_NUMEL
+from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
+from run.checkpoint import (
     RUN_CONFIG,
     find_checkpoint,
     find_saved_model,
@@ -26,22 +36,9 @@ from checkpoint import (
     remove_after,
     step_of,
 )
-from config_file import ConfigError, TrainingConfig, describe, resolve
-from dataloader import to_device
-from distributed import SharedError, World, distributed_world, first_of_machine
-from evaluation import check_evaluation, evaluate
-from file_system import check_file_system
-from finite_guard import NonFiniteLoss
-from foundation.errors import UserError
-from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
-from ghostEngines.coverage import contraction_plan, cover
-from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
-from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
-from ghostEngines.metrics_log import ScoreWriter, drop_rows_from
-from ghostEngines.strategies.instantiate import GPU_NUMEL
-from interrupts import Interrupted, drop_closed_outputs, stop_signals
-from model_setup import CausalLM, Precision, build_model, build_optimizer, load_model, parallelise
-from run_folder import (
+from run.file_system import check_file_system
+from run.finite_guard import NonFiniteLoss
+from run.folder import (
     changes,
     check_result_dir,
     differences,
@@ -53,13 +50,15 @@ from run_folder import (
     settle_resume,
     try_result_dir,
 )
-from run_log import RunLog, SilentLog, check_wandb
-from run_parts import check_parts
-from summary import print_summary
-from training_data import TrainingData, check_tokens
+from run.log import RunLog, SilentLog, check_wandb
+from run.parts import check_parts
+from run.processes import SharedError, World, distributed_world, first_of_machine
+from run.signals import Interrupted, drop_closed_outputs, stop_signals
+from run.state import checkpoint_facts, global_batch_size, space_needed
+from run.summary import print_summary
+from score_store.validation_rows import hash_of_rows, save_validation_rows
+from score_store.writer import ScoreWriter, drop_rows_from
 from training_loop import Trainer
-from training_state import checkpoint_facts, global_batch_size, space_needed
-from validation_rows import hash_of_rows, save_validation_rows
 
 logger = logging.getLogger("main")
 
@@ -117,9 +116,7 @@ def run_in(world: World, config: TrainingConfig, resources: ExitStack) -> int:
     logger.info("%s\n", describe(config))
     if config.eval_only:
         return evaluate_only(config, model, data, world)
-    world.first(
-        lambda: save(config, config.result_dir / "config.json", provenance() | computation(config, model))
-    )
+    world.first(lambda: save(config, config.folder.config, provenance() | computation(config, model)))
     parallel = parallelise(model, config, world)
     optimizer = build_optimizer(model, config)
     step = 0 if checkpoint is None else step_of(checkpoint)
@@ -157,7 +154,7 @@ def find_resumed(
     if not config.resumes:
         return None
     resources.enter_context(locked(config))
-    checkpoint = find_checkpoint(config.result_dir / "checkpoints", config.resume_from)
+    checkpoint = find_checkpoint(config.folder.checkpoints, config.resume_from)
     manifest = read_manifest(checkpoint)
     found = changes(config, checkpoint / RUN_CONFIG)
     now = checkpoint_facts(config, world, data)
@@ -228,7 +225,7 @@ def build_manager(
         return GhostEngineManager(micro_batches)
     val_x, val_y = to_device(data.validation, Precision.of(config).device)
     if world.rank == 0 and not config.resumes:
-        save_validation_rows(data.validation, data.tokenizer, config.result_dir / "validation")
+        save_validation_rows(data.validation, data.tokenizer, config.folder.validation_rows)
     metadata = {
         "run_configuration": json.dumps(lasting(config)),
         "validation_sha256": hash_of_rows(data.validation),
@@ -238,7 +235,7 @@ def build_manager(
         "domains": json.dumps(data.blocks["train"].all_domains),  # whose places are the sample ids' high bits
         "layers": json.dumps(list(cover(model).layers)),  # the order of per-layer scores
     }
-    folder = config.result_dir / "grad_dotprods"
+    folder = config.folder.scores
     if world.rank == 0 and config.resumes:
         drop_rows_from(folder, step, metadata=metadata, granularity=config.score_granularity)
     world.wait()
@@ -270,9 +267,7 @@ def computation(config: TrainingConfig, model: CausalLM) -> dict[str, object]:
         return {}
     split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
     by_direction = config.gradient_accumulation_steps > 1 or config.direction == "adamw"
-    plan = contraction_plan(
-        cover(model).layers, split, config.block_size, forced_strategy(config), by_direction
-    )
+    plan = contraction_plan(cover(model), split, config.block_size, forced_strategy(config), by_direction)
     return {
         "contraction_by_layer": plan,
         "tile_numel": TILE_NUMEL,

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from config_file import ConfigError, TrainingConfig
-from distributed import World
+from config_file import TrainingConfig
+from foundation.errors import ConfigError
 from ghostEngines import CrossEntropyHead
-from pretrained import read_config, read_model
+from models.pretrained import read_config, read_model
+from run.processes import World
 
 logger = logging.getLogger(__name__)
 

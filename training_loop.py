@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from config_file import TrainingConfig
-from dataloader import Batch, to_device
-from distributed import World
+from data_processing.blocks import Batch
+from dataloader import TrainingData, to_device
 from evaluation import check_evaluation, evaluate
-from finite_guard import FiniteGuard, NonFiniteLoss
 from ghostEngines.engine_manager import GhostEngineManager
-from interrupts import Interrupted, StopSignals, interrupt_deferred
 from model_setup import CausalLM, Precision, gradient_sync
-from run_log import RunLog
-from training_data import TrainingData
-from training_state import TrainingState, checkpoint_facts, global_batch_size
+from run.finite_guard import FiniteGuard, NonFiniteLoss
+from run.log import RunLog
+from run.processes import World
+from run.signals import Interrupted, StopSignals, interrupt_deferred
+from run.state import TrainingState, checkpoint_facts, global_batch_size
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

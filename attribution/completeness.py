@@ -5,7 +5,7 @@ import re
 import duckdb
 
 from attribution.scored_run import AttributionError, ScoredRun
-from ghostEngines.score_files import FILE_NAME
+from score_store.files import FILE_NAME
 
 Window = tuple[int | None, int | None]  # first and last step, both included; None: the scores' own
 

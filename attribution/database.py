@@ -21,9 +21,9 @@ import duckdb
 import pyarrow as pa
 
 from attribution.completeness import Window, check_steps, check_window
-from attribution.progress import progress_bar
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
-from dataloader import BLOCK_BITS
+from data_processing.blocks import BLOCK_BITS
+from foundation.progress import progress_bar
 
 Normalise = Literal["none", "absolute", "predicted"]
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attribution.progress import progress_bar
 from data_processing.shards import Shard
+from foundation.progress import progress_bar
 
 BATCH = 1 << 14  # samples at a time
 ROW_GROUP = 1 << 17  # documents

@@ -10,11 +10,12 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_processing.blocks import BlockDataset
+from data_processing.domain_lists import Selection
 from data_processing.shards import Shard, list_shards
-from dataloader import BlockDataset
-from domain_lists import Selection
 from foundation.errors import UserError, file_errors
-from ghostEngines.metrics_log import open_scores
+from score_store.run_folder import RunFolder
+from score_store.writer import open_scores
 
 # What the metadata of scores must say, for any use of them.
 METADATA = (
@@ -59,7 +60,7 @@ class ScoredRun:
                     f"{folder} is a run of method Regular, which has no scores; train with --method "
                     "GradDotProd"
                 )
-            scores = open_scores(folder / "grad_dotprods")
+            scores = open_scores(RunFolder(folder).scores)
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
         if missing := [key for key in METADATA if key not in metadata]:
             raise AttributionError(f"{scores.files[0]} lacks {', '.join(missing)}: {OTHER_VERSION}")
@@ -132,7 +133,7 @@ class ScoredRun:
     def validation_rows(self) -> pa.Table:
         """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to.
         AttributionError if the run's folder has lost them, or they are damaged."""
-        path = self.folder / "validation" / "rows.parquet"
+        path = RunFolder(self.folder).validation_rows
         with file_errors(path, AttributionError):
             if not path.is_file():
                 raise AttributionError(f"{path} is missing: copy the run's folder again")
@@ -144,7 +145,7 @@ class ScoredRun:
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, in order. The last line may be unfinished, and is left out then.
         AttributionError if the file is missing or damaged."""
-        path = self.folder / "metrics.jsonl"
+        path = RunFolder(self.folder).metrics
         with file_errors(path, AttributionError):
             if not path.is_file():
                 raise AttributionError(f"{path} is missing: copy the run's folder again")
@@ -156,7 +157,7 @@ class ScoredRun:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = RunFolder(folder).config
     if not path.is_file():
         raise AttributionError(
             f"{folder} is not the folder of a run: it has no config.json; name a result_dir"

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from attribution.efficiency import Efficiency
+from data_processing.blocks import BlockDataset
 from data_processing.tokenizers import Tokenizer
-from dataloader import BlockDataset
 
 FIRST_TOKENS = 200  # decoded for the first words
 FIRST_CHARACTERS = 100
@@ -31,7 +31,7 @@ def first_words(text: str) -> str:
     return printable(text)[:FIRST_CHARACTERS]
 
 
-def print_extremes(
+def print_samples(
     screen: Console, extremes: Mapping[str, pa.Table], blocks: BlockDataset, tokenizer: Tokenizer
 ) -> None:
     """A line for each sample, with its first words. extremes: title -> rows with domain, block, value."""

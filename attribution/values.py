@@ -16,18 +16,19 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from attribution.command_line import argument_parser, run_command, run_options
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet, quoted
 from attribution.documents import write_documents
 from attribution.efficiency import efficiency, steps_of_half
+from attribution.options import argument_parser, run_command, run_options
 from attribution.scored_run import AttributionError, ScoredRun
-from attribution.screen import plain_console, print_domains, print_efficiency, print_extremes
+from attribution.screen import plain_console, print_domains, print_efficiency, print_samples
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
+from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import write_json_atomically
 from data_processing.tokenizers import get_tokenizer
-from dataloader import BLOCK_BITS
 from foundation.paths import path_argument
+from score_store.run_folder import RunFolder
 
 EXTREMES = 3  # samples shown at either end
 
@@ -89,7 +90,7 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
         "\nmost helpful samples": highest.filter(pc.greater(highest["value"], 0)),
         "\nmost harmful samples, the worst first": lowest.filter(pc.less(lowest["value"], 0)),
     }
-    print_extremes(screen, titles, blocks, get_tokenizer(blocks.tokenizer))
+    print_samples(screen, titles, blocks, get_tokenizer(blocks.tokenizer))
     screen.print()
     if normalise == "none":
         half, count = steps_of_half(values.read("steps"))
@@ -177,7 +178,7 @@ def main(argv: list[str]) -> None:
     options = run_options(arguments)
     values = write_values(
         options.runs,
-        arguments.output or options.runs[0].folder / "values",
+        arguments.output or RunFolder(options.runs[0].folder).values,
         normalise=options.normalise,
         steps=options.steps,
         memory_limit=options.memory_limit,

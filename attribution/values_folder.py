@@ -1,6 +1,5 @@
 """A folder of values on disk: what its files hold (FILES), reading one, writing one whole or not at all."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from attribution.database import parquet
 from attribution.documents import DOCUMENT_SCHEMA
 from attribution.scored_run import AttributionError
 from foundation.errors import file_errors
+from foundation.files import lock
 
 FORMAT = {"format": "attribution values", "format_version": 1}
 MANIFEST = "values.json"  # the format, how the values were made, and of which runs
@@ -108,7 +108,7 @@ class Values:
         value, beginning with the most extreme one."""
         with duckdb.connect() as connection:
             source = parquet(self.path(name))
-            return extremes(connection, source, KEYS[name], count)
+            return highest_and_lowest(connection, source, KEYS[name], count)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def extremes(
+def highest_and_lowest(
     connection: duckdb.DuckDBPyConnection, source: str, key: str, count: int
 ) -> tuple[pa.Table, pa.Table]:
     """As `Values.extremes`. source: of rows with a value, in SQL; key: the columns that tell them apart."""
@@ -183,7 +183,7 @@ def being_written(folder: Path) -> Iterator[Path]:
 def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
         yield
     except BlockingIOError as error:
         raise AttributionError(f"{folder}: another process writes values there; wait for it") from error

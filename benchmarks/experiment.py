@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from attribution.curated_folder import SUFFIXES
-from attribution.cut_shards import cut
-from attribution.progress import progress_bar
+from attribution.curate.curated_folder import SUFFIXES
+from attribution.curate.cut_shards import cut
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from benchmarks.launch import ROOT, flags_of
 from data_processing.shards import EOT, Shard, ShardWriter, list_shards
 from foundation.paths import expand_home, path_argument
+from foundation.progress import progress_bar
 
 SPLITS = ("train", "val", "test")
 

@@ -32,11 +32,11 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import main as program
-import run_log
 import training_loop
 from benchmarks.launch import flags_of, fork
-from checkpoint import list_checkpoints
-from run_folder import LOCK
+from run import log as run_log
+from run.checkpoint import list_checkpoints
+from run.folder import LOCK
 
 SETTINGS = {
     "architecture": "GPT2-Tiny", "device": "cpu", "block_size": 16, "batch_size": 2, "max_steps": 40,

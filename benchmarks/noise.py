@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from attribution.curate import curate
+from attribution.curate.command import curate
 from attribution.scored_run import ScoredRun
 from benchmarks.experiment import (
     auroc,

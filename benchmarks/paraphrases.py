@@ -26,10 +26,11 @@ from benchmarks.experiment import (
     train,
     write_split,
 )
+from data_processing.blocks import BlockDataset
+from data_processing.domain_lists import parse_set
 from data_processing.shards import EOT, list_shards
 from data_processing.tokenizers import Tokenizer, get_tokenizer
-from dataloader import BlockDataset, validation_batch
-from domain_lists import parse_set
+from dataloader import validation_batch
 
 BLOCK, BATCH, ROWS = 64, 8, 8
 EDITS = {"light": 0.1, "heavy": 0.4}  # share of the words that are left out or change places

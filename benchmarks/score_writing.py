@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ghostEngines.metrics_log import ScoreWriter, open_scores
+from score_store.writer import ScoreWriter, open_scores
 
 DOMAINS = tuple(f"Domain {number:02d}" for number in range(22))
 

@@ -25,10 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import trange
 
-from batch_order import permute
+from data_processing.block_order import permute
+from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import EOT, FORMAT_VERSION, INDEX_TYPE, MAGIC, TOKEN_TYPE, write_json_atomically
-from dataloader import BLOCK_BITS
-from ghostEngines.score_files import DICTIONARY_COLUMNS, FORMAT, score_file, score_schema
+from score_store.files import score_file
+from score_store.schema import DICTIONARY_COLUMNS, FORMAT, score_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = 22  # as many as the Pile has, each 0.8 times as large as the one before

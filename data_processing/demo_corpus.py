@@ -17,7 +17,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from data_processing.split_parts import MANIFEST
 from data_processing.tokenize_pile import SPLITS, tokenize
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
+from foundation.files import remove, written_whole
 from foundation.paths import path_argument
 
 TOKENIZER = "gpt2_bytes"
@@ -163,15 +163,14 @@ def deal(domain: str, texts: Sequence[str]) -> dict[str, list[str]]:
 def write_corpus(folder: Path) -> None:
     """Writes {folder}/{train,val,test}.jsonl, all or none of them."""
     partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for domain, texts in DOMAINS.items():
-        for split, dealt in deal(domain, documents(texts())).items():
-            with (partial / f"{split}.jsonl").open("a", encoding="utf-8") as file:
-                for text in dealt:
-                    file.write(json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n")
-    partial.rename(folder)
+    remove(partial)
+    with written_whole(folder, partial):
+        partial.mkdir(parents=True)
+        for domain, texts in DOMAINS.items():
+            for split, dealt in deal(domain, documents(texts())).items():
+                with (partial / f"{split}.jsonl").open("a", encoding="utf-8") as file:
+                    for text in dealt:
+                        file.write(json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n")
 
 
 def is_complete(output_dir: Path) -> bool:

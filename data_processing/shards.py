@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from data_processing.shard_files import AppendedFile, MappedFile, ShardError
 from foundation.errors import file_errors
+from foundation.files import write_text
 
 MAGIC = "pile-token-shard"
 FORMAT_VERSION = 1
@@ -229,9 +230,7 @@ class ShardWriter:
 
 def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object so that `path` never holds half of it."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_text(path, json.dumps(content, indent=1) + "\n", Path(f"{path}.partial"), durable=False)
 
 
 def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:

@@ -8,10 +8,8 @@ So a split appears whole or not at all, and an input file that was finished befo
 again. While it is joined, a split takes twice its room on disk.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +31,7 @@ from data_processing.shards import (
     open_shard,
     write_json_atomically,
 )
+from foundation.files import lock, sync
 
 MAX_DOMAINS = 256  # a writer with two buffers for each while a part is written
 JOIN_TOKENS = 1 << 23  # read at a time when parts are joined
@@ -53,9 +52,9 @@ def work_folder(output_dir: Path, split: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PileError(f"--output_dir {output_dir}: cannot be written ({error}); choose another") from error
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError as error:
             raise PileError(
                 f"--output_dir {output_dir}: another process is writing split {split!r}; wait"
@@ -202,16 +201,10 @@ def _append_shard(joined: ShardWriter, shard: Shard) -> None:
             first = last
 
 
-def publish(joined: Path, work: Path, target: Path, manifest: dict[str, Any]) -> None:
+def publish_split(joined: Path, work: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Makes the joined shards the split, in one rename, and removes the rest of the work."""
     write_json_atomically(joined / MANIFEST, manifest)
     with ThreadPoolExecutor(8) as threads:  # file systems commit what is asked for at the same time at once
-        list(threads.map(_to_disk, joined.iterdir()))
+        list(threads.map(sync, joined.iterdir()))
     joined.rename(target)
     shutil.rmtree(work)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file would survive a power failure."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

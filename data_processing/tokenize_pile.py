@@ -36,7 +36,7 @@ from data_processing.split_parts import (
     PartWriter,
     finished_part,
     join_parts,
-    publish,
+    publish_split,
     work_folder,
 )
 from data_processing.tokenizers import TOKENIZERS, get_tokenizer
@@ -109,7 +109,7 @@ def tokenize(
         counts = Counts()
         for part in parts:
             counts.add(part.counts)
-        publish(joined, work, job.target, job.identity() | {"counts": asdict(counts)})
+        publish_split(joined, work, job.target, job.identity() | {"counts": asdict(counts)})
     _log_result(job, counts)
     return counts
 

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class ConfigError(UserError):
+    """The program cannot be run as asked; the message names the flag, the value seen and what to do."""
+
+
 @contextmanager
 def file_errors(path: Path | str, error_class: type[UserError] = UserError) -> Iterator[None]:
     """Raise an OSError of the block (disk full, no permission, ...) as `error_class`, naming `path`."""

@@ -20,9 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from foundation.granularity import Granularity, total_of
+from score_store.writer import ScoreWriter
+
 from .graddotprod_engine import GradDotProdEngine, LossScale
-from .metrics_log import ScoreWriter
-from .step import Direction, Granularity
+from .passes import Direction
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,8 @@ class GradDotProdManager(GhostEngineManager):
         if not self._engine.scored:
             return None
         dots = torch.cat([scores for _, scores, _ in self._recorded])
-        if self._engine.granularity == "total":
-            return dots
-        return dots.mean(1) if self._engine.granularity == "pairwise" else dots.sum(1)
+        total: Tensor = total_of(dots, self._engine.granularity)
+        return total
 
     def aggregate_and_log(
         self,

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from foundation.granularity import GRANULARITIES, Granularity
+
 from .contraction import Split
-from .coverage import (
+from .covered_layers import (
     Covered,
     check_optimizer,
     check_rows_are_independent,
@@ -35,11 +37,11 @@ from .layer_rules import CrossEntropyHead
 from .losses import require
 from .memory import Scratch
 from .model_inputs import input_shape
+from .passes import DIRECTIONS, CurrentPass, Direction, Pass
 from .precision import autocast_of
 from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
 from .row_maps import Samples
 from .sinks import DotProducts
-from .step import DIRECTIONS, GRANULARITIES, CurrentStep, Direction, Granularity, Step
 from .strategies import STRATEGIES
 from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer, TappedParameters
@@ -137,9 +139,9 @@ class GradDotProdEngine:
         self._micro_batch = 0  # the one whose turn it is
         self._kept: dict[str, Any] = {}
         self._versions: list[int] = []  # of the parameters, at the first micro-batch
-        self._first: Step | None = None
+        self._first: Pass | None = None
         self._layers: list[TappedLayer] = []
-        self._current = CurrentStep()
+        self._current = CurrentPass()
         self._scratch = Scratch()
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_has_stepped = False
@@ -200,7 +202,7 @@ class GradDotProdEngine:
         self._covered, self._loss_scale, self._guarded = covered, loss_scale, set()
         hooks = [
             # Before those of FSDP, which puts a model together for one forward and backward pass.
-            self.model.register_forward_pre_hook(self._begin_step, prepend=True, with_kwargs=True),
+            self.model.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
         if optimizer is not None and self.micro_batches > 1:
@@ -226,7 +228,7 @@ class GradDotProdEngine:
             restore()
         self._forget_joins()
         self._restore, self._layers, self._scratch = [], [], Scratch()
-        self._current.step, self._current.phase, self._prepared = None, "idle", False
+        self._current.pass_, self._current.phase, self._prepared = None, "idle", False
         self.forget_micro_batches()
 
     def forget_micro_batches(self) -> None:
@@ -243,7 +245,7 @@ class GradDotProdEngine:
     ) -> None:
         self.detach()
 
-    def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass with gradients: read n off the model's input and lay out fresh probes."""
         if not torch.is_grad_enabled() or self._rehearsing:
             return
@@ -252,7 +254,9 @@ class GradDotProdEngine:
         split, samples, shape = self._split(args, kwargs)
         guard = None
         if self._guards and self._batch_size(samples, shape) not in self._guarded:
-            log.info("checking that the %d samples of this step do not depend on each other, once", samples.count)
+            log.info(
+                "checking that the %d samples of this step do not depend on each other, once", samples.count
+            )
             weight = self._weight()
             guard = Guard(self.halves(samples.count), weight.device, autocast_of(weight) or weight.dtype)
             if self._heads():
@@ -262,7 +266,7 @@ class GradDotProdEngine:
             elif self._compiled():  # compiled code cannot be looked into
                 self._check_compiled()
                 self._forward_stack.enter_context(self._eager())
-        self._new_step(split, samples, shape, guard)
+        self._new_pass(split, samples, shape, guard)
         weight = self._weight()
         self._autocast = autocast_of(weight)
         self._random_states = random_states(weight.device) if self._guards else []
@@ -272,19 +276,19 @@ class GradDotProdEngine:
         """What the layers' row maps are told from."""
         return (samples.count,) if samples.index is None else tuple(shape[: samples.index.dim()])
 
-    def _new_step(self, split: Split, samples: Samples, shape: torch.Size, guard: Guard | None) -> Step:
+    def _new_pass(self, split: Split, samples: Samples, shape: torch.Size, guard: Guard | None) -> Pass:
         count = len(self._layers) if self.granularity == "per_layer" else 1
         scales = self._preconditioners()
         by_direction = self.micro_batches > 1 or scales is not None
         sink = DotProducts(split, self._scratch, self.strategy, by_direction)
-        step = self._current.step = Step.begin(
+        pass_ = self._current.pass_ = Pass.begin(
             split, samples, shape, self._weight(), count, sink, self.micro_batches, self._kept, scales, guard
         )
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
         for index, tapped in enumerate(self._layers):
-            tapped.calls, tapped.probe = 0, step.probes[index % count]
-        return step
+            tapped.calls, tapped.probe = 0, pass_.probes[index % count]
+        return pass_
 
     def _forget_joins(self) -> None:
         for join in self._joins:
@@ -338,8 +342,8 @@ class GradDotProdEngine:
 
     @property
     def _rehearsing(self) -> bool:
-        step = self._current.step
-        return step is not None and step.guard is not None and step.guard.rehearsing
+        pass_ = self._current.pass_
+        return pass_ is not None and pass_.guard is not None and pass_.guard.rehearsing
 
     def _heads(self) -> bool:
         return any(isinstance(each.layer, CrossEntropyHead) for each in self._layers)
@@ -375,33 +379,33 @@ class GradDotProdEngine:
         """The guard's own passes for a head that makes its gradients in the forward pass, and so must be told
         before which rows are meant."""
         for mask in guard.masks:
-            step = self._new_step(split, samples, shape, guard)
-            guard.weights = torch.where(mask, step.row_weights(), 0.0)
+            pass_ = self._new_pass(split, samples, shape, guard)
+            guard.weights = torch.where(mask, pass_.row_weights(), 0.0)
             guard.rehearsing, guard.losses = True, []
             states = random_states(self._weight().device)
             try:
                 self.model(*args, **kwargs)
             finally:
                 guard.rehearsing = False
-                step.end_forward()
+                pass_.end_forward()
             self._check_random(states)
             loss = guard.head_loss()
             if not loss.requires_grad:  # the head alone trains
                 continue
             self._bypassed = self._find_bypass(loss)
             self._raise_bypassed()
-            if step.free:
-                self._joins = hook_joins(Graph(loss), step.free, step.samples)
+            if pass_.free:
+                self._joins = hook_joins(Graph(loss), pass_.free, pass_.samples)
             self._guard_backward(guard, mask, loss, retain_graph=False)
             self._forget_joins()
         guard.check_rows()
 
     def _guard_backward(self, guard: Guard, mask: Tensor, loss: Tensor, *, retain_graph: bool) -> None:
-        step, self._current.phase = self._step(), "backward"
+        pass_, self._current.phase = self._pass(), "backward"
         guard.begin(mask)
         try:
             loss = loss * guard.scale
-            torch.autograd.grad(loss, step.probes, retain_graph=retain_graph, allow_unused=True)
+            torch.autograd.grad(loss, pass_.probes, retain_graph=retain_graph, allow_unused=True)
         finally:
             guard.end()
             self._current.phase = "idle"
@@ -436,7 +440,7 @@ class GradDotProdEngine:
         if torch.is_grad_enabled() and not self._rehearsing and self._current.phase == "forward":
             self._current.phase = "idle"
             self._forward_stack.close()
-            self._step().end_forward()
+            self._pass().end_forward()
             self._check_random(self._random_states)
 
     def _check_random(self, before: list[Any]) -> None:
@@ -447,12 +451,12 @@ class GradDotProdEngine:
                 "validation rows. Switch it off."
             )
 
-    def _step(self) -> Step:
-        if self._current.step is None:
+    def _pass(self) -> Pass:
+        if self._current.pass_ is None:
             raise RuntimeError(
                 "no forward pass has run with the engine attached: call the model on a joint batch first"
             )
-        return self._current.step
+        return self._current.pass_
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         """Return the mean over the n train rows plus the mean over the m validation rows of the per-sample
@@ -464,25 +468,25 @@ class GradDotProdEngine:
         Raises ValueError for losses of another shape, RowsError if the guard finds rows that depend on each
         other.
         """
-        step = self._step()
-        weights = step.row_weights()
+        pass_ = self._pass()
+        weights = pass_.row_weights()
         if losses.shape != weights.shape:
             raise ValueError(
                 f"joint_loss takes one loss per sample, {tuple(weights.shape)}, train samples first; got "
                 f"{tuple(losses.shape)}"
             )
-        loss = (losses * weights).sum() + step.scale_probe
+        loss = (losses * weights).sum() + pass_.scale_probe
         self._bypassed = self._bypassed or self._find_bypass(loss)
-        if step.guard is not None and is_reentrant(loss):
+        if pass_.guard is not None and is_reentrant(loss):
             raise RuntimeError(REENTRANT)
         if losses.requires_grad:
             first = self._watched is None
             if self._watched is not None:  # joint_loss may be asked for again, for a log
                 self._watched.remove()
-            if first and step.free:
-                self._joins = hook_joins(Graph(loss), step.free, step.samples)
-            if first and step.guard is not None and not self._heads():
-                self._guard_losses(step.guard, losses * weights)
+            if first and pass_.free:
+                self._joins = hook_joins(Graph(loss), pass_.free, pass_.samples)
+            if first and pass_.guard is not None and not self._heads():
+                self._guard_losses(pass_.guard, losses * weights)
             self._watched = losses.register_hook(self._begin_backward)
         return loss
 
@@ -498,7 +502,7 @@ class GradDotProdEngine:
             for parameter in tapped.parameters():
                 calls[id(parameter)] = calls.get(id(parameter), 0) + max(1, tapped.calls)
         layers = [(each.name, each.parameters()) for each in reversed(self._layers)]
-        return find_bypass(loss, self._step().probes, layers, calls)
+        return find_bypass(loss, self._pass().probes, layers, calls)
 
     def _begin_backward(self, grad_losses: Tensor) -> None:
         """The first gradient of a backward pass: that of the losses."""
@@ -517,29 +521,29 @@ class GradDotProdEngine:
 
         Raises RuntimeError if the backward pass did not start from `joint_loss`, if a weight was used without
         calling its layer, or if the loss has a term beside the joint loss (RowsError, at the first step)."""
-        step = self._step()
+        pass_ = self._pass()
         self._raise_bypassed()
-        if step.scale_probe.grad is None or all(probe.grad is None for probe in step.probes):
+        if pass_.scale_probe.grad is None or all(probe.grad is None for probe in pass_.probes):
             raise RuntimeError(
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
                 "(times any factor) before prepare_gradients()"
             )
         self._current.phase = "idle"
-        self._check_scale(step)
+        self._check_scale(pass_)
         for tapped in self._layers:
-            uses = step.uses.get(tapped.group)
+            uses = pass_.uses.get(tapped.group)
             if tapped.calls > 1 and (uses is None or uses.calls < tapped.calls):
                 raise RuntimeError(
                     f"layer '{tapped.name}' of type {type(tapped.layer).__name__} ran {tapped.calls} times in compiled "
                     "code: there its dot products are exact for one call only. Leave its block uncompiled."
                 )
-        if step.guard is not None:
-            step.guard.check_joint(step.scale_probe.grad)
-            self._guarded.add(self._batch_size(step.samples, step.input_shape))
-            step.guard = None
+        if pass_.guard is not None:
+            pass_.guard.check_joint(pass_.scale_probe.grad)
+            self._guarded.add(self._batch_size(pass_.samples, pass_.input_shape))
+            pass_.guard = None
         self._prepared = True
         if self._micro_batch == 0:
-            self._first = step
+            self._first = pass_
         self._micro_batch = (self._micro_batch + 1) % self.micro_batches
         if self._micro_batch == 0:
             self._kept.clear()  # the graph still holds the dictionary
@@ -553,16 +557,16 @@ class GradDotProdEngine:
                 "layer, ghostEngines.register_unit(ItsClass); or freeze the weight."
             )
 
-    def _check_scale(self, step: Step) -> None:
+    def _check_scale(self, pass_: Pass) -> None:
         """One backward pass, of the joint loss times a factor and nothing else."""
         if len(self._seen_gradients) != 1:
             raise RuntimeError(
                 f"{len(self._seen_gradients)} backward passes went through the losses of one forward pass: "
                 "the dot products are exact for one backward() of engine.joint_loss(losses)"
             )
-        assert step.scale_probe.grad is not None
+        assert pass_.scale_probe.grad is not None
         (got,) = self._seen_gradients
-        want = (step.scale_probe.grad * step.row_weights()).to(got.dtype)
+        want = (pass_.scale_probe.grad * pass_.row_weights()).to(got.dtype)
         rtol = max(1e-4, 4 * torch.finfo(got.dtype).eps)  # losses of half precision have such a gradient
         require(
             torch.isclose(got, want, rtol=rtol, atol=0, equal_nan=True).all(),
@@ -570,7 +574,7 @@ class GradDotProdEngine:
             "backward() on it alone, times any factor",
         )
         if self.micro_batches > 1:
-            self._check_factor(step.scale_probe.grad)
+            self._check_factor(pass_.scale_probe.grad)
 
     def _check_factor(self, got: Tensor) -> None:
         """joint_loss divides by the number of micro-batches itself; a loop that does so too trains otherwise."""
@@ -589,7 +593,7 @@ class GradDotProdEngine:
     def scored(self) -> bool:
         """Whether the step has dot products. It has none, with direction "adamw", as long as the optimizer
         has not made an update."""
-        return self.direction == "gradient" or self._step().preconditioners is not None
+        return self.direction == "gradient" or self._pass().preconditioners is not None
 
     @property
     def layer_names(self) -> list[str]:
@@ -610,15 +614,15 @@ class GradDotProdEngine:
         Raises RuntimeError before `prepare_gradients`."""
         if not self._prepared:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
-        step = self._step()
+        pass_ = self._pass()
         assert self._first is not None
-        scale, first_scale = step.scale_probe.grad, self._first.scale_probe.grad
+        scale, first_scale = pass_.scale_probe.grad, self._first.scale_probe.grad
         assert scale is not None and first_scale is not None
-        columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in step.probes]
+        columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in pass_.probes]
         # (n, k), or (n, L) per layer
-        dots = torch.cat(columns, dim=1) * (step.split.n * self.micro_batches) / (scale * first_scale)
+        dots = torch.cat(columns, dim=1) * (pass_.split.n * self.micro_batches) / (scale * first_scale)
         if not self.scored:
             dots = torch.full_like(dots, torch.nan)
         if self.granularity == "total":
             return dots.squeeze(1)
-        return dots * step.split.m if self.granularity == "pairwise" else dots
+        return dots * pass_.split.m if self.granularity == "pairwise" else dots

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .layer_rules.registry import LayerRule
 from .layer_rules.units import tensors_of
+from .passes import CurrentPass, Pass, refuse_to_be_copied
 from .precision import compute_dtype
 from .row_maps import ROWS, RowMap
 from .sinks import Site
-from .step import CurrentStep, Step, refuse_to_be_copied
 from .tap import KEPT, Call, Recomputable, Rerun, Tap, attributes, swapped
 from .uses import Uses
 
@@ -57,7 +57,7 @@ class TappedLayer:
         rule: LayerRule,
         group: int,
         owners: dict[str, str],
-        current: CurrentStep,
+        current: CurrentPass,
         row_map: RowMapMaker | None = None,
     ) -> None:
         self._row_map = row_map
@@ -81,7 +81,7 @@ class TappedLayer:
         return self._tapped(inputs, named_inputs)
 
     def _tapped(self, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
-        step, layer, rule = self.step, self.layer, self.rule
+        pass_, layer, rule = self.pass_, self.layer, self.rule
         trainable = [each for each in own_parameters(layer, rule) if _of(each).requires_grad]
         parameters = [_of(each) for each in trainable]
         places = [(module, key) for _, module, key in trainable]
@@ -90,8 +90,8 @@ class TappedLayer:
         row_map = self.enter(x, arguments)
         made = None
         if rule.product:
-            made = step.recomputable_input(x)
-            if made is not None and step.guard is not None:
+            made = pass_.recomputable_input(x)
+            if made is not None and pass_.guard is not None:
                 self._check_made(made, x)
             dtype = compute_dtype(x)
             if x.dtype != dtype:
@@ -109,7 +109,7 @@ class TappedLayer:
             rule,
             tuple(name for name, _, _ in trainable),
             tuple(self.site(name, each) for (name, _, _), each in zip(trainable, parameters, strict=True)),
-            step.sink,
+            pass_.sink,
             ROWS if row_map is None else row_map,
             tuple(KEPT if isinstance(each, Tensor) else each for each in arguments),
             made,
@@ -120,12 +120,12 @@ class TappedLayer:
             kept = made.kept
         link = None
         if not torch.compiler.is_compiling():
-            link = self._enter_uses(step, call, parameters, row_map, arguments[0])
+            link = self._enter_uses(pass_, call, parameters, row_map, arguments[0])
             if rule.unit:
-                call.rerun = Rerun(layer, places, tuple(named_inputs), step.samples, x, before)
-            if step.guard is not None:
+                call.rerun = Rerun(layer, places, tuple(named_inputs), pass_.samples, x, before)
+            if pass_.guard is not None:
                 self._check_call(call, arguments, output)
-        elif rule.unit or row_map is None or step.samples.index is not None:
+        elif rule.unit or row_map is None or pass_.samples.index is not None:
             raise RuntimeError(
                 f"layer '{self.name}' runs in compiled code, and its rule, or samples that are not rows, need more "
                 "than plain mathematics: leave its block uncompiled"
@@ -135,9 +135,9 @@ class TappedLayer:
         if call.uses is not None:
             call.uses.link = link
         if rule.again:
-            step.remember(tapped[0], Recomputable.of(layer, arguments[0], parameters, tapped[0]))
+            pass_.remember(tapped[0], Recomputable.of(layer, arguments[0], parameters, tapped[0]))
         if call.free:
-            step.free.append((call, tapped[0].grad_fn))
+            pass_.free.append((call, tapped[0].grad_fn))
         return tapped[0] if isinstance(output, Tensor) else _in_place_of(output, tapped)
 
     def _check_made(self, made: Recomputable, x: Tensor) -> None:
@@ -165,33 +165,33 @@ class TappedLayer:
                 )
 
     def _enter_uses(
-        self, step: Step, call: Call, parameters: list[Tensor], row_map: RowMap | None, x: Tensor
+        self, pass_: Pass, call: Call, parameters: list[Tensor], row_map: RowMap | None, x: Tensor
     ) -> Tensor | None:
         """Note what a call needs outside of compiled code. Returns the link of the use before it."""
-        call.parameters, call.name, call.guard = tuple(parameters), self.name, step.guard
+        call.parameters, call.name, call.guard = tuple(parameters), self.name, pass_.guard
         call.free = row_map is None
         call.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if self._current.phase != "forward":  # recomputed by checkpointing, for what autograd keeps alone
             call.free, call.recomputed = False, True
             return None
-        call.uses = step.uses.setdefault(self.group, Uses())
+        call.uses = pass_.uses.setdefault(self.group, Uses())
         tokens = None
         if self.rule.lookup:
-            count = step.samples.count
+            count = pass_.samples.count
             rows = x.expand(count, *x.shape) if row_map is None else row_map.to_rows(x)
             tokens = rows.reshape(count, -1)
         call.position = call.uses.enter(parameters, tokens)
         return call.uses.link
 
     @property
-    def step(self) -> Step:
-        step = self._current.step
-        if step is None or self._current.phase == "idle":
+    def pass_(self) -> Pass:
+        pass_ = self._current.pass_
+        if pass_ is None or self._current.phase == "idle":
             raise RuntimeError(
                 f"layer '{self.name}' ran outside of the model that the engine is attached to: call the "
                 "model itself (or the DDP or FSDP wrapper around it), or detach the engine first."
             )
-        return step
+        return pass_
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters that the layer's rule answers for."""
@@ -202,17 +202,17 @@ class TappedLayer:
         dimension.
 
         Raises ValueError if that cannot be told, RuntimeError outside of a step."""
-        step = self.step
+        pass_ = self.pass_
         if self._current.phase == "forward":
             self.calls += 1
-        samples = step.samples
+        samples = pass_.samples
         if self._row_map is not None:
             return self._row_map(arguments, samples.count)
         rows = samples.rows
         if (
             x.dim() == 1
             and x.shape[0] == rows > 1
-            and rows in step.input_shape[1:]
+            and rows in pass_.input_shape[1:]
             and not samples.of_positions
         ):
             raise ValueError(
@@ -232,18 +232,18 @@ class TappedLayer:
 
     def site(self, name: str, parameter: Tensor) -> Site:
         """Return what the sink needs to know of a parameter in this pass."""
-        step = self.step
-        if step.micro_batches == 1 and step.preconditioners is None:
+        pass_ = self.pass_
+        if pass_.micro_batches == 1 and pass_.preconditioners is None:
             return Site(parameter.shape)
         preconditioner = None
-        if step.preconditioners is not None:
-            if id(parameter) not in step.preconditioners:
+        if pass_.preconditioners is not None:
+            if id(parameter) not in pass_.preconditioners:
                 raise RuntimeError(
                     f"'{self.name}' has no second moment for its {name}: it had no gradient when the other "
                     'parameters got theirs, and direction "adamw" cannot weigh it; use direction "gradient"'
                 )
-            preconditioner = step.preconditioners[id(parameter)]
-        return Site(parameter.shape, step.keep(self.owners[name]), preconditioner)
+            preconditioner = pass_.preconditioners[id(parameter)]
+        return Site(parameter.shape, pass_.keep(self.owners[name]), preconditioner)
 
 
 class TappedParameters(TappedLayer):
@@ -253,7 +253,7 @@ class TappedParameters(TappedLayer):
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
-        step = self.step
+        pass_ = self.pass_
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"module '{self.name}' of type {type(self.layer).__name__} has parameters that no rule covers, "
@@ -266,15 +266,23 @@ class TappedParameters(TappedLayer):
         for name, module, key in trainable:
             parameter = _of((name, module, key))
             call = Call(
-                self.layer, self.rule, (name,), (self.site(name, parameter),), step.sink, ROWS, (), None, None
+                self.layer,
+                self.rule,
+                (name,),
+                (self.site(name, parameter),),
+                pass_.sink,
+                ROWS,
+                (),
+                None,
+                None,
             )
-            alone = ROWS if step.samples.count == 1 else None
-            link = self._enter_uses(step, call, [parameter], alone, parameter)
+            alone = ROWS if pass_.samples.count == 1 else None
+            link = self._enter_uses(pass_, call, [parameter], alone, parameter)
             output, link = Tap.apply(call, self.probe, link, 1, parameter.detach(), parameter)
             if call.uses is not None:
                 call.uses.link = link
             if call.free:
-                step.free.append((call, output.grad_fn))
+                pass_.free.append((call, output.grad_fn))
             tapped.append(output)
         with swapped([(module, key) for _, module, key in trainable], tapped):
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dataloader import BlockDataset
-from domain_lists import parse_set
-from ghostEngines.metrics_log import ScoreWriter
+from data_processing.blocks import BlockDataset
+from data_processing.domain_lists import parse_set
+from score_store.writer import ScoreWriter
 
 T = 8  # block size
 

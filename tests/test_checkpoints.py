@@ -18,18 +18,18 @@ import wandb
 from run_helpers import ROOT, Run, command, environment, one_thread, start, tree, write_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import checkpoint
 import main
 import training_loop
 from attribution.scored_run import ScoredRun
 from benchmarks.kill_and_resume import compare, differences
 from benchmarks.launch import fork
-from checkpoint import CheckpointError, list_checkpoints, read_manifest
 from config_file import TrainingConfig
-from distributed import World
-from file_system import bytes_below
+from run import checkpoint
+from run.checkpoint import CheckpointError, list_checkpoints, read_manifest
+from run.file_system import bytes_below
+from run.processes import World
+from run.state import TrainingState, space_needed
 from training_loop import Trainer
-from training_state import TrainingState, space_needed
 
 FLAGS = {"max_steps": 8, "checkpoint_interval": 3, "eval_interval": 2, "dot_prod_save_interval": 2}
 
@@ -391,14 +391,14 @@ def test_the_one_before_a_damaged_checkpoint_by_name(alone: Run, data: Path, cop
 
 def full_from_step_6(flags: list[str]) -> int:
     """main(), while no file may grow beyond 20 MB in the second checkpoint."""
-    publish = checkpoint.publish
+    write = checkpoint.write_checkpoint
 
     def limited(folder, step, *rest):
         if step == 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, resource.RLIM_INFINITY))
-        return publish(folder, step, *rest)
+        return write(folder, step, *rest)
 
-    checkpoint.publish = limited
+    checkpoint.write_checkpoint = limited
     return main.main(flags)
 
 
@@ -494,7 +494,7 @@ def test_a_link_that_was_lost(text: str | None, data: Path, copied: Path) -> Non
 def test_the_link_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there before is there, and nothing else."""
     checkpoint_folder = tmp_path / "checkpoints" / "step_000001"
-    checkpoint.publish(checkpoint_folder.parent, 1, lambda folder: (folder / "x").touch(), {}, 1)
+    checkpoint.write_checkpoint(checkpoint_folder.parent, 1, lambda folder: (folder / "x").touch(), {}, 1)
     (tmp_path / "model").unlink()
     shutil.copytree(checkpoint_folder, tmp_path / "model")
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_folder
-from command_line import ConfigError, check_flags, flag, flag_parser, flags_of
 from config_file import ROOT, TrainingConfig, describe, resolve
-from foundation.errors import UserError
+from foundation.errors import ConfigError, UserError
+from foundation.flags import check_flags, flag, flag_parser, flags_of
 from foundation.paths import path_argument
-from run_folder import check_result_dir, prepare_result_dir, provenance, save, settle_resume
+from run import folder as run_folder
+from run.folder import check_result_dir, prepare_result_dir, provenance, save, settle_resume
 
 NOON = datetime(2026, 1, 2, 12, 34, 56, 789_000, tzinfo=UTC)
 PACKAGES = ("ghostEngines", "data_processing", "attribution", "foundation")

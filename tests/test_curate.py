@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from run_helpers import DOMAINS, Run, start, tree, write_shards
 
-from attribution import curate as command
-from attribution import curated_folder, cut_shards
-from attribution.command_line import run_command
-from attribution.curate import curate
-from attribution.curated_folder import CutShard
-from attribution.cut_shards import cut
+from attribution.curate import command as command
+from attribution.curate import curated_folder, cut_shards
+from attribution.curate.command import curate
+from attribution.curate.curated_folder import CutShard
+from attribution.curate.cut_shards import cut
+from attribution.curate.drop_rule import DropRule, choose
 from attribution.database import ScoreDatabase
-from attribution.drop_rule import DropRule, choose
-from attribution.progress import progress_bar
+from attribution.options import run_command
 from attribution.scored_run import AttributionError, ScoredRun
 from data_processing.shards import EOT, Shard, ShardWriter, domain_file_name, list_shards, open_shard
+from foundation.progress import progress_bar
 
 T = 8
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from run_helpers import start
 
-import batch_order
 from attribution.scored_run import ScoredRun
 from attribution.values import print_values, write_values
-from batch_order import BatchOrder, WeightedDraws, permute
-from command_line import ConfigError
 from config_file import TrainingConfig, resolve
+from data_processing import block_order as batch_order
+from data_processing.block_order import BatchOrder, WeightedDraws, permute
+from data_processing.blocks import Batch, BlockDataset
+from data_processing.domain_lists import Selection, listed, parse_domains, parse_set, quoted
 from data_processing.shards import EOT, ShardError, ShardWriter, open_shard
-from dataloader import Batch, BatchLoader, BlockDataset, Prefetch, validation_batch
-from distributed import World
-from domain_lists import Selection, listed, parse_domains, parse_set, quoted
-from training_data import TrainingData
+from dataloader import BatchLoader, Prefetch, TrainingData, validation_batch
+from foundation.errors import ConfigError
+from run.processes import World
 
 BLOCK_SIZE = 8
 BLOCKS = {"ArXiv": 12, "Pile-CC": 5, "Wikipedia (en)": 30}

@@ -16,18 +16,18 @@ import torch
 from run_helpers import ROOT, Run, TwoProcesses, command, environment, start
 from transformers import GPT2LMHeadModel
 
-import checkpoint
-import distributed
 import training_loop
 from benchmarks.launch import torchrun, world_of
-from config_file import ConfigError
 from data_processing.shards import ShardError
-from distributed import World, distributed_world, first_of_machine, launched
+from dataloader import TrainingData
 from evaluation import evaluate
-from run_log import RunLog
-from training_data import TrainingData
+from foundation.errors import ConfigError
+from run import checkpoint
+from run import processes as distributed
+from run.log import RunLog
+from run.processes import World, distributed_world, first_of_machine, launched
+from run.state import TrainingState
 from training_loop import Trainer
-from training_state import TrainingState
 
 FLAGS = {
     "model_dtype": "float64",
@@ -161,7 +161,7 @@ def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
     optimizer.step()
     gathered = []
     monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args, **kwargs: gathered.append(args))
-    monkeypatch.setattr(checkpoint, "publish", lambda *args: None)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *args: None)
     state = TrainingState(model, model, optimizer, torch.amp.GradScaler(enabled=False))
     config = SimpleNamespace(result_dir=Path(), keep_checkpoints=1)
     for rank, count in ((1, 0), (0, 1)):

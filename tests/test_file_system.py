@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from run_helpers import start, tree
 
-from config_file import ConfigError
-from file_system import Space, check_file_system
+from foundation.errors import ConfigError
+from run.file_system import Space, check_file_system
 
 GB = 1_000_000_000
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ghostEngines import GradDotProdEngine
-from ghostEngines.step import Step
+from ghostEngines.passes import Pass
 from model_setup import CausalLM, set_up_blocks
 
 N, M = 3, 2
@@ -130,7 +130,7 @@ def test_making_a_norms_output_again_gives_the_same_numbers(
     dtype: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frugal = step(*model_and_data(dtype), True, autocast)
-    monkeypatch.setattr(Step, "recomputable_input", lambda self, x: None)
+    monkeypatch.setattr(Pass, "recomputable_input", lambda self, x: None)
     assert same(frugal, step(*model_and_data(dtype), True, autocast))
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostEngines.metrics_log import SCORE_SCHEMA, ScoreError, ScoreWriter, open_scores
-from ghostEngines.score_files import FILE_NAME, recover, score_schema
+from score_store.files import FILE_NAME, recover
+from score_store.schema import SCORE_SCHEMA, ScoreError, score_schema
+from score_store.writer import ScoreWriter, open_scores
 
 RUN = {"run": "a", "block_size": "8"}
 DOMAINS = ("ArXiv", "Wikipedia (en)", "Pile-CC")

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import main
-from config_file import ConfigError, TrainingConfig, resolve
+from config_file import TrainingConfig, resolve
+from foundation.errors import ConfigError
 from model_setup import load_model
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"

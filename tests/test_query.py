@@ -12,13 +12,14 @@ import pytest
 import run_helpers
 from run_helpers import DOMAINS, Run, start, write_shards
 
-from attribution import query, text_search
-from attribution.command_line import run_command
 from attribution.database import ScoreDatabase
-from attribution.history import Standing, blocks_of, document_uses, standing, uses
-from attribution.lookup import find_sample, find_text, pair_values, validation_row
+from attribution.options import run_command
+from attribution.query import command as query
+from attribution.query import text_search
+from attribution.query.history import Standing, blocks_of, document_uses, standing, uses
+from attribution.query.lookup import find_sample, find_text, pair_values, validation_row
+from attribution.query.text_search import Place, find_documents
 from attribution.scored_run import AttributionError, ScoredRun
-from attribution.text_search import Place, find_documents
 from attribution.units import write_units
 from data_processing.shards import EOT, Shard, ShardError, ShardWriter, open_shard
 from data_processing.tokenizers import get_tokenizer

@@ -22,18 +22,18 @@ import pytest
 from run_helpers import Run, start, write_shards
 from score_folders import scores_of, write_run
 
-from attribution.command_line import run_command
 from attribution.database import ScoreDatabase
-from attribution.page import in_unit
-from attribution.plots import unit_for
-from attribution.report import NEEDED_SETTINGS, main, write_report
-from attribution.report_tables import domain_bins, domain_spread, evaluations, histogram, means, totals
+from attribution.options import run_command
+from attribution.report.command import NEEDED_SETTINGS, main, write_report
+from attribution.report.page import in_unit
+from attribution.report.plots import unit_for
+from attribution.report.tables import domain_bins, domain_spread, evaluations, histogram, means, totals
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
+from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import ShardWriter
 from data_processing.tokenizers import byte_ids, get_tokenizer
-from dataloader import BLOCK_BITS
 
 T = 96  # block size: a hostile text fits in whole
 DATE = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
@@ -342,7 +342,9 @@ def test_the_same_run_gives_the_same_file_but_for_the_date(run: Run, html: str, 
 def test_several_runs_a_window_and_normalised_values(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attribution.plots._address", lambda *_, **__: SVG)  # drawing takes most of the time
+    monkeypatch.setattr(
+        "attribution.report.plots._address", lambda *_, **__: SVG
+    )  # drawing takes most of the time
     other = Path(shutil.copytree(run.folder, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"weight_decay": 0.25}))

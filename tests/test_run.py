@@ -24,7 +24,7 @@ from benchmarks.oracle import per_sample
 from data_processing.tokenizers import get_tokenizer
 from foundation.errors import UserError
 from ghostEngines import AttachError
-from ghostEngines.metrics_log import open_scores
+from score_store.writer import open_scores
 
 STEPS, N, M, T = 20, 3, 2, 8
 FLAGS = {

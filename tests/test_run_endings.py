@@ -25,15 +25,15 @@ from transformers import GPT2LMHeadModel
 
 import main
 import model_setup
-import run_folder
 import training_loop
 from benchmarks.launch import fork
 from config_file import TrainingConfig, resolve
 from data_processing.shards import ShardWriter
 from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine
-from interrupts import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
-from run_log import RunLog
+from run import folder as run_folder
+from run.log import RunLog
+from run.signals import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
 from training_loop import Trainer
 
 

@@ -490,7 +490,7 @@ def test_a_domain_may_be_named_as_what_the_writer_makes(tmp_path: Path, name: st
     ]
     path = write_jsonl(tmp_path / "in.jsonl", [(domain, "some text") for domain in domains])
     split = join(tmp_path / "work", path)
-    split_parts.publish(split, tmp_path / "work", tmp_path / "train", {})
+    split_parts.publish_split(split, tmp_path / "work", tmp_path / "train", {})
     assert {shard.domain for shard in list_shards(tmp_path, "train")} == set(domains)
 
 

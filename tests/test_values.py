@@ -20,19 +20,18 @@ from run_helpers import DOMAINS, write_shards
 from score_folders import T, scores_of, write_run
 
 import attribution.documents
-import attribution.progress
-from attribution.command_line import parse_steps, run_command
 from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
 from attribution.efficiency import efficiency, steps_of_half
+from attribution.options import parse_steps, run_command
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
 from attribution.values import main, write_values
 from attribution.values_folder import FILES, Values, being_written
+from data_processing.blocks import BlockDataset
+from data_processing.domain_lists import parse_set
 from data_processing.shards import ShardWriter, domain_file_name, list_shards
 from data_processing.tokenizers import get_tokenizer
-from dataloader import BlockDataset
-from domain_lists import parse_set
-from validation_rows import save_validation_rows
+from score_store.validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
 README = Path(__file__).parent.parent / "README.md"

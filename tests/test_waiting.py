@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ghostEngines.graddotprod_engine
 import ghostEngines.layer_rules.cross_entropy_head
 import ghostEngines.losses
+from run.state import TrainingState
 from training_loop import Trainer
-from training_state import TrainingState
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 

@@ -22,5 +22,6 @@ __all__ = [
 def find_rule(layer: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, by its type or by what it does; None if there is none."""
     kind = type(layer)
-    found = UNITS.get(kind) or RULES.get(kind) or norm_rule(layer) or subclass_rule(layer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    found = UNITS.get(kind) or RULES.get(kind) or RULES.get(name) or norm_rule(layer) or subclass_rule(layer)
     return found or stacked_rule(layer)

@@ -57,26 +57,26 @@ class CrossEntropyHead(nn.Module):
 def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targets: Tensor) -> Any:
     """Return the same losses (n+m,), for row weights 1/n and 1/m, with the dot products. tapped: the layer's
     TappedLayer."""
-    step = tapped.step
+    pass_ = tapped.pass_
     if not isinstance(tapped.enter(hidden, (hidden, targets)), Identity):
         raise ValueError(
             f"layer '{tapped.name}' takes hidden states (rows, T, d), one row for each of the "
-            f"{step.samples.count} samples; got {tuple(hidden.shape)}. Samples that are not rows need nn.Linear and "
+            f"{pass_.samples.count} samples; got {tuple(hidden.shape)}. Samples that are not rows need nn.Linear and "
             "per_sample_losses."
         )
     weight = layer.weight
-    if step.guard is not None and step.guard.rehearsing:
-        losses = run_head(hidden, weight.detach(), targets, step.guard.weights, plan=None)
-        step.guard.losses.append(losses)
+    if pass_.guard is not None and pass_.guard.rehearsing:
+        losses = run_head(hidden, weight.detach(), targets, pass_.guard.weights, plan=None)
+        pass_.guard.losses.append(losses)
         return losses
-    uses = step.uses.setdefault(tapped.group, Uses())
+    uses = pass_.uses.setdefault(tapped.group, Uses())
     position = uses.enter([weight], None)
     shared = uses.parameters[id(weight)]
     vocabulary, d = weight.shape
     plan = HeadPlan(
-        step.sink,
-        step.sink.strategy
-        or head_strategy(step.split, hidden.shape[1], vocabulary, d, by_direction=step.sink.by_direction),
+        pass_.sink,
+        pass_.sink.strategy
+        or head_strategy(pass_.split, hidden.shape[1], vocabulary, d, by_direction=pass_.sink.by_direction),
         tapped.probe,
         tapped.site("weight", weight) if weight.requires_grad else Site(weight.shape),
         uses,
@@ -84,7 +84,7 @@ def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targe
         position,
         shared.all_tokens() if shared.tokens else None,
     )
-    return run_head(hidden, weight, targets, step.row_weights(), plan)
+    return run_head(hidden, weight, targets, pass_.row_weights(), plan)
 
 
 @register_rule(

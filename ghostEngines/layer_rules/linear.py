@@ -1,9 +1,9 @@
-"""`nn.Linear`, and Hugging Face's `Conv1D`, which is a linear layer with its weight transposed."""
+"""`nn.Linear`, and Hugging Face's `Conv1D`, a linear layer with its weight transposed, which is known by name:
+the engine needs no transformers."""
 
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..descriptions import Description, Matrix, PerPosition
 from .registry import register_rule
@@ -15,7 +15,7 @@ def linear(layer: nn.Linear, inputs: tuple[Any, ...], backprops: Tensor) -> dict
     return {"weight": Matrix(backprops, inputs[0]), "bias": PerPosition(backprops)}
 
 
-@register_rule(Conv1D, product=True)
-def conv1d(layer: Conv1D, inputs: tuple[Any, ...], backprops: Tensor) -> dict[str, Description]:
+@register_rule("transformers.pytorch_utils.Conv1D", product=True)
+def conv1d(layer: nn.Module, inputs: tuple[Any, ...], backprops: Tensor) -> dict[str, Description]:
     """Describe y = x W + b, with W (d, p)."""
     return {"weight": Matrix(inputs[0], backprops), "bias": PerPosition(backprops)}

@@ -45,7 +45,8 @@ class LayerRule:
     always: bool = False  # it is there for a layer without trainable parameters, too
 
 
-RULES: dict[type[nn.Module], LayerRule] = {}
+RULES: dict[type[nn.Module] | str, LayerRule] = {}
+"""By exact type, or by the full name of a type whose library need not be installed."""
 
 
 def anything_goes(layer: nn.Module) -> None:
@@ -53,12 +54,12 @@ def anything_goes(layer: nn.Module) -> None:
 
 
 def register_rule(
-    *layer_types: type[nn.Module],
+    *layer_types: type[nn.Module] | str,
     parameters: tuple[str, ...] = ("weight", "bias"),
     check: RuleCheck = anything_goes,
     **flags: Any,
 ) -> Callable[[Describe], Describe]:
-    """Return a decorator: the function describes layers of exactly these types.
+    """Return a decorator: the function describes layers of exactly these types, or types of these full names.
 
     Exact types, not subclasses: a subclass may use its weight in a way its parent does not (the `out_proj` of
     `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). flags: those of `LayerRule`.
@@ -68,9 +69,8 @@ def register_rule(
     def register(describe: Describe) -> Describe:
         for layer_type in layer_types:
             if layer_type in RULES:
-                raise ValueError(
-                    f"{layer_type.__name__} has a rule already: {RULES[layer_type].describe.__qualname__}"
-                )
+                name = layer_type if isinstance(layer_type, str) else layer_type.__name__
+                raise ValueError(f"{name} has a rule already: {RULES[layer_type].describe.__qualname__}")
             RULES[layer_type] = LayerRule(describe, parameters, check, **flags)
         return describe
 

@@ -1,0 +1,1 @@
+"""A data folder without the samples that a run's values advise against."""

@@ -1,0 +1,192 @@
+"""What did this text do over the run? Which samples helped this validation row?
+
+    python -m attribution.query RESULT_DIR --text "..."           the training documents that contain it
+    python -m attribution.query RESULT_DIR --sample DOMAIN:BLOCK  one training sample
+    python -m attribution.query RESULT_DIR --validation J         one validation row, counted from 0; of runs
+                                                                  with --score_granularity pairwise
+
+A text is looked for in all training documents, byte by byte, whether the run used them or not. A value is the
+predicted fall of the validation loss, summed over the steps; positive is helpful.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from attribution.database import ScoreDatabase
+from attribution.documents import bounds
+from attribution.options import RunOptions, argument_parser, run_options
+from attribution.query.history import Standing, blocks_of, document_uses, standing, uses
+from attribution.query.lookup import find_sample, find_text, pair_values, validation_row
+from attribution.query.text_search import Place
+from attribution.screen import plain_console, print_samples, printable
+from attribution.units import Unit, write_units
+from data_processing.shards import Shard
+from data_processing.tokenizers import Tokenizer, get_tokenizer
+
+SHOWN_DOCUMENTS = 10
+SHOWN_USES = 20  # of a document, or a sample
+SHOWN_SAMPLES = 10  # at either end
+CONTEXT_TOKENS = 30  # on either side of a text that was found
+FOUND_TOKENS = 100  # of the text itself
+
+
+def query_text(options: RunOptions, text: str) -> None:
+    """Prints which training documents contain the text, and what the first of them did. Raises as
+    `find_text`, `ScoredRun.shards` and `ScoreDatabase`."""
+    (run,), screen = options.runs, plain_console()
+    shards = run.shards(options.pile_data_dir)
+    by_name, tokenizer = {shard.domain: shard for shard in shards}, get_tokenizer(shards[0].tokenizer)
+    places, count = find_text(shards, text, SHOWN_DOCUMENTS)
+    screen.print(
+        f"{count:,} training documents contain the text"
+        + f", of which the first {len(places)} are:" * (count > len(places))
+    )
+    screen.print("part: how much of a block's targets is the document's; value: that part of the block's")
+    with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
+        histories = [
+            document_uses(database, shards, by_name[place.domain], place.document) for place in places
+        ]
+        units = write_units(database, shards, "documents", Path(folder)) if any(map(len, histories)) else None
+        for place, history in zip(places, histories, strict=True):
+            shard = by_name[place.domain]
+            screen.print()
+            print_place(screen, shard, place, blocks_of(shard, place.document, run.block_size), tokenizer)
+            own = (
+                standing(database, units, "documents", place.domain, place.document) if len(history) else None
+            )
+            print_history(screen, database, "documents", place.domain, history, own)
+
+
+def query_sample(options: RunOptions, sample: str) -> None:
+    """Prints the text of a training sample, and what it did. Raises as `find_sample`, `ScoredRun.shards` and
+    `ScoreDatabase`."""
+    (run,), screen = options.runs, plain_console()
+    shards = run.shards(options.pile_data_dir)
+    shard, block = find_sample(run, shards, sample)
+    first = block * run.block_size
+    with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
+        history = uses(database, shards, shard.domain, range(block, block + 1))
+        own = None
+        if len(history):
+            units = write_units(database, shards, "samples", Path(folder))
+            own = standing(database, units, "samples", shard.domain, block)
+        text = get_tokenizer(shard.tokenizer).decode(
+            shard.tokens[first : first + run.block_size + 1].tolist()
+        )
+        screen.print(
+            f"{printable(shard.domain)}, block {block}: tokens {first:,} to {first + run.block_size:,}"
+        )
+        screen.print(printable(text), soft_wrap=True)
+        print_history(screen, database, "samples", shard.domain, history, own)
+
+
+def query_validation(options: RunOptions, number: int) -> None:
+    """Prints a validation row, and the samples that helped and hurt it most. Raises as `validation_row`,
+    `ScoredRun.shards` and `ScoreDatabase`."""
+    (run,), screen = options.runs, plain_console()
+    row, blocks = validation_row(run, number), run.blocks(options.pile_data_dir)
+    with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
+        helped, hurt = pair_values(database, number, SHOWN_SAMPLES)
+    screen.print(f"validation row {number}: {printable(row['domain'])}, block {row['block']}")
+    screen.print(printable(row["text"]), soft_wrap=True)
+    for title, rows in (("helped", helped), ("hurt", hurt)):
+        heading = f"\nsamples that {title} it most: predicted fall of its loss, summed over the steps"
+        if len(rows) == 0:
+            screen.print(f"\nno sample {title} it")
+        else:
+            print_samples(screen, {heading: rows}, blocks, get_tokenizer(blocks.tokenizer))
+
+
+def open_scores(options: RunOptions, folder: str) -> ScoreDatabase:
+    return ScoreDatabase(
+        options.runs,
+        memory_limit=options.memory_limit,
+        steps=options.steps,
+        normalise=options.normalise,
+        spill_folder=Path(folder),
+    )
+
+
+def print_place(screen: Console, shard: Shard, place: Place, blocks: range, tokenizer: Tokenizer) -> None:
+    """Where a text was found, with what stands around it."""
+    first, stop = (int(end) for end in bounds(shard, place.document))
+    where = (
+        f"blocks {blocks.start} to {blocks.stop - 1}" if blocks else "no block, as it is in the shard's tail"
+    )
+    screen.print(
+        f"{printable(shard.domain)}, document {place.document}: tokens {first:,} to {stop - 1:,}, {where}; "
+        f"the text begins in token {place.first_token:,}",
+        soft_wrap=True,
+    )
+    begin = max(first, place.first_token - CONTEXT_TOKENS)
+    end = min(stop, place.stop_token + CONTEXT_TOKENS, place.first_token + FOUND_TOKENS)
+    words = printable(tokenizer.decode(shard.tokens[begin:end].tolist()))
+    screen.print("…" * (begin > first) + words + "…" * (end < stop), soft_wrap=True)
+
+
+def print_history(
+    screen: Console, database: ScoreDatabase, unit: Unit, domain: str, history: pa.Table, own: Standing | None
+) -> None:
+    """history: uses, by step; own: None without a value."""
+    run, (first, last) = database.runs[0], database.windows[0]
+    if len(history) == 0:
+        elsewhere = (
+            "" if domain in run.checksums else f": it trained on {', '.join(map(printable, run.checksums))}"
+        )
+        screen.print(f"never trained on in steps {first} to {last}{elsewhere}", soft_wrap=True)
+        return
+    if own is None:
+        screen.print("no value: the optimizer skipped the steps in which it was used")
+    else:
+        screen.print(
+            f"value {own.value:+.3e} in steps {first} to {last}, rank {own.rank:,} of {own.count:,} {unit} "
+            f"with a value, higher than {own.lower:.1%} of them",
+            soft_wrap=True,
+        )
+    print_uses(screen, history)
+
+
+def print_uses(screen: Console, history: pa.Table) -> None:
+    """The first uses, a line each; of a document's blocks with the share of their targets."""
+    headings = {
+        "step": "step", "block": "block", "share": "part", "train_loss": "train loss", "lr": "lr",
+        "dot_product": "dot product", "value": "value",
+    }  # fmt: skip
+    formats = {"step": "{}", "block": "{}", "share": "{:.0%}", "train_loss": "{:.4f}", "lr": "{:.3e}"}
+    columns = [name for name in headings if name in history.column_names]
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(headings[name], justify="right", no_wrap=True)
+    for row in history.slice(0, SHOWN_USES).to_pylist():
+        shown = [
+            "skipped" if row[name] is None else formats.get(name, "{:+.3e}").format(row[name])
+            for name in columns
+        ]
+        table.add_row(*shown)
+    screen.print(table)
+    if len(history) > SHOWN_USES:
+        screen.print(f"and {len(history) - SHOWN_USES:,} more uses")
+
+
+def main(argv: list[str]) -> None:
+    parser = argument_parser(
+        "attribution.query", "What a text, a sample or a validation row has to do with a run.", several=False
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", help="the training documents that contain it, and what they did")
+    what.add_argument("--sample", metavar="DOMAIN:BLOCK", help="a training sample, and what it did")
+    what.add_argument(
+        "--validation", type=int, metavar="J", help="a validation row, from 0: who helped it (pairwise runs)"
+    )
+    arguments = parser.parse_args(argv)
+    options = run_options(arguments)
+    if arguments.text is not None:
+        query_text(options, arguments.text)
+    elif arguments.sample is not None:
+        query_sample(options, arguments.sample)
+    else:
+        query_validation(options, arguments.validation)

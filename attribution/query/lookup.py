@@ -1,0 +1,89 @@
+"""What a query names: a text, a training sample, a validation row; and which samples helped that row."""
+
+import re
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from attribution.database import ScoreDatabase
+from attribution.query.text_search import Place, find_documents
+from attribution.scored_run import AttributionError, ScoredRun
+from attribution.values import samples_sql
+from attribution.values_folder import highest_and_lowest
+from data_processing.shards import Shard
+from data_processing.tokenizers import get_tokenizer
+
+
+def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Place], int]:
+    """Where the text stands, in the first `count` documents that contain it, and how many do.
+
+    Raises AttributionError if it is empty, no Unicode, or in none.
+    """
+    if not text:
+        raise AttributionError("--text '': is everywhere; give some words of a training document")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise AttributionError(f"--text: is not UTF-8 ({error}); the training documents are") from error
+    places = find_documents(shards, text, get_tokenizer(shards[0].tokenizer))
+    first = list(islice(places, count))
+    if not first:
+        documents = sum(shard.num_documents for shard in shards)
+        raise AttributionError(
+            f"--text: none of the {documents:,} training documents in {shards[0].path.parent} contains it; "
+            "every letter counts, also spaces, line ends and capitals: try a shorter piece"
+        )
+    return first, len(first) + sum(1 for _ in places)
+
+
+def find_sample(run: ScoredRun, shards: Sequence[Shard], sample: str) -> tuple[Shard, int]:
+    """The shard and the block of DOMAIN:BLOCK. AttributionError if there is no such sample."""
+    domain, _, number = sample.rpartition(":")
+    if re.fullmatch(r"[0-9]+", number) is None:
+        raise AttributionError(f"--sample {sample!r}: give DOMAIN:BLOCK, as in '{shards[0].domain}:0'")
+    by_name = {shard.domain: shard for shard in shards}
+    if domain not in by_name:
+        raise AttributionError(
+            f"--sample {sample!r}: there is no domain {domain!r} in {shards[0].path.parent}, but "
+            f"{', '.join(by_name)}"
+        )
+    blocks = (by_name[domain].num_tokens - 1) // run.block_size
+    if int(number) >= blocks:
+        raise AttributionError(
+            f"--sample {sample!r}: {domain!r} has {blocks} blocks of {run.block_size} tokens, counted from 0"
+        )
+    return by_name[domain], int(number)
+
+
+def validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
+    """A row of `ScoredRun.validation_rows`. AttributionError if there is none, or it has no scores of its
+    own."""
+    if run.granularity != "pairwise":
+        raise AttributionError(
+            f"--validation {number}: {run.folder} has scores of granularity {run.granularity}, of all "
+            "validation rows together; train with --score_granularity pairwise for scores of each of them"
+        )
+    rows = run.validation_rows()
+    if not 0 <= number < len(rows):
+        raise AttributionError(
+            f"--validation {number}: {run.folder} has {len(rows)} validation rows, counted from 0"
+        )
+    return rows.slice(number, 1).to_pylist()[0]
+
+
+def pair_values(database: ScoreDatabase, number: int, count: int) -> tuple[pa.Table, pa.Table]:
+    """The `count` samples that helped a validation row most, and the `count` that hurt it most, as rows of
+    "samples" in a folder of values; value: of the pair, lr · clip factor · <∇ℓ_i, ∇ℓ_j> / global batch size,
+    summed over the steps. The mean over the validation rows is the sample's value."""
+    sums = f"""
+        SELECT
+            sample_id, count(pairwise)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step,
+            fsum(r.lr * r.clip_factor * pairwise[{number + 1}] / global_batch_size * weight) AS value
+        FROM scores r JOIN steps USING (run, step) GROUP BY sample_id
+    """
+    database.create("pairs", samples_sql(database, sums), "summing pairs")
+    helped = highest_and_lowest(database.connection, "(FROM pairs WHERE value > 0)", "sample_id", count)[0]
+    hurt = highest_and_lowest(database.connection, "(FROM pairs WHERE value < 0)", "sample_id", count)[1]
+    return helped, hurt

@@ -1,0 +1,95 @@
+"""Where a text stands in shards of tokens: exactly, byte by byte, however it would be tokenized by itself."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from attribution.documents import bounds
+from data_processing.shards import EOT, TOKEN_TYPE, Shard, ShardError
+from data_processing.tokenizers import Tokenizer
+from foundation.progress import progress_bar
+
+CHUNK_TOKENS = 1 << 20  # decoded at a time: some 4 MB of text, and ten times as much on the way there
+NO_TEXT = b"\xff"  # stands for END_OF_TEXT: no UTF-8 text has this byte, so nothing is found across it
+
+
+@dataclass(frozen=True)
+class Place:
+    """The first occurrence of a text in a document, which is the `document`-th of its domain: it begins in
+    token `first_token` of the shard, and ends in the one before `stop_token`."""
+
+    domain: str
+    document: int
+    first_token: int
+    stop_token: int
+
+
+class TokenBytes:
+    """Token ids to the bytes of their text, by gather: no Python object for each token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        table = [*tokenizer.token_bytes(), NO_TEXT]
+        assert len(table) == EOT + 1, len(table)
+        self._lengths = np.zeros(1 << 16, np.int64)
+        self._lengths[: len(table)] = [len(entry) for entry in table]
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._pool = np.frombuffer(b"".join(table), np.uint8)
+
+    def join(self, ids: npt.NDArray[np.uint16]) -> tuple[bytes, npt.NDArray[np.int64]]:
+        """The bytes of these tokens, and how many there are up to the end of each of them, (k,).
+
+        Raises ShardError for an id that the tokenizer does not have."""
+        lengths = self._lengths[ids]
+        if not lengths.all():
+            raise ShardError(f"token id {ids[lengths.argmin()]} is none of this tokenizer's: a damaged shard")
+        ends = np.cumsum(lengths)
+        places = np.repeat(self._starts[ids] - (ends - lengths), lengths)
+        places += np.arange(ends[-1])
+        return self._pool[places].tobytes(), ends
+
+
+def find_documents(shards: Sequence[Shard], text: str, tokenizer: Tokenizer) -> Iterator[Place]:
+    """Every document that contains the text, once, in the order of the shards; with a progress bar.
+
+    Memory does not grow with the shards. Raises ShardError for a damaged shard.
+    """
+    pattern, table = text.encode("utf-8"), TokenBytes(tokenizer)
+    assert pattern, "an empty text is everywhere"
+    total = sum(shard.num_tokens for shard in shards)
+    with progress_bar("searching", total, "tokens") as bar:
+        for shard in shards:
+            yield from _find_in_shard(shard, pattern, table, bar)
+
+
+def _find_in_shard(shard: Shard, pattern: bytes, table: TokenBytes, bar: tqdm) -> Iterator[Place]:
+    step = max(CHUNK_TOKENS, len(pattern))
+    done = -1  # the last document that was found
+    for first, ids in _chunks(shard, step, step + len(pattern)):
+        # A token has at least one byte: what begins among the first `step` tokens ends within these.
+        data, ends = table.join(ids)
+        begin_before = ends[min(step, len(ends)) - 1]
+        found = data.find(pattern)
+        while 0 <= found < begin_before:
+            begin, last = np.searchsorted(ends, [found, found + len(pattern) - 1], side="right").tolist()
+            document = np.searchsorted(shard.document_starts, first + begin, "right") - 1
+            document_stop = int(bounds(shard, document)[1]) - first
+            # In curated shards a document can begin without an END_OF_TEXT before it.
+            inside = last < document_stop
+            if inside and document > done:
+                done = document
+                yield Place(shard.domain, int(document), first + begin, first + last + 1)
+            if inside and document_stop > len(ends):
+                break
+            found = data.find(pattern, int(ends[document_stop - 1]) if inside else found + 1)
+        bar.update(min(step, shard.num_tokens - first))
+
+
+def _chunks(shard: Shard, step: int, length: int) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
+    """Every `step` tokens, the position and the tokens that follow, `length` if there are so many."""
+    with shard.path.with_suffix(".bin").open("rb") as file:  # what a map has read would stay in memory
+        for first in range(0, shard.num_tokens, step):
+            file.seek(first * TOKEN_TYPE.itemsize)
+            yield first, np.fromfile(file, TOKEN_TYPE, length)

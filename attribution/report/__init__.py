@@ -1,0 +1,1 @@
+"""A run's values as one HTML page."""

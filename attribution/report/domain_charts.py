@@ -1,0 +1,166 @@
+"""The report's charts of domains, each a pure function from numbers to a `Sketch`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from attribution.report.plots import (
+    COLOURS,
+    HARMFUL,
+    HELPFUL,
+    INK,
+    NOTHING,
+    OTHERS,
+    Sketch,
+    legend_below,
+    shortened,
+    step_axis,
+    unit_for,
+)
+
+MOST_DOMAINS = 40  # those with the most samples, where there are more
+FEW_SAMPLES = 10  # below, an interval says nothing
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DomainMean:
+    """samples: that have a value; error: the mean's standard error."""
+
+    domain: str
+    samples: int
+    mean: float
+    error: float
+
+
+def domain_means(rows: Sequence[DomainMean], unit_name: str) -> Sketch:
+    """Mean value per sample, the highest first, with 95 % confidence intervals."""
+    rows = sorted(rows, key=lambda row: (-row.samples, row.domain))[:MOST_DOMAINS]
+    rows = sorted(rows, key=lambda row: (row.mean, row.domain))
+    means = np.array([row.mean for row in rows])
+    errors = np.array([1.96 * row.error if row.samples >= FEW_SAMPLES else 0.0 for row in rows])
+    unit = unit_for(float(np.abs(means).max()), unit_name)
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        axes = figure.subplots()
+        places = np.arange(len(rows))
+        colours = [HELPFUL if mean >= 0 else HARMFUL for mean in means]
+        bars = axes.barh(places, means * unit.factor, color=colours, height=0.7)
+        for bar, row in zip(bars, rows, strict=True):
+            bar.set_alpha(1.0 if row.samples >= FEW_SAMPLES else 0.35)
+        known = errors > 0
+        axes.errorbar(
+            means[known] * unit.factor, places[known], xerr=errors[known] * unit.factor, fmt="none",
+            ecolor=INK, elinewidth=1.2, capsize=2.5,
+        )  # fmt: skip
+        length = 16 if narrow else 28
+        names = [f"{shortened(row.domain, length)} ({row.samples:,})" for row in rows]
+        axes.set_yticks(places, names)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlabel(f"mean value ({unit.name})" if narrow else f"mean value per sample ({unit.name})")
+        axes.set_ylabel("domain (samples)")
+
+    ranking = ", ".join(f"{row.domain} {row.mean * unit.factor:+.3g}" for row in reversed(rows))
+    alt = f"Bar chart of the mean value per sample by domain, in {unit.name}, highest first: {ranking}."
+    height = max(1.8, 0.9 + 0.27 * len(rows))
+    return Sketch(draw, alt, height=height, narrow_height=height)
+
+
+@dataclass(frozen=True)
+class DomainBins:
+    """edges: (bins + 1,) steps; helpful, harmful: (domains, bins) sums of the positive and of the negative
+    values; uses: (domains, bins) how many values these are."""
+
+    domains: Sequence[str]
+    edges: Numbers
+    helpful: Numbers
+    harmful: Numbers
+    uses: Numbers
+
+    @property
+    def absolute(self) -> Numbers:
+        """(domains, bins): Σ |values|"""
+        return self.helpful - self.harmful
+
+
+def domain_shares(bins: DomainBins) -> Sketch:
+    """Each domain's part of Σ|values| of a bin, helpful above zero and harmful below: together 100 %."""
+    total = bins.absolute.sum(0)
+    percent = 100 / np.where(total == 0, np.inf, total)  # (bins,)
+    order = np.argsort(-bins.absolute.sum(1), kind="stable")
+    parts = [([number], bins.domains[number]) for number in order[: len(COLOURS)]]
+    if len(order) > len(COLOURS):
+        rest = list(order[len(COLOURS) :])
+        parts.append((rest, "1 more domain" if len(rest) == 1 else f"{len(rest)} more domains"))
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        axes = figure.subplots()
+        axes.use_sticky_edges = False  # a line along the frame would be cut
+        for values in (bins.helpful, bins.harmful):
+            base = np.zeros(len(total))
+            for (numbers, name), colour in zip(parts, (*COLOURS, OTHERS), strict=False):
+                height = values[numbers].sum(0) * percent
+                # matplotlib leaves out a label that begins with _
+                label = " " + shortened(name, 28) if values is bins.helpful else None
+                axes.bar(
+                    bins.edges[:-1], height, np.diff(bins.edges), base, align="edge", color=colour,
+                    label=label, edgecolor="white", linewidth=0.5,
+                )  # fmt: skip
+                base += height
+        net = np.where(total == 0, np.nan, (bins.helpful + bins.harmful).sum(0) * percent)
+        middle = (bins.edges[:-1] + bins.edges[1:]) / 2
+        axes.plot(
+            middle, net, color=INK, marker="o", markersize=3, linewidth=1, label="helpful minus harmful"
+        )
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_ylabel("share of absolute value (%)")
+        step_axis(axes, narrow)
+        legend_below(figure, axes, columns=1 if narrow else 3)
+
+    whole = bins.absolute.sum() or 1.0
+    shares = [(bins.domains[number], bins.absolute[number].sum() / whole) for number in order]
+    listed = ", ".join(f"{name} {share:.1%}" for name, share in shares)
+    alt = f"Stacked bars by training step, helpful above zero, harmful below. Over all steps: {listed}."
+    return Sketch(draw, alt, height=4.6, narrow_height=5.8)
+
+
+def domain_course(bins: DomainBins) -> Sketch:
+    """Mean value of a domain's samples, over the mean |value| of all samples of the same steps."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        typical = bins.absolute.sum(0) / bins.uses.sum(0)
+        cells = (bins.helpful + bins.harmful) / bins.uses / typical  # nan: no sample
+    order = np.argsort(-bins.uses.sum(1), kind="stable")[:MOST_DOMAINS]
+    known = np.abs(cells[np.isfinite(cells)])
+    limit = float(np.quantile(known, 0.95)) if known.any() else 1.0
+    colours = LinearSegmentedColormap.from_list("value", [HARMFUL, "#f7f7f7", HELPFUL])
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        axes = figure.subplots()
+        axes.set_facecolor(NOTHING)
+        mesh = axes.pcolormesh(
+            bins.edges, np.arange(len(order) + 1), np.ma.masked_invalid(cells[order]), cmap=colours,
+            vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.4,
+        )  # fmt: skip
+        length = 16 if narrow else 28
+        names = [shortened(bins.domains[number], length) for number in order]
+        axes.set_yticks(np.arange(len(order)) + 0.5, names)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_ylabel("domain")
+        step_axis(axes, narrow)
+        bar = figure.colorbar(mesh, ax=axes, location="bottom", extend="both", aspect=30)
+        bar.set_label("mean value (× typical)" if narrow else "mean value (multiples of the typical value)")
+
+    alt = (
+        "Heat map, one row for each domain, over the training steps: blue where a domain's samples helped on "
+        "average, orange where they hurt. The table of domains has the means over all steps."
+    )
+    height = max(2.6, 1.8 + 0.25 * len(order))
+    return Sketch(draw, alt, height=height, narrow_height=height)

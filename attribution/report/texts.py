@@ -1,0 +1,97 @@
+"""What the report says in words: plain facts, put together from a run's settings and numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from attribution.database import Normalise
+from attribution.report.charts import Curve
+from attribution.scored_run import ScoredRun
+
+UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step changes"}
+UNIT_SENTENCES: dict[Normalise, str] = {
+    "none": "Values are in nats, the unit of the loss itself: a value of 0.001 nats predicts that the loss "
+    "falls by 0.001 because of this sample.",
+    "absolute": "Values are normalised: those of each step are divided by the sum of their absolute values, "
+    "so that late steps, in which the loss changes little, count as much as early ones. Their unit is the "
+    "step total: 0.01 is one hundredth of a step’s sum of absolute values.",
+    "predicted": "Values are normalised: those of each step are divided by the size of the change of the "
+    "loss that they predict together, so that late steps, in which the loss changes little, count as much as "
+    "early ones. Their unit is the step change: 0.01 is one hundredth of what a step’s values predict "
+    "together.",
+}
+ABSENT = "(this run has no such setting)"
+
+
+def introduction(
+    runs: Sequence[ScoredRun], windows: Sequence[tuple[int, int]], steps: pa.Table, normalise: Normalise
+) -> dict[str, Any]:
+    """What the first paragraphs name. windows: first and last step of each run."""
+    directions = {run.config["direction"] for run in runs}
+    reason = "the optimizer made no update there, as with float16 gradients that overflow"
+    if "adamw" in directions:
+        reason += "; the first step of a run with “direction” set to “adamw” has none either"
+    return {
+        "title": ", ".join(run.folder.resolve().name for run in runs),
+        "block_size": runs[0].block_size,
+        "rows_shown": _rows_shown(runs),
+        "unit_sentence": UNIT_SENTENCES[normalise],
+        "steps_shown": _steps_shown(windows),
+        "validation_loss": _validation_loss(steps),
+        "skipped": steps["predicted"].null_count,
+        "skipped_reason": reason,
+    }
+
+
+def _rows_shown(runs: Sequence[ScoredRun]) -> str:
+    kinds = {(run.metadata["validation_sha256"], run.config["val_set"]) for run in runs}
+    if len(kinds) > 1:
+        return "validation texts of each run’s own"
+    count = runs[0].config["val_batch_size"]
+    return f"{count} {'text' if count == 1 else 'texts'} of the validation data ({runs[0].config['val_set']})"
+
+
+def _steps_shown(windows: Sequence[tuple[int, int]]) -> str:
+    shown = {f"{last + 1:,}" if first == 0 else f"{first:,} to {last:,}" for first, last in windows}
+    return " / ".join(sorted(shown))
+
+
+def _validation_loss(steps: pa.Table) -> str:
+    """Before the first and before the last step, the mean of the runs."""
+    run, loss = steps["run"].to_numpy(), steps["val_loss"].to_numpy(zero_copy_only=False)
+    of_runs = [loss[run == number] for number in np.unique(run)]
+    first, last = (np.mean([losses[place] for losses in of_runs]) for place in (0, -1))
+    return f"{first:.3f}" if max(map(len, of_runs)) == 1 else f"{first:.3f} → {last:.3f}"
+
+
+def losses_caption(curves: Sequence[Curve], per_point: int, runs: int) -> str:
+    caption = "Mean loss of each training batch, and of the validation rows before each step."
+    if per_point > 1:
+        caption += f" A point is the mean of {per_point:,} steps."
+    if any(curve.evaluated for curve in curves):
+        caption += " Evaluations are made now and then, on other batches of each split."
+    return caption + (f" One line for each of the {runs} runs." if runs > 1 else "")
+
+
+def settings(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Of each setting its name and its values: one if all runs have the same, else one for each run."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = []
+    for name in names:
+        entries = [_setting(config[name]) if name in config else ABSENT for config in configs]
+        rows.append((name, entries[:1] if len(set(entries)) == 1 else entries))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_setting(entry)}" for name, entry in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return ", ".join(map(_setting, value)) if isinstance(value, list) else str(value)

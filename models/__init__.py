@@ -1,0 +1,1 @@
+"""Models: one file for each architecture, and models in Hugging Face format."""

@@ -1,0 +1,1 @@
+"""What surrounds training: the run's folder, checkpoints, log, signals and processes."""

@@ -1,0 +1,1 @@
+"""The scores of a run on disk, and what is written beside them."""

@@ -1,0 +1,320 @@
+"""The scores of a run on disk: their columns, the writer and the readers.
+
+A folder of Parquet files with one row per training sample and step, and nothing else, so that
+`pandas.read_parquet(folder)` and `pyarrow.dataset.dataset(folder)` just open it. score_files.py says
+what is sure after a crash.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import torch
+from torch import Tensor
+
+from foundation.errors import file_errors
+from foundation.files import sync
+from foundation.granularity import Granularity, total_of
+from score_store.files import (
+    ScoreFile,
+    check_origin,
+    list_files,
+    put_in_order,
+    put_in_place,
+    read_origin,
+    remove,
+    score_file,
+    superseded,
+)
+from score_store.schema import FORMAT, SCORE_SCHEMA, ScoreError, score_schema
+
+__all__ = ["SCORE_SCHEMA", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores"]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The n rows of one append(), on the device they came from."""
+
+    step: int
+    sample_ids: npt.NDArray[np.int64]  # (n,)
+    domains: Sequence[str]  # (n,)
+    blocks: npt.NDArray[np.int64]  # (n,)
+    dot_products: Tensor  # (n,)
+    train_losses: Tensor  # (n,)
+    val_loss: Tensor
+    lr: float
+    clip_factor: Tensor
+    global_batch_size: int
+    null: Tensor
+
+
+class ScoreWriter:
+    """Writes the scores of one process of a run into `folder`, which all processes of the run share.
+
+    `metadata` tells runs apart (configuration, validation rows, shard checksums, ...) and goes into every
+    file; what may change when a run is resumed does not belong in it. Opening the folder puts in order what
+    this rank's last writer left when it was killed. As a context manager it closes itself, also after an
+    exception.
+
+    Raises:
+        ScoreError: the folder holds something else than scores of this run.
+            A file cannot be written (disk full, ...): earlier files are whole, the rows stay buffered.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        rank: int,
+        metadata: Mapping[str, str],
+        granularity: Granularity = "total",
+        rows_per_file: int = 100_000,
+    ) -> None:
+        assert 0 <= rank < 100_000, rank
+        assert not FORMAT.keys() & metadata.keys(), f"reserved: {FORMAT.keys()}"
+        self.folder = Path(folder).resolve()
+        self.rank = rank
+        self.rows_per_file = rows_per_file
+        self.granularity = granularity
+        self._schema = score_schema(granularity).with_metadata(
+            {**metadata, "granularity": granularity, **FORMAT}
+        )
+        self._buffer: list[_Rows] = []
+        with file_errors(self.folder, ScoreError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sync(self.folder.parent)
+        for file in list_files(self.folder):
+            try:
+                check_origin(file.path, {**metadata, "granularity": granularity, **FORMAT})
+            except FileNotFoundError:  # another rank's writer put its files in order since they were listed
+                assert file.rank != rank
+        self._take_stock()
+
+    def append(
+        self,
+        *,
+        step: int,
+        sample_ids: npt.ArrayLike,
+        domains: Sequence[str],
+        blocks: npt.ArrayLike,
+        dot_products: Tensor,
+        train_losses: Tensor,
+        val_loss: Tensor | float,
+        lr: float,
+        clip_factor: Tensor | float,
+        global_batch_size: int,
+        null: Tensor | bool = False,
+    ) -> None:
+        """Buffer the n rows of a step. Tensors are copied on their device, and not waited for until flush().
+
+        Args:
+            step: not before the last one appended, and after the last one written.
+            sample_ids, domains, blocks: (n,) which samples.
+            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
+            train_losses: (n,) ℓ_i, the mean over the sample's own targets.
+            val_loss: L_val, the mean loss of the validation rows before the step (0-d).
+            clip_factor: what clipping multiplied the gradient by, at most 1.
+            global_batch_size: samples in this step's update, over all processes and micro-batches.
+            null: the optimizer does not step, so there is no dot product and no value (bool or 0-d tensor).
+
+        Raises:
+            ValueError: arguments of different length, or a step that is not in order.
+        """
+        ids, places = np.asarray(sample_ids), np.asarray(blocks)
+        assert ids.dtype.kind == places.dtype.kind == "i", f"integers, not {ids.dtype} and {places.dtype}"
+        per_row = dot_products.shape if self.granularity == "total" else dot_products.shape[:1]
+        shapes = [ids.shape, (len(domains),), places.shape, per_row, train_losses.shape]
+        if any(tuple(shape) != (len(domains),) for shape in shapes):
+            raise ValueError(
+                "sample_ids, domains, blocks, dot_products and train_losses need one entry per sample each, "
+                f"got shapes {', '.join(str(tuple(shape)) for shape in shapes)}"
+            )
+        latest = self._buffer[-1].step if self._buffer else self._last_step
+        if step < latest or (step == latest and not self._buffer):
+            raise ValueError(
+                f"step {step} is not in order: {self.folder} has rank {self.rank} at step {latest} already; "
+                f"a run that goes on from step {step} calls drop_from({step}) first"
+            )
+        row = _Rows(
+            step=step,
+            sample_ids=ids.astype(np.int64),
+            domains=tuple(domains),
+            blocks=places.astype(np.int64),
+            dot_products=_copy(dot_products),
+            train_losses=_copy(train_losses),
+            val_loss=_copy(torch.as_tensor(val_loss, dtype=torch.float64)),
+            lr=lr,
+            clip_factor=_copy(torch.as_tensor(clip_factor, dtype=torch.float64)),
+            global_batch_size=global_batch_size,
+            null=_copy(torch.as_tensor(null)),
+        )
+        self._buffer.append(row)
+
+    def flush(self) -> None:
+        """Write what is buffered as one more file, and merge once the small files add up to a full one."""
+        if not self._buffer:
+            return
+        first, last = self._buffer[0].step, self._buffer[-1].step
+        table = self._table()
+        put_in_place(score_file(self.folder, first, last, self.rank), table)
+        self._buffer.clear()
+        self._last_step = last
+        self._small_rows += table.num_rows if table.num_rows < self.rows_per_file else 0
+        if self._small_rows >= self.rows_per_file:
+            self.merge()
+
+    def merge(self) -> None:
+        """Merge this rank's small files into files of at least `rows_per_file` rows, but for the last."""
+        for group in self._groups(put_in_order(self.folder, self.rank)):
+            table = pa.concat_tables([file.read() for file in group]).combine_chunks()
+            merged = score_file(self.folder, group[0].first, group[-1].last, self.rank)
+            put_in_place(merged, table, replaces=group)
+        self._take_stock()
+
+    def drop_from(self, step: int) -> None:
+        """Remove this rank's rows of `step` and later, which a run that goes on from there computes again.
+
+        If it is interrupted, the rows before `step` are all there and the later ones perhaps: call it again.
+        """
+        assert not self._buffer, "drop_from() comes before append()"
+        for file in reversed(put_in_order(self.folder, self.rank)):
+            if file.first >= step:
+                remove(file.path)
+            elif file.last >= step:
+                table = file.read()
+                table = table.filter(pc.less(table["step"], step))
+                last = pc.max(table["step"]).as_py()
+                put_in_place(score_file(self.folder, file.first, last, self.rank), table, replaces=[file])
+        sync(self.folder)
+        self._take_stock()
+
+    def close(self) -> None:
+        """Write what is buffered, and merge."""
+        self.flush()
+        self.merge()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_stock(self) -> None:
+        files = put_in_order(self.folder, self.rank)
+        rows = [file.num_rows for file in files]
+        self._last_step = files[-1].last if files else -1
+        self._small_rows = sum(count for count in rows if count < self.rows_per_file)
+
+    def _groups(self, files: Iterable[ScoreFile]) -> Iterator[list[ScoreFile]]:
+        """Two or more neighbouring small files each, no more of them than make `rows_per_file` rows."""
+        group: list[ScoreFile] = []
+        rows = 0
+        for file in files:
+            small = (count := file.num_rows) < self.rows_per_file
+            if small:
+                group.append(file)
+                rows += count
+            if not small or rows >= self.rows_per_file:
+                if len(group) > 1:
+                    yield group
+                group, rows = [], 0
+        if len(group) > 1:
+            yield group
+
+    def _table(self) -> pa.Table:
+        """The buffered rows, on the CPU, with their values (Wang et al., arXiv 2406.11011, Theorem 3)."""
+        steps = self._buffer
+        counts = [len(step.domains) for step in steps]
+        scores = _numbers([step.dot_products for step in steps])  # (rows,), or (rows, m or L)
+        dots = total_of(scores, self.granularity)
+        lr = np.repeat([step.lr for step in steps], counts)
+        clip, val_loss = (
+            np.repeat(_numbers([each[None] for each in column]), counts)
+            for column in ([step.clip_factor for step in steps], [step.val_loss for step in steps])
+        )
+        global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
+        null = np.repeat(_numbers([step.null[None] for step in steps]) != 0, counts)
+        columns = {
+            "step": np.repeat([step.step for step in steps], counts),
+            "sample_id": np.concatenate([step.sample_ids for step in steps]),
+            "domain": pa.array([domain for step in steps for domain in step.domains]).dictionary_encode(),
+            "block": np.concatenate([step.blocks for step in steps]),
+            "rank": np.full(sum(counts), self.rank),
+            "dot_product": pa.array(dots, mask=null),
+            "train_loss": _numbers([step.train_losses for step in steps]),
+            "val_loss": val_loss,
+            "lr": lr,
+            "clip_factor": clip,
+            "global_batch_size": global_batch_size,
+            # Positive is helpful: the update -lr * clip * mean gradient changes the loss by minus this much.
+            "value": pa.array(lr * clip * dots / global_batch_size, mask=null),
+        }
+        if self.granularity != "total":
+            columns[self.granularity] = _lists(scores, null)
+        return pa.table(columns, schema=self._schema)
+
+
+def drop_rows_from(
+    folder: str | os.PathLike[str], step: int, *, metadata: Mapping[str, str], granularity: Granularity
+) -> None:
+    """Remove the rows of `step` and later of all processes that ever wrote here, none of which is at work: a
+    run that goes on from there computes them again. Raises as `ScoreWriter`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for rank in sorted({file.rank for file in list_files(folder)}):
+        ScoreWriter(folder, rank=rank, metadata=metadata, granularity=granularity).drop_from(step)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A tensor of its own: the caller may reuse the buffer in the next step."""
+    return value.detach().clone()
+
+
+def _numbers(tensors: list[Tensor]) -> npt.NDArray[np.float64]:
+    numbers: npt.NDArray[np.float64] = torch.cat(tensors).to("cpu", torch.float64).numpy()
+    return numbers
+
+
+def _lists(scores: npt.NDArray[np.float64], null: npt.NDArray[np.bool_]) -> pa.Array:
+    """(rows, c) -> one list of c numbers for each row, null where the row has no scores."""
+    lengths = np.where(null, 0, scores.shape[1])
+    offsets = pa.array(np.append(0, lengths.cumsum()), pa.int32(), mask=np.append(null, False))
+    return pa.ListArray.from_arrays(offsets, scores[~null].ravel())
+
+
+def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
+    """The scores of a run, for reading; `.schema.metadata` describes the run.
+
+    Raises:
+        ScoreError: there are none, another version of this program wrote them, or they are of several runs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ScoreError(f"{folder} is not a folder of scores: give {{result_dir}}/grad_dotprods of a run")
+    with file_errors(folder, ScoreError):
+        files = list_files(folder)
+    if not files:
+        raise ScoreError(
+            f"{folder} has no scores yet: they are written every few steps of a run that computes them"
+        )
+    origin = read_origin(files[0].path)
+    for path in (file.path for file in files):
+        check_origin(path, {**origin, **FORMAT})
+    if "granularity" not in origin:
+        raise ScoreError(f"{files[0].path} has no granularity in its metadata: this program did not write it")
+    doubled = superseded(files)
+    paths = [str(file.path) for file in files if file not in doubled]
+    return ds.dataset(
+        paths, schema=score_schema(origin["granularity"]).with_metadata(origin), format="parquet"
+    )
