@@ -8,6 +8,7 @@ in config.json, all come from the field.
 
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -225,6 +226,11 @@ class TrainingConfig:
         return Path(self.results_dir) / self.run_name
 
     @property
+    def strategy(self) -> str | None:
+        """The contraction strategy that --contraction forces on every layer; None for auto."""
+        return None if self.contraction == "auto" else self.contraction
+
+    @property
     def folder(self) -> RunFolder:
         """The paths in this run's folder. Of a resolved configuration only."""
         return RunFolder(self.result_dir)
@@ -355,6 +361,18 @@ class TrainingConfig:
                 f"{several} with --compile: a compiled block cannot keep the validation gradient; leave one "
                 "of them out"
             )
+
+
+def read_command_line(argv: list[str], *, heard: bool) -> TrainingConfig:
+    """Parse the command line; on an error, or --help, print and exit.
+
+    Args:
+        heard: whether this process prints, as one of each machine does.
+    """
+    if heard:
+        return TrainingConfig.from_command_line(argv)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return TrainingConfig.from_command_line(argv)
 
 
 def resolve(

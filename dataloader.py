@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import torch
-
 from config_file import TrainingConfig
 from data_processing.block_order import BatchOrder, seeded_choice
 from data_processing.blocks import Batch, BlockDataset
@@ -25,11 +23,6 @@ from run.processes import World
 EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are not the first training batches
 
 logger = logging.getLogger(__name__)
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, y (n, T), copied without waiting where they are in pinned memory."""
-    return batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
 
 
 class BatchLoader:

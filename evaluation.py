@@ -1,5 +1,6 @@
 """The losses of a model on train, val and test."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -7,10 +8,14 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from config_file import TrainingConfig
-from dataloader import BatchLoader, TrainingData, to_device
+from dataloader import BatchLoader, TrainingData
 from model_setup import CausalLM, Precision
+from run.ending import OK
 from run.finite_guard import NonFiniteLoss
+from run.folder import differences
 from run.processes import World
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -49,7 +54,7 @@ def mean_loss(
         index = first + world.rank
         # a process without a batch of its own repeats the last: the parts of a model that is divided among
         # processes come together in every forward pass
-        x, y = to_device(loader.batch(min(index, config.eval_iter - 1)), precision.device)
+        x, y = loader.batch(min(index, config.eval_iter - 1)).to(precision.device)
         with precision.autocast():
             losses = model(x, y)
         if index < config.eval_iter:
@@ -65,3 +70,14 @@ def check_evaluation(losses: dict[str, float]) -> None:
             raise NonFiniteLoss(
                 f"the loss on {name} is {loss}: the parameters are of no use; see metrics.jsonl"
             )
+
+
+def evaluate_only(config: TrainingConfig, model: CausalLM, data: TrainingData, world: World) -> int:
+    """Log the losses on the three splits for --eval_only, and return the exit status. Nothing is written."""
+    for difference in differences(config):
+        logger.info("other than in the run itself: %s", difference)
+    losses = evaluate(model, data, config, Precision.of(config), world, lambda: None)
+    for name, loss in losses.items():
+        logger.info("loss on %s: %.4f", name, loss)
+    check_evaluation(losses)
+    return OK

@@ -20,6 +20,7 @@ from config_file import TrainingConfig
 from foundation.errors import ConfigError
 from ghostEngines import CrossEntropyHead
 from models.pretrained import read_config, read_model
+from run.checkpoint import find_saved_model
 from run.processes import World
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,22 @@ class Precision:
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss where float16 would lose small gradients; does nothing in every other precision."""
         return torch.amp.GradScaler(self.device.type, enabled=self.train_dtype == torch.float16)
+
+
+def prepare_model(config: TrainingConfig, start: Path | None) -> CausalLM:
+    """Return the model that a run begins with: that of the checkpoint it resumes from; the one that the named run
+    saved (--eval_only); the one of --init_from; or a freshly initialised one.
+
+    Raises:
+        ConfigError: it cannot be read, or is not of the architecture that was asked for.
+    """
+    if start is not None:
+        return load_model(start, config)
+    if config.eval_only and config.saved_model is not None:
+        return load_model(find_saved_model(config.saved_model), config)
+    if config.init_from is not None:
+        return load_model(Path(config.init_from), config, drop_dropout=True)
+    return build_model(config)
 
 
 def build_model(config: TrainingConfig) -> CausalLM:

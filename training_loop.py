@@ -1,5 +1,6 @@
 """Trainer: the schedule and the step."""
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -11,15 +12,18 @@ from torch.distributed.tensor import DTensor
 
 from config_file import TrainingConfig
 from data_processing.blocks import Batch
-from dataloader import TrainingData, to_device
+from dataloader import TrainingData
 from evaluation import check_evaluation, evaluate
 from ghostEngines.engine_manager import GhostEngineManager
 from model_setup import CausalLM, Precision, gradient_sync
+from run.ending import NON_FINITE, OK, stopped_by
 from run.finite_guard import FiniteGuard, NonFiniteLoss
 from run.log import RunLog
 from run.processes import World
-from run.signals import Interrupted, StopSignals, interrupt_deferred
+from run.signals import Interrupted, StopSignals, drop_closed_outputs, interrupt_deferred
 from run.state import TrainingState, checkpoint_facts, global_batch_size
+
+logger = logging.getLogger(__name__)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -63,9 +67,29 @@ class Trainer:
         self.saved_at: int | None = None  # how many steps the newest checkpoint has
 
     def resume(self, checkpoint: Path) -> None:
-        """Goes on from there; the model has its weights already."""
+        """Load the state of a checkpoint; the model has its weights already."""
         self.state.load(checkpoint)
         self.saved_at = self.progress.steps
+
+    def train(self, start: Path | None) -> int:
+        """Train to the end, from a checkpoint or from the beginning, and return the exit status; log how a run
+        ended early."""
+        if start is not None:
+            self.resume(start)
+        try:
+            self.run()
+        except KeyboardInterrupt as error:
+            drop_closed_outputs()
+            logger.warning(
+                "interrupted after step %d: scores and a checkpoint are saved; --resume --run_name %s resumes it",
+                self.progress.steps,
+                self.config.run_name,
+            )
+            return stopped_by(error)
+        except NonFiniteLoss as error:
+            logger.error("main.py: error: %s", error)
+            return NON_FINITE
+        return OK
 
     def run(self) -> None:
         """All steps that are left. However it ends, the scores so far are on the disk; unless by an error, so
@@ -190,7 +214,7 @@ class Trainer:
     def _forward_backward(self, batch: Batch) -> Tensor:
         """One micro-batch. Returns the losses of its rows, without gradient."""
         manager = self.manager
-        x, y = to_device(batch, self.precision.device)
+        x, y = batch.to(self.precision.device)
         manager.attach_train_batch(
             x, y, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks
         )

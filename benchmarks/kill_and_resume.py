@@ -35,6 +35,7 @@ import main as program
 import training_loop
 from benchmarks.launch import flags_of, fork
 from run import log as run_log
+from run import method, opening
 from run.checkpoint import list_checkpoints
 from run.folder import LOCK
 
@@ -62,8 +63,8 @@ CHANGES = (
 # From where calls are counted: the beginning, what a resumption changes, the training.
 PLACES = {
     "start": (program, "resolve"),
-    "remove_after": (program, "remove_after"),
-    "drop_rows_from": (program, "drop_rows_from"),
+    "remove_after": (opening, "remove_after"),
+    "drop_rows_from": (method, "drop_rows_from"),
     "keep_records_before": (run_log, "keep_records_before"),
     "train": (training_loop.Trainer, "run"),
 }

@@ -30,6 +30,10 @@ class Batch:
     domains: tuple[str, ...]  # length b
     blocks: npt.NDArray[np.int64]  # (b,) within the domain
 
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x, y (b, T) on a device, copied without waiting where they are in pinned memory."""
+        return self.x.to(device, non_blocking=True), self.y.to(device, non_blocking=True)
+
 
 class BlockDataset:
     """The blocks of one split. Opening it reads no tokens: that happens as batches need them.

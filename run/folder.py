@@ -269,13 +269,13 @@ def save(config: "TrainingConfig", path: Path, extra: Mapping[str, Any]) -> None
         write_text(path, text + "\n", path.with_name(UNFINISHED))
 
 
-def provenance() -> dict[str, Any]:
+def provenance(checkout: Path) -> dict[str, Any]:
     """What a run depends on besides its configuration. Version None: the package is not installed."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(Path(__file__).parent),
+        "git_commit": _git_commit(checkout),
     }
 
 

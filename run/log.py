@@ -18,6 +18,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from foundation.errors import ConfigError, UserError, file_errors
 from foundation.files import sync, write_text
+from run.checkpoint import read_manifest, step_of
+from run.processes import World
 
 if TYPE_CHECKING:
     from config_file import TrainingConfig
@@ -104,6 +106,16 @@ class RunLog(SilentLog):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._resources.__exit__(kind, error, traceback)
+
+
+def open_log(config: "TrainingConfig", world: World, start: Path | None) -> SilentLog:
+    """Return the log of this process: rank 0 records, the others are silent. start: the checkpoint that the run
+    resumes from."""
+    if world.rank > 0:
+        return SilentLog()
+    if start is None:
+        return RunLog(config, 0, evaluation_due=False)
+    return RunLog(config, step_of(start), evaluation_due=read_manifest(start)["evaluation_due"])
 
 
 def records_before(path: Path, step: int) -> list[tuple[str, dict[str, Any]]]:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 import main
+import model_setup
 from benchmarks.launch import flags_of, fork, world_of
 from data_processing.shards import ShardWriter, domain_file_name
 from data_processing.tokenizers import get_tokenizer
@@ -121,7 +122,7 @@ def one_thread() -> Iterator[None]:
 def start(data: Path, results: Path, **flags: object) -> Run:
     """Runs main.py's main(). An interrupt that it lets through would end the tests: an error instead."""
     run = Run(-1, results / str(flags.get("run_name")), "", "")
-    build = main.build_model
+    build = model_setup.build_model
 
     def build_model(config):
         model = build(config)
@@ -133,7 +134,7 @@ def start(data: Path, results: Path, **flags: object) -> Run:
         redirect_stdout(out),
         redirect_stderr(err),
         one_thread(),
-        patch.object(main, "build_model", build_model),
+        patch.object(model_setup, "build_model", build_model),
     ):
         try:
             run.status = main.main(command(data, results, **flags))

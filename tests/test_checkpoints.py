@@ -264,7 +264,7 @@ def test_a_batch_job_that_is_requeued(
             assert main.main(flags) == 128 + number
         assert names(run.folder)[-1] == f"step_{steps:06d}"
         assert f"interrupted after step {steps}: " in caplog.text
-    assert "--resume --run_name night goes on" in caplog.text
+    assert "--resume --run_name night resumes it" in caplog.text
     with one_thread():
         assert main.main(flags) == 0
     assert names(run.folder) == [f"step_00000{steps}" for steps in (0, 1, 3, 4, 6, 8)] and same(run, alone)

@@ -1,4 +1,4 @@
-"""config_file.py, command_line.py and run_folder.py."""
+"""The configuration, its command line, and a run's folder."""
 
 import argparse
 import ast
@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,11 +23,10 @@ from config_file import ROOT, TrainingConfig, describe, resolve
 from foundation.errors import ConfigError, UserError
 from foundation.flags import check_flags, flag, flag_parser, flags_of
 from foundation.paths import path_argument
-from run import folder as run_folder
 from run.folder import check_result_dir, prepare_result_dir, provenance, save, settle_resume
 
 NOON = datetime(2026, 1, 2, 12, 34, 56, 789_000, tzinfo=UTC)
-PACKAGES = ("ghostEngines", "data_processing", "attribution", "foundation")
+PACKAGES = tuple(path.parent.name for path in ROOT.glob("*/__init__.py"))
 SOURCES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
 
 
@@ -342,7 +342,7 @@ def prepare(config: TrainingConfig) -> None:
 def test_config_json_has_every_field_as_resolved_and_the_provenance(tmp_path: Path) -> None:
     config = run_config(tmp_path, "--betas", "0.8,0.9", "--device", "cpu")
     prepare(config)
-    save(config, config.result_dir / "config.json", provenance() | {"strategies": {"h.0": "gram"}})
+    save(config, config.result_dir / "config.json", provenance(tmp_path) | {"strategies": {"h.0": "gram"}})
     values = json.loads((config.result_dir / "config.json").read_text())
     assert {spec.name for spec in fields(TrainingConfig)} < values.keys()
     assert values["train_dtype"] == "float32" and values["betas"] == [0.8, 0.9]
@@ -364,9 +364,8 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_git_commit(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance()["git_commit"] is None
+    assert provenance(tmp_path)["git_commit"] is None
     assert "no git commit: fatal: not a git repository" in caplog.text
 
     git(tmp_path, "init")
@@ -375,12 +374,12 @@ def test_git_commit(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixtur
     git(tmp_path, "commit", "-m", "a")
     git(tmp_path, "tag", "v1")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert provenance()["git_commit"] == commit
+    assert provenance(tmp_path)["git_commit"] == commit
     (tmp_path / "file").write_text("b")
-    assert provenance()["git_commit"] == commit + "-dirty"
+    assert provenance(tmp_path)["git_commit"] == commit + "-dirty"
 
     monkeypatch.setenv("PATH", "")
-    assert provenance()["git_commit"] is None
+    assert provenance(tmp_path)["git_commit"] is None
     assert "git is not installed" in caplog.text
 
 
@@ -416,7 +415,7 @@ def test_overwrite_of_a_run_can_be_interrupted(tmp_path: Path, monkeypatch: pyte
     config = run_config(tmp_path, "--run_name", "a", "--overwrite")
     make_run(config)
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.shutil, "rmtree", raising(KeyboardInterrupt()))
+        patch.setattr(shutil, "rmtree", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
     prepare(config)
@@ -564,7 +563,7 @@ def test_no_field_is_dead() -> None:
     for node in ast.walk(parse(ROOT / "config_file.py")):
         if (
             isinstance(node, ast.FunctionDef)
-            and node.name in ("result_dir", "saved_model", "resumes", "selections")
+            and node.name in ("result_dir", "folder", "strategy", "saved_model", "resumes", "selections")
             and node.name in used
         ):
             used |= reads(node, ("self",))

@@ -27,6 +27,7 @@ from run import processes as distributed
 from run.log import RunLog
 from run.processes import World, distributed_world, first_of_machine, launched
 from run.state import TrainingState
+from score_store.run_folder import RunFolder
 from training_loop import Trainer
 
 FLAGS = {
@@ -163,7 +164,7 @@ def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
     monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args, **kwargs: gathered.append(args))
     monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *args: None)
     state = TrainingState(model, model, optimizer, torch.amp.GradScaler(enabled=False))
-    config = SimpleNamespace(result_dir=Path(), keep_checkpoints=1)
+    config = SimpleNamespace(folder=RunFolder(Path()), keep_checkpoints=1)
     for rank, count in ((1, 0), (0, 1)):
         state.save(config, World(rank, 2), {})
         assert len(gathered) == count

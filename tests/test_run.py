@@ -17,6 +17,7 @@ import torch
 from run_helpers import DOMAINS, ROOT, Run, command, environment, python, start, tokens_of, tree
 from transformers import GPT2LMHeadModel
 
+import evaluation
 import main
 import training_loop
 from attribution.screen import first_words
@@ -286,8 +287,8 @@ def test_eval_only_finds_the_losses_of_the_runs_last_evaluation(
     scored: Run, data: Path, results: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = []
-    evaluate = main.evaluate
-    monkeypatch.setattr(main, "evaluate", lambda *args: found.append(evaluate(*args)) or found[-1])
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: found.append(evaluate(*args)) or found[-1])
     before = tree(results)
     with caplog.at_level(logging.INFO):
         again = start(data, results, run_name="scored", eval_only=True, **FLAGS)
@@ -303,8 +304,8 @@ def test_eval_only_without_a_name_evaluates_the_untrained_model(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    evaluate = main.evaluate
-    monkeypatch.setattr(main, "evaluate", lambda *args: found.append(evaluate(*args)) or found[-1])
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: found.append(evaluate(*args)) or found[-1])
     results = tmp_path / "results"
     assert start(data, results, eval_only=True).status == 0
     assert not results.exists()

@@ -1,6 +1,7 @@
 """How a run ends when it cannot go on: what was asked is wrong, the loss is not finite, an error, Ctrl-C."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -31,9 +32,10 @@ from config_file import TrainingConfig, resolve
 from data_processing.shards import ShardWriter
 from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine
-from run import folder as run_folder
+from ghostEngines.engine_manager import GradDotProdManager
 from run.log import RunLog
 from run.signals import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
+from score_store.writer import ScoreWriter
 from training_loop import Trainer
 
 
@@ -125,7 +127,7 @@ def test_a_file_system_without_locks(
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     message = refusal(command(data, tmp_path / "a" / "results"), tmp_path / "a" / "results", capsys)
     assert message.startswith(f"{tmp_path}/a/results/GradDotProd-")
     assert ": its file system has no locks (No locks available)" in message and "--results_dir" in message
@@ -606,8 +608,8 @@ def test_ctrl_c_while_saving_does_not_break_what_is_saved(
     """A second one, after that which ended the run, or a first one after the last step."""
     if interrupted:
         meddle(monkeypatch, 3, lambda losses: interrupt() or losses)
-    close = main.GradDotProdManager.close
-    monkeypatch.setattr(main.GradDotProdManager, "close", interrupting(close))
+    close = GradDotProdManager.close
+    monkeypatch.setattr(GradDotProdManager, "close", interrupting(close))
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", interrupting(GPT2LMHeadModel.save_pretrained))
     run = start(data, tmp_path, run_name="a", dot_prod_save_interval=100)
     assert run.status == 130
@@ -622,7 +624,7 @@ def test_the_model_is_saved_although_the_scores_cannot_be(
     def full(self: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(main.ScoreWriter, "close", full)
+    monkeypatch.setattr(ScoreWriter, "close", full)
     with pytest.raises(OSError, match="no space left"):
         start(data, tmp_path, run_name="a", max_steps=1)
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "a" / "model")

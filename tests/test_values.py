@@ -31,6 +31,7 @@ from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import ShardWriter, domain_file_name, list_shards
 from data_processing.tokenizers import get_tokenizer
+from foundation import progress
 from score_store.validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
@@ -644,7 +645,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
 def test_records_and_validation_rows(damaged: Path, data: Path) -> None:
     (damaged / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.5}\n{"step": 1, "train_loss"')
     batch = BlockDataset.open(data, T, parse_set("--val_set", "val")).batch([("Alpha", 2), ("Beta [b]", 0)])
-    save_validation_rows(batch, get_tokenizer("gpt2_bytes"), damaged / "validation")
+    save_validation_rows(batch, get_tokenizer("gpt2_bytes"), damaged / "validation" / "rows.parquet")
     run = ScoredRun.open(damaged)
     assert run.metrics() == [{"step": 0, "train_loss": 1.5}], "a line that is being written is left out"
     rows = run.validation_rows().to_pandas()
@@ -678,8 +679,8 @@ ENDLESS = "SELECT sum(hash(a.range + b.range) % 7) AS s FROM range(1000000) a, r
 def test_what_takes_long_shows_a_bar_and_can_be_interrupted(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(attribution.progress, "SECONDS", 0.2)
-    monkeypatch.setattr(attribution.progress, "FILE_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "SECONDS", 0.2)
+    monkeypatch.setattr(progress, "FILE_SECONDS", 0.1)
     with ScoreDatabase([ScoredRun.open(folders[0])], spill_folder=tmp_path) as database:
         timer = threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT))
         timer.start()

@@ -1,0 +1,105 @@
+"""The methods: what each adds to training, and what it writes."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
+from ghostEngines.covered_layers import contraction_plan, cover
+from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
+from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
+from ghostEngines.strategies.instantiate import GPU_NUMEL
+from run.checkpoint import step_of
+from run.folder import lasting
+from run.processes import World
+from score_store.validation_rows import hash_of_rows, save_validation_rows
+from score_store.writer import ScoreWriter, drop_rows_from
+
+if TYPE_CHECKING:
+    from config_file import TrainingConfig
+    from dataloader import TrainingData
+
+
+def build_manager(
+    config: "TrainingConfig",
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    data: "TrainingData",
+    world: World,
+    start: Path | None,
+) -> GhostEngineManager:
+    """Return the method's manager, attached to the model.
+
+    GradDotProd writes scores and, when a run begins, the validation rows that they refer to; a run that resumes
+    drops the scores of the steps after `start`, its checkpoint, which it computes again.
+    """
+    if config.method == "Regular":
+        return GhostEngineManager(config.gradient_accumulation_steps)
+    val_x, val_y = data.validation.to(torch.device(config.device))
+    return GradDotProdManager(
+        model,
+        optimizer,
+        val_x=val_x,
+        val_y=val_y,
+        scores=open_scores_to_write(config, model, data, world, start),
+        save_interval=config.dot_prod_save_interval,
+        granularity=config.score_granularity,
+        direction=config.direction,
+        strategy=config.strategy,
+        micro_batches=config.gradient_accumulation_steps,
+        guard=config.row_guard,
+        loss_scale=lambda: scaler.scale(torch.ones((), device=val_x.device)),
+    )
+
+
+def open_scores_to_write(
+    config: "TrainingConfig", model: nn.Module, data: "TrainingData", world: World, start: Path | None
+) -> ScoreWriter:
+    """Return this process's writer of scores; rank 0 puts the folder in order first."""
+    identity: dict[str, Any] = {
+        "metadata": score_metadata(config, model, data),
+        "granularity": config.score_granularity,
+    }
+    if world.rank == 0 and start is None:
+        save_validation_rows(data.validation, data.tokenizer, config.folder.validation_rows)
+    if world.rank == 0 and start is not None:
+        drop_rows_from(config.folder.scores, step_of(start), **identity)
+    world.wait()
+    return ScoreWriter(config.folder.scores, rank=world.rank, **identity)
+
+
+def score_metadata(config: "TrainingConfig", model: nn.Module, data: "TrainingData") -> dict[str, str]:
+    """Return what every score file says of its run: what tells it from other runs, and what its ids mean."""
+    train = data.blocks["train"]
+    return {
+        "run_configuration": json.dumps(lasting(config)),
+        "validation_sha256": hash_of_rows(data.validation),
+        "block_size": str(config.block_size),
+        "split": config.train_set,
+        "shard_sha256": json.dumps(train.checksums),
+        "domains": json.dumps(train.all_domains),  # whose places are the sample ids' high bits
+        "layers": json.dumps(list(cover(model).layers)),  # the order of per-layer scores
+    }
+
+
+def computation(config: "TrainingConfig", model: nn.Module) -> dict[str, object]:
+    """Return how dot products are computed, for config.json: each layer's strategy, and the sizes of tiles and
+    of the head's parts."""
+    if config.method == "Regular":
+        return {}
+    split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
+    by_direction = config.gradient_accumulation_steps > 1 or config.direction == "adamw"
+    return {
+        "contraction_by_layer": contraction_plan(
+            cover(model), split, config.block_size, config.strategy, by_direction
+        ),
+        "tile_numel": TILE_NUMEL,
+        "tile_side": SIDE,
+        "gpu_numel": GPU_NUMEL,
+        "head_part_positions": PART_POSITIONS,
+        "head_softmax_positions": SOFTMAX_POSITIONS,
+    }
