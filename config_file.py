@@ -1,9 +1,9 @@
-"""The configuration of a run: every field once, in `TrainingConfig`; the command line is generated from it.
+"""The configuration of a run: every option is one field of `TrainingConfig`.
 
-A new option is one new field and its use: the flag, its type, choices, bounds and help text, and its place
-in config.json, all come from the field.
+A new option is one new field and its use. Its flag, type, choices, bounds, help text, and its place in
+config.json come from the field.
 
-    config = resolve(TrainingConfig.from_command_line(sys.argv[1:]))  # nothing is left open ("auto", None)
+    config = resolve(TrainingConfig.from_command_line(sys.argv[1:]))  # no field is "auto" or None any more
 """
 
 import os
@@ -19,7 +19,10 @@ import torch
 from data_processing.domain_lists import Selection, parse_domains, parse_set
 from foundation.errors import ConfigError
 from foundation.flags import check_flags, flag, flag_parser, flags_of
+from foundation.granularity import Granularity
 from foundation.paths import expand_home
+from ghostEngines.passes import Direction
+from ghostEngines.strategies import STRATEGIES
 from score_store.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent
@@ -27,13 +30,13 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """All choices of a run. [Brackets] say what a field that is left open (None) is resolved to."""
+    """All options of a run. [Brackets] name the value that an open field (None) is resolved to."""
 
-    # What is trained, and what is recorded about it
     method: Literal["GradDotProd", "Regular"] = flag(
         "GradDotProd",
         "GradDotProd: train, and save every training sample's gradient dot product with the validation "
         "gradient; Regular: train only",
+        group="Method and scores",
     )
     architecture: Literal["GPT2-Tiny", "GPT2-Small", "GPT2-Medium", "GPT2-Large"] = flag(
         "GPT2-Small", "model, in its published size; GPT2-Tiny is for tests and quick looks"
@@ -44,19 +47,20 @@ class TrainingConfig:
         at_least=1,
         may_change=True,
     )
-    contraction: Literal["auto", "gram", "project", "instantiate"] = flag(
+    contraction: str = flag(
         "auto",
         "how linear layers compute dot products: auto chooses by each layer's shape, the others are forced "
         "on all layers; the results differ by rounding only",
+        choices=("auto", *STRATEGIES),
     )
 
-    score_granularity: Literal["total", "pairwise", "per_layer"] = flag(
+    score_granularity: Granularity = flag(
         "total",
         "what is saved of a sample's dot product besides the total: pairwise, its part for each validation "
         "row; per_layer, its part for each layer",
     )
 
-    direction: Literal["gradient", "adamw"] = flag(
+    direction: Direction = flag(
         "gradient",
         "what training gradients are multiplied with: gradient, the validation gradient; adamw, the same "
         "with each entry divided by AdamW's sqrt(v)+eps, so that values speak of the update that AdamW makes "
@@ -70,11 +74,11 @@ class TrainingConfig:
         may_change=True,
     )
 
-    # Data
     pile_data_dir: str | None = flag(
         None,
         "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]",
         may_change=True,  # the shards' checksums may not
+        group="Data",
     )
     train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAINS, as in train:ArXiv,Pile-CC")
     val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAINS")
@@ -99,8 +103,9 @@ class TrainingConfig:
         1, "validation rows that the dot products refer to: the same ones in every step", at_least=1
     )
 
-    # Optimization, a published GPT-2 recipe
-    max_steps: int = flag(1000, "optimizer steps", at_least=1, may_change=True)
+    max_steps: int = flag(
+        1000, "optimizer steps", at_least=1, may_change=True, group="Optimization (a published GPT-2 recipe)"
+    )
     optimizer: Literal["AdamW", "SGD"] = flag("AdamW", "update rule")
     learning_rate: float = flag(6e-4, "highest learning rate, reached at the end of the warm-up", above=0)
     min_lr: float | None = flag(None, "learning rate after the cosine decay [learning_rate / 10]", at_least=0)
@@ -116,12 +121,12 @@ class TrainingConfig:
         at_most=2**32 - 1,
     )
 
-    # Evaluation and logging
     eval_only: bool = flag(
         False,
         "evaluate, write nothing and stop: the saved model of the run that --run_name names; without "
         "--run_name the untrained model",
         may_change=True,
+        group="Evaluation and logging",
     )
     eval_interval: int = flag(100, "steps between two evaluations", at_least=1, may_change=True)
     eval_iter: int = flag(2, "batches per split in an evaluation", at_least=1, may_change=True)
@@ -136,11 +141,11 @@ class TrainingConfig:
     )
     wandb_project: str = flag("ghostEngines", "project at Weights & Biases", may_change=True)
 
-    # Beginning, stopping and going on
     init_from: str | None = flag(
         None,
         "folder of a GPT-2 in Hugging Face format to start from (its dropout, if any, is set to 0: all "
         "training here is without) [a freshly initialised model]",
+        group="Start, checkpoints and resuming",
     )
     checkpoint_interval: int = flag(500, "steps between two checkpoints", at_least=1, may_change=True)
     keep_checkpoints: int = flag(
@@ -148,20 +153,21 @@ class TrainingConfig:
     )
     resume: Literal["never", "always", "auto"] = flag(
         "never",
-        "go on from the newest checkpoint of the run that --run_name names: always (--resume alone says "
-        "so), or end with an error; auto, if it has a checkpoint, else begin, and replace nothing (a run "
-        "that was stopped before its first checkpoint is set aside as RUN_NAME.stopped-1)",
+        "resume the run that --run_name names from its newest checkpoint: always (the same as --resume alone), or "
+        "fail if there is none; auto, if there is one, else begin the run and replace nothing (a run that was "
+        "stopped before its first checkpoint is renamed to RUN_NAME.stopped-1)",
         may_change=True,
         alone="always",
     )
     resume_from: str | None = flag(
         None,
-        "go on from this checkpoint of the run, step_NNNNNN [the newest, with --resume]",
+        "resume from this checkpoint of the run, step_NNNNNN [the newest, with --resume]",
         may_change=True,
     )
 
-    # Machine and precision
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is a GPU, else cpu")
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", "auto: cuda where there is a GPU, else cpu", group="Machine and precision"
+    )
     model_dtype: Literal["float32", "bfloat16", "float64"] = flag(
         "float32", "of parameters and optimizer state"
     )
@@ -180,7 +186,7 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the model's blocks with torch.compile")
     activation_checkpointing: bool = flag(
         False,
-        "keep the blocks' inputs only, and compute the rest again in the backward pass: less memory",
+        "keep only the blocks' inputs and recompute the rest in the backward pass: less memory",
         may_change=True,
     )
     tf32: bool = flag(
@@ -189,11 +195,11 @@ class TrainingConfig:
         "of mantissa",
     )
 
-    # Results
     results_dir: str | None = flag(
         None,
         "folder of all runs [environment variable RESULTS_DIR, else results beside main.py]",
         may_change=True,
+        group="Results",
     )
     run_name: str | None = flag(
         None,
@@ -202,7 +208,7 @@ class TrainingConfig:
     )
     overwrite: bool = flag(False, "replace the run of this name if there is one", may_change=True)
 
-    # Not a flag: what resolve() took the fields from that were left open.
+    # No flag: the source of each value that resolve() filled in.
     resolved_from: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,7 +216,7 @@ class TrainingConfig:
 
     @classmethod
     def from_command_line(cls, argv: list[str]) -> "TrainingConfig":
-        """The configuration `argv` asks for. What is wrong in it ends the program: a message, status 2."""
+        """Parse the command line; on an error print it and exit with status 2."""
         about = "Train a language model and score every training sample by its effect on the validation loss."
         parser = flag_parser(cls, "main.py", about)
         arguments = vars(parser.parse_args(argv))
@@ -221,7 +227,7 @@ class TrainingConfig:
 
     @property
     def result_dir(self) -> Path:
-        """Folder of this run's results. Of a resolved configuration only."""
+        """{results_dir}/{run_name}, of a resolved configuration."""
         assert self.results_dir is not None and self.run_name is not None, "not resolved"
         return Path(self.results_dir) / self.run_name
 
@@ -232,22 +238,22 @@ class TrainingConfig:
 
     @property
     def folder(self) -> RunFolder:
-        """The paths in this run's folder. Of a resolved configuration only."""
+        """The paths in this run's folder, of a resolved configuration."""
         return RunFolder(self.result_dir)
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on from a checkpoint (--resume auto is settled by then: run_folder)."""
+        """Whether the run resumes from a checkpoint; --resume auto is settled earlier (run.folder)."""
         return self.resume == "always" or self.resume_from is not None
 
     @property
     def saved_model(self) -> Path | None:
-        """The model that --eval_only evaluates; None: the untrained one. Of a resolved configuration only."""
+        """The saved model that --eval_only evaluates, or None for the untrained one; of a resolved configuration."""
         assert self.eval_only
         return None if "run_name" in self.resolved_from else self.folder.model
 
     def validate(self) -> None:
-        """Check all that can be known without data and model. Raises ConfigError at the first thing wrong."""
+        """Check what can be checked without data and model. Raises ConfigError at the first error."""
         check_flags(self)
         if max(self.betas) >= 1:
             raise ConfigError(f"--betas {self.betas[0]},{self.betas[1]}: both must be below 1")
@@ -285,7 +291,7 @@ class TrainingConfig:
         self._check_micro_batches()
 
     def selections(self) -> dict[str, Selection]:
-        """What "train", "val" and "test" are made of. ConfigError for a flag that cannot be read."""
+        """Return the domains of "train", "val" and "test". Raises ConfigError for a flag that cannot be parsed."""
         found = {
             name: parse_set(f"--{name}_set", value)
             for name, value in (("train", self.train_set), ("val", self.val_set), ("test", self.test_set))
@@ -341,7 +347,7 @@ class TrainingConfig:
             raise ConfigError("--resume: which run? give its --run_name")
 
     def _check_micro_batches(self) -> None:
-        """Scores of several micro-batches are contracted with the first one's validation gradient."""
+        """Check what several micro-batches allow: their scores need the first one's validation gradient."""
         if self.gradient_accumulation_steps == 1 or self.method == "Regular":
             return
         several = f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"
@@ -378,11 +384,10 @@ def read_command_line(argv: list[str], *, heard: bool) -> TrainingConfig:
 def resolve(
     config: TrainingConfig, environ: Mapping[str, str] = os.environ, now: datetime | None = None
 ) -> TrainingConfig:
-    """`config` with nothing left open, and `resolved_from` saying where what was open came from.
+    """Return `config` with every open field filled in, and `resolved_from` naming the sources of those values.
 
-    `~` is expanded in paths; folders become absolute ones. `domains` stays None for all domains: only the
-    data knows their names.
-    Looks at nothing but its arguments, torch.cuda and the working directory, and creates nothing.
+    `~` is expanded in paths, and folders become absolute. `domains` stays None for all domains: only the data
+    has their names. Reads its arguments, torch.cuda and the working directory; creates nothing.
 
     Raises:
         ConfigError: --device cuda without a GPU; PILE_DATA_DIR or RESULTS_DIR needed, and set to nothing.
@@ -438,7 +443,7 @@ def _run_name(config: TrainingConfig, now: datetime) -> str:
 
 
 def describe(config: TrainingConfig) -> str:
-    """All fields as a table of lines `name value (where from)`, for the screen."""
+    """Return all fields as lines `name value (source)`, for the screen."""
     lines = []
     for spec in flags_of(config):
         source = f"  ({config.resolved_from[spec.name]})" if spec.name in config.resolved_from else ""

@@ -1,8 +1,8 @@
-"""Command line flags from a dataclass: each field says its flag's type, choices, bounds and help text."""
+"""Generate command line flags from a dataclass: a field has its flag's type, choices, bounds, group and help."""
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -18,25 +18,49 @@ def flag(
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = math.inf,
+    choices: Sequence[str] = (),
     may_change: bool = False,
     alone: str | None = None,
+    group: str | None = None,
 ) -> Any:
-    """A field that is a flag. `doc` is its documentation, in the source and in --help. may_change: whether it
-    may be another one when a run is resumed. alone: what the flag means without a value [it needs one]."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata={"doc": doc, "may_change": may_change, "alone": alone, **bounds})
+    """Return a dataclass field that is a flag.
+
+    Args:
+        doc: its documentation, in the source and in --help.
+        choices: its values, where they are written down elsewhere; a field of type Literal has its own.
+        may_change: whether it may differ when a run is resumed.
+        alone: its value when the flag is given without one; None: the flag needs a value.
+        group: the heading in --help that begins with this flag; None: it belongs to the group before it.
+    """
+    metadata = {
+        "doc": doc,
+        "choices": tuple(choices),
+        "may_change": may_change,
+        "alone": alone,
+        "group": group,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def choices_of(spec: Field[Any]) -> tuple[str, ...]:
+    """Return the values that a flag can take; () if they are not a list."""
+    listed: tuple[str, ...] = spec.metadata["choices"]
+    return listed or (get_args(spec.type) if get_origin(spec.type) is Literal else ())
 
 
 def flags_of(config: Any) -> list[Field[Any]]:
-    """The fields that are flags, of a dataclass or of an instance."""
+    """Return the fields that are flags, of a dataclass or of an instance."""
     return [spec for spec in fields(config) if "doc" in spec.metadata]
 
 
 def check_flags(config: Any) -> None:
-    """What fields say of themselves: choices, bounds, nothing empty. ConfigError at the first error."""
+    """Check choices and bounds, and that no text is empty. Raises ConfigError at the first error."""
     for spec in flags_of(config):
         value = getattr(config, spec.name)
-        choices = get_args(spec.type) if get_origin(spec.type) is Literal else ()
+        choices = choices_of(spec)
         if choices and value not in choices:
             raise ConfigError(f"--{spec.name} {value!r}: not a choice; choose from {', '.join(choices)}")
         if value == "":
@@ -58,7 +82,7 @@ def _check_number(spec: Field[Any], number: float) -> None:
 
 
 def flag_parser(config_class: type, program: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose result has what was given, and nothing else: the defaults stand in the fields alone."""
+    """Return a parser whose result has the flags that were given and no defaults: those are in the fields."""
     parser = ArgumentParser(
         program,
         "%(prog)s [--flag value ...]  (--help lists the flags)",
@@ -66,8 +90,11 @@ def flag_parser(config_class: type, program: str, description: str) -> argparse.
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    group: Any = parser
     for spec in flags_of(config_class):
-        parser.add_argument(f"--{spec.name}", help=_help(spec), **_argument(spec))
+        if spec.metadata["group"] is not None:
+            group = parser.add_argument_group(spec.metadata["group"])
+        group.add_argument(f"--{spec.name}", help=_help(spec), **_argument(spec))
     return parser
 
 
@@ -78,14 +105,14 @@ def _help(spec: Field[Any]) -> str:
 
 
 def _argument(spec: Field[Any]) -> dict[str, Any]:
-    """How argparse reads a field of this type."""
+    """Return argparse's options for a field of this type."""
     kind: Any = spec.type
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is Literal:
+    if choices := choices_of(spec):
         alone = spec.metadata["alone"]
         optional = {"nargs": "?", "const": alone} if alone is not None else {}
-        return {"choices": get_args(kind), **optional}
+        return {"choices": choices, **optional}
     if get_origin(kind) is tuple:
         return {"type": _numbers(len(get_args(kind))), "metavar": ",".join("X" for _ in get_args(kind))}
     (kind,) = [part for part in get_args(kind) or (kind,) if part is not NoneType]

@@ -74,9 +74,9 @@ def test_a_flag_sets_its_field_and_no_other(flags: list[str], field: str, value:
     assert replace(config, **{field: getattr(TrainingConfig(), field)}) == TrainingConfig()
 
 
-def test_the_commands_of_the_readme_are_valid() -> None:
+def test_the_commands_of_the_docs_are_valid() -> None:
     requeued = "--run_name night --batch_size 8 --resume auto"
-    assert requeued in (ROOT / "README.md").read_text()
+    assert requeued in (ROOT / "docs" / "runs.md").read_text()
     for flags in (
         "--batch_size 2 --max_steps 20",
         "--learning_rate 1e-5",

@@ -35,7 +35,7 @@ from foundation import progress
 from score_store.validation_rows import save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
-README = Path(__file__).parent.parent / "README.md"
+VALUES_PAGE = Path(__file__).parent.parent / "docs" / "values.md"
 RUN_NAMES = (
     "lr=0.5",
     "domain=1",
@@ -239,13 +239,13 @@ def test_sums_are_the_same_every_time(tmp_path: Path, data: Path) -> None:
     assert all(values_of(tmp_path, run).read("samples").equals(first) for _ in range(3))
 
 
-# ---- what README.md tells to write oneself
+# ---- what docs/values.md shows to write oneself
 
 
-def readme_answers(folder: Path) -> list[object]:
-    """The values of all expressions in README's Python lines about results/NAME, with this folder instead."""
+def answers_of_the_page(folder: Path) -> list[object]:
+    """The values of all expressions in its Python lines about results/NAME, with this folder instead."""
     blocks = re.findall(
-        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        r"^```python\n(.*?)^```$", VALUES_PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     blocks = [block for block in blocks if "results/NAME" in block]
     answers: list[object] = []
@@ -274,14 +274,15 @@ def named_runs(tmp_path_factory: pytest.TempPathFactory, folders: list[Path]) ->
 
 
 @pytest.mark.parametrize("name", RUN_NAMES)
-def test_the_lines_of_readme_work_for_every_run_name(named_runs: Path, name: str) -> None:
+def test_the_lines_of_the_page_work_for_every_run_name(named_runs: Path, name: str) -> None:
     folder = named_runs / name
     scores, samples = scores_of(folder), pd.read_parquet(folder / "values" / "samples.parquet")
-    of_domains, of_samples, largest, mean_values, by_steps = readme_answers(folder)
+    documents = pd.read_parquet(folder / "values" / "documents.parquet")
+    of_domains, of_samples, worst, mean_values, by_steps = answers_of_the_page(folder)
     want = scores.groupby("domain")["value"].sum()
     assert of_domains.to_dict() == want.to_dict()
     assert of_samples.tolist() == scores.groupby(["domain", "block"])["value"].sum().nlargest(10).tolist()
-    assert largest.equals(samples.nlargest(10, "value"))
+    assert worst.equals(documents.nsmallest(10, "value"))
     groups = samples.groupby("domain")["value"]
     assert dict(zip(mean_values["domain"], mean_values["samples"], strict=True)) == groups.size().to_dict()
     np.testing.assert_allclose(mean_values["mean_value"], groups.mean().sort_values(ascending=False))
