@@ -59,9 +59,25 @@ class Covered:
                 found[name][parameter] = first.setdefault(id(module._parameters[key]), f"{name}.{parameter}")
         return found
 
-    def ties_now(self) -> dict[str, tuple[str, ...]]:
-        """Return the ties as they are now."""
-        return find_ties(self.layers, self.rules)
+    def check_unchanged(self, model: nn.Module) -> None:
+        """Raise RuntimeError if a parameter trains that is not covered, or other weights are tied than were."""
+        covered = {
+            id(module._parameters[key])
+            for name, layer in self.layers.items()
+            for _, module, key in own_parameters(layer, self.rules[name])
+        }
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in covered:
+                raise RuntimeError(
+                    f"'{name}' was unfrozen while the engine was attached: detach and attach again"
+                )
+        ties = find_ties(self.layers, self.rules)
+        if ties != self.ties:
+            raise RuntimeError(
+                f"weights were tied, untied or frozen while the engine was attached "
+                f"({', '.join(name for names in (ties or self.ties).values() for name in names)}): "
+                "detach and attach again"
+            )
 
 
 def cover(model: nn.Module) -> Covered:

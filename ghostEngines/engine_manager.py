@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from foundation.granularity import Granularity, total_of
 from score_store.writer import ScoreWriter
 
-from .graddotprod_engine import GradDotProdEngine, LossScale
+from .backward_checks import LossScale
+from .graddotprod_engine import GradDotProdEngine
 from .passes import Direction
 
 

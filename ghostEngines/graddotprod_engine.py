@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foundation.granularity import GRANULARITIES, Granularity
+from foundation.granularity import Granularity
 
+from .backward_checks import LossScale, check_backward, check_calls
+from .compiled_code import check_layers_outside, eager, is_compiled
 from .contraction import Split
 from .covered_layers import (
     Covered,
@@ -29,26 +31,24 @@ from .covered_layers import (
     cover,
     mixing_modules,
 )
-from .errors import AttachError, RowsError
-from .graph import Graph, find_bypass, is_reentrant
-from .guard import Guard, halves, random_states
+from .errors import AttachError
+from .graph import Graph, find_bypass, is_reentrant, raise_bypassed
+from .guard import Guard, check_random, halves, random_states
 from .joins import Join, hook_joins
 from .layer_rules import CrossEntropyHead
-from .losses import require
 from .memory import Scratch
+from .micro_batches import MicroBatches
 from .model_inputs import input_shape
-from .passes import DIRECTIONS, CurrentPass, Direction, Pass
+from .options import check_options
+from .passes import CurrentPass, Direction, JointBatch, Pass, Probes
 from .precision import autocast_of
 from .preconditioner import Preconditioner, check_adamw, has_stepped, preconditioners
 from .row_maps import Samples
 from .sinks import DotProducts
-from .strategies import STRATEGIES
 from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer, TappedParameters
 
 log = logging.getLogger(__name__)
-
-LossScale = float | Callable[[], float | Tensor]
 
 
 class GradDotProdEngine:
@@ -109,37 +109,17 @@ class GradDotProdEngine:
         row_maps: Mapping[str, RowMapMaker] | None = None,
         guard: bool = True,
     ) -> None:
-        for name, number in (("val_batch_size", val_batch_size), ("micro_batches", micro_batches)):
-            if number < 1:
-                raise AttachError(f"{name} must be at least 1, got {number}")
-        if granularity not in GRANULARITIES:
-            raise AttachError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-        if direction not in DIRECTIONS:
-            raise AttachError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-        if strategy is not None and strategy not in STRATEGIES:
-            raise AttachError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
-        by_direction = strategy is None or STRATEGIES[strategy].by_direction
-        if direction == "adamw" and not by_direction:
-            raise AttachError(f'strategy "{strategy}" makes no direction to precondition: choose another one')
-        if micro_batches > 1 and (granularity == "pairwise" or not by_direction):
-            raise AttachError(
-                f"several micro-batches with granularity={granularity!r} and strategy={strategy!r}: pairwise "
-                "scores and gram need the validation rows in every pass, and only the first has them"
-            )
+        check_options(val_batch_size, granularity, direction, strategy, micro_batches)
         self.model = model
         self.val_batch_size = val_batch_size
         self.granularity = granularity
         self.direction = direction
         self.strategy = strategy
-        self.micro_batches = micro_batches
+        self._micro_batches = MicroBatches(micro_batches)
         self._rows, self._samples, self._row_maps = rows, samples, dict(row_maps or {})
         self._guards = guard
         self.halves = halves  # of the samples, for the guard
         self._guarded: set[tuple[int, ...]] = set()  # the sizes of the batches that the guard has seen
-        self._micro_batch = 0  # the one whose turn it is
-        self._kept: dict[str, Any] = {}
-        self._versions: list[int] = []  # of the parameters, at the first micro-batch
-        self._first: Pass | None = None
         self._layers: list[TappedLayer] = []
         self._current = CurrentPass()
         self._scratch = Scratch()
@@ -178,14 +158,14 @@ class GradDotProdEngine:
         """
         if self._restore:
             raise RuntimeError("the engine is attached already: detach it first")
-        if self._samples is not None and self._compiled():
+        if self._samples is not None and is_compiled(self.model):
             raise AttachError(
                 "samples that are not the model's rows can be followed in uncompiled code only: leave torch.compile out"
             )
         self._mixing = mixing_modules(self.model)
         check_rows_are_independent(self._mixing)
         covered = cover(self.model)
-        if covered.ties and self.micro_batches > 1 and self.granularity == "per_layer":
+        if covered.ties and self._micro_batches.count > 1 and self.granularity == "per_layer":
             raise AttachError(
                 f"per-layer scores of several micro-batches with tied weights ({', '.join(covered.ties)}): the "
                 "validation gradient that is kept is the sum of both ends, so that their parts cannot be "
@@ -199,14 +179,18 @@ class GradDotProdEngine:
         if self.direction == "adamw":
             check_adamw(self.model, optimizer)
         self._optimizer, self._optimizer_has_stepped = optimizer, False
-        self._covered, self._loss_scale, self._guarded = covered, loss_scale, set()
+        if (covered.layers, covered.rules) != (self._covered.layers, self._covered.rules):
+            self._guarded = (
+                set()
+            )  # attached again to the same layers, as after an evaluation, the check stays valid
+        self._covered, self._loss_scale = covered, loss_scale
         hooks = [
             # Before those of FSDP, which puts a model together for one forward and backward pass.
             self.model.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward, always_call=True),
         ]
-        if optimizer is not None and self.micro_batches > 1:
-            hooks.append(optimizer.register_step_pre_hook(self._check_complete))
+        if optimizer is not None and self._micro_batches.count > 1:
+            hooks.append(optimizer.register_step_pre_hook(self._micro_batches.check_complete))
         self._restore = [hook.remove for hook in hooks]
         groups, owners = covered.groups, covered.owners
         for name, layer in covered.layers.items():
@@ -233,8 +217,7 @@ class GradDotProdEngine:
 
     def forget_micro_batches(self) -> None:
         """Begin anew: the next forward pass is the first of its step, whatever has become of the one before."""
-        self._micro_batch, self._first = 0, None
-        self._kept.clear()
+        self._micro_batches.forget()
 
     def __enter__(self) -> "GradDotProdEngine":
         self.attach()
@@ -249,40 +232,40 @@ class GradDotProdEngine:
         """Begin a forward pass with gradients: read n off the model's input and lay out fresh probes."""
         if not torch.is_grad_enabled() or self._rehearsing:
             return
-        self._check_unchanged()
+        check_rows_are_independent(self._mixing)
+        self._covered.check_unchanged(self.model)
         self._forget_joins()
-        split, samples, shape = self._split(args, kwargs)
+        batch = self._batch(args, kwargs)
         guard = None
-        if self._guards and self._batch_size(samples, shape) not in self._guarded:
-            log.info(
-                "checking that the %d samples of this step do not depend on each other, once", samples.count
-            )
+        if self._guards and batch.size not in self._guarded:
+            count = batch.samples.count
+            log.info("checking once that the %d samples of a step do not depend on each other", count)
             weight = self._weight()
-            guard = Guard(self.halves(samples.count), weight.device, autocast_of(weight) or weight.dtype)
+            guard = Guard(self.halves(count), weight.device, autocast_of(weight) or weight.dtype)
+            check_layers_outside(self.model, self._layers)
             if self._heads():
-                self._check_compiled()
-                with self._eager():
-                    self._rehearse(guard, split, samples, shape, args, kwargs)
-            elif self._compiled():  # compiled code cannot be looked into
-                self._check_compiled()
-                self._forward_stack.enter_context(self._eager())
-        self._new_pass(split, samples, shape, guard)
+                with eager():
+                    self._rehearse(guard, batch, args, kwargs)
+            elif is_compiled(self.model):  # the guard cannot look into compiled code
+                self._forward_stack.enter_context(eager())
+        self._new_pass(batch, guard)
         weight = self._weight()
         self._autocast = autocast_of(weight)
         self._random_states = random_states(weight.device) if self._guards else []
 
-    @staticmethod
-    def _batch_size(samples: Samples, shape: torch.Size) -> tuple[int, ...]:
-        """What the layers' row maps are told from."""
-        return (samples.count,) if samples.index is None else tuple(shape[: samples.index.dim()])
-
-    def _new_pass(self, split: Split, samples: Samples, shape: torch.Size, guard: Guard | None) -> Pass:
+    def _new_pass(self, batch: JointBatch, guard: Guard | None) -> Pass:
         count = len(self._layers) if self.granularity == "per_layer" else 1
         scales = self._preconditioners()
-        by_direction = self.micro_batches > 1 or scales is not None
-        sink = DotProducts(split, self._scratch, self.strategy, by_direction)
-        pass_ = self._current.pass_ = Pass.begin(
-            split, samples, shape, self._weight(), count, sink, self.micro_batches, self._kept, scales, guard
+        by_direction = self._micro_batches.count > 1 or scales is not None
+        sink = DotProducts(batch.split, self._scratch, self.strategy, by_direction)
+        pass_ = self._current.pass_ = Pass(
+            batch,
+            Probes.make(batch.split, self._weight(), count),
+            sink,
+            self._micro_batches.count,
+            self._micro_batches.kept,
+            scales,
+            guard=guard,
         )
         self._current.phase = "forward"
         self._prepared, self._bypassed, self._seen_gradients, self._watched = False, None, [], None
@@ -295,50 +278,29 @@ class GradDotProdEngine:
             join.remove()
         self._joins = []
 
-    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Split, Samples, torch.Size]:
-        """The division of the samples that the model is called with, what they are, and its input's shape."""
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> JointBatch:
+        """Return what the model is called with: its samples, and how they divide into train and validation."""
         shape = input_shape(args, kwargs, self._rows)
-        samples = Samples(shape[0])
+        samples, what = Samples(shape[0]), "rows"
         if self._samples is not None:
             with torch.no_grad():
-                samples = Samples.indexed(self._samples(*args, **kwargs), shape)
-        m, rows = self.val_batch_size if self._micro_batch == 0 else 0, samples.count
-        what = "rows" if self._samples is None else "samples"
-        if self._first is not None and self._micro_batch > 0:
-            if rows != self._first.split.n:
-                raise ValueError(
-                    f"micro-batch {self._micro_batch + 1} of {self.micro_batches} has {rows} {what}, the first had "
-                    f"{self._first.split.n} train {what}: all need the same number, and only the first is followed "
-                    f"by the validation {what}"
-                )
-            if self._versions != self._parameter_versions():
-                raise RuntimeError(self._incomplete("the parameters were changed"))
-        if self.micro_batches > 1 and self._micro_batch == 0:
-            self._versions = self._parameter_versions()
-        if rows <= m:
+                samples, what = Samples.indexed(self._samples(*args, **kwargs), shape), "samples"
+        self._micro_batches.begin(samples.count, what, self._parameter_versions())
+        m = self.val_batch_size if self._micro_batches.number == 0 else 0
+        n = samples.count - m
+        if n <= 0:
             raise ValueError(
-                f"the model was called with {rows} {what}, the last {m} of which are validation {what}: there "
-                f"is no train {what[:-1]}. Append the validation {what} to the train {what}, or detach the engine."
+                f"the model was called with {samples.count} {what}, the last {m} of which are validation {what}: "
+                f"there is no train {what[:-1]}. Append the validation {what} to the train {what}, or detach the "
+                "engine."
             )
-        return Split(rows - m, m, self.granularity == "pairwise"), samples, shape
+        return JointBatch(Split(n, m, self.granularity == "pairwise"), samples, shape)
 
     def _weight(self) -> Tensor:
         return next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _parameter_versions(self) -> list[int]:
         return [parameter._version for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def _check_complete(self, *_: Any) -> None:
-        """Before the optimizer's step: all micro-batches were there."""
-        if self._micro_batch != 0:
-            raise RuntimeError(self._incomplete("the optimizer steps"))
-
-    def _incomplete(self, what: str) -> str:
-        return (
-            f"{what} after {self._micro_batch} of {self.micro_batches} micro-batches: the gradient is that of "
-            f"{self._micro_batch} and is divided by {self.micro_batches}. Make all of them, as at an epoch's end, or "
-            "leave out this step: zero the gradients and call engine.forget_micro_batches()."
-        )
 
     @property
     def _rehearsing(self) -> bool:
@@ -348,38 +310,13 @@ class GradDotProdEngine:
     def _heads(self) -> bool:
         return any(isinstance(each.layer, CrossEntropyHead) for each in self._layers)
 
-    def _compiled(self) -> bool:
-        return any(module._compiled_call_impl is not None for module in self.model.modules())
-
-    def _check_compiled(self) -> None:
-        """Say at the first step, which is not compiled, what cannot be followed in compiled code."""
-        compiled = [name for name, each in self.model.named_modules() if each._compiled_call_impl is not None]
-        for tapped in self._layers:
-            inside = [name for name in compiled if not name or f"{tapped.name}.".startswith(f"{name}.")]
-            if inside and (tapped.rule.parameter or tapped.rule.unit):
-                raise RuntimeError(
-                    f"module '{tapped.name}' of type {type(tapped.layer).__name__} lies in compiled code "
-                    f"('{inside[0]}'), and its gradient can be followed in uncompiled code only: "
-                    "leave that module uncompiled"
-                )
-
-    @staticmethod
-    def _eager() -> Any:
-        return torch.compiler.set_stance("force_eager")
-
     def _rehearse(
-        self,
-        guard: Guard,
-        split: Split,
-        samples: Samples,
-        shape: torch.Size,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, guard: Guard, batch: JointBatch, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """The guard's own passes for a head that makes its gradients in the forward pass, and so must be told
-        before which rows are meant."""
+        """Make the guard's own forward and backward passes, for a head that makes its gradients in the forward
+        pass and so must know the half beforehand."""
         for mask in guard.masks:
-            pass_ = self._new_pass(split, samples, shape, guard)
+            pass_ = self._new_pass(batch, guard)
             guard.weights = torch.where(mask, pass_.row_weights(), 0.0)
             guard.rehearsing, guard.losses = True, []
             states = random_states(self._weight().device)
@@ -388,12 +325,12 @@ class GradDotProdEngine:
             finally:
                 guard.rehearsing = False
                 pass_.end_forward()
-            self._check_random(states)
+            check_random(states, self._weight().device)
             loss = guard.head_loss()
             if not loss.requires_grad:  # the head alone trains
                 continue
             self._bypassed = self._find_bypass(loss)
-            self._raise_bypassed()
+            raise_bypassed(self._bypassed)
             if pass_.free:
                 self._joins = hook_joins(Graph(loss), pass_.free, pass_.samples)
             self._guard_backward(guard, mask, loss, retain_graph=False)
@@ -418,38 +355,13 @@ class GradDotProdEngine:
         self._optimizer_has_stepped = self._optimizer_has_stepped or has_stepped(self._optimizer)
         return preconditioners(self._optimizer) if self._optimizer_has_stepped else None
 
-    def _check_unchanged(self) -> None:
-        """Parameters and modes may change while the engine is attached; what trains must still be covered."""
-        check_rows_are_independent(self._mixing)
-        covered = {id(p) for each in self._layers for p in each.parameters()}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in covered:
-                raise RuntimeError(
-                    f"'{name}' was unfrozen while the engine was attached: detach and attach again"
-                )
-        ties = self._covered.ties_now()
-        if ties != self._covered.ties:
-            raise RuntimeError(
-                f"weights were tied, untied or frozen while the engine was attached "
-                f"({', '.join(name for names in (ties or self._covered.ties).values() for name in names)}): "
-                "detach and attach again"
-            )
-
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # A model may call itself without gradients within its forward; "idle": the step could not begin.
         if torch.is_grad_enabled() and not self._rehearsing and self._current.phase == "forward":
             self._current.phase = "idle"
             self._forward_stack.close()
             self._pass().end_forward()
-            self._check_random(self._random_states)
-
-    def _check_random(self, before: list[Any]) -> None:
-        if before and random_states(self._weight().device) != before:
-            raise RowsError(
-                "the forward pass drew random numbers (F.dropout, dropout_p of an attention, layer drop, noise on "
-                "embeddings): the scores would be of a random model, and the training not the one without "
-                "validation rows. Switch it off."
-            )
+            check_random(self._random_states, self._weight().device)
 
     def _pass(self) -> Pass:
         if self._current.pass_ is None:
@@ -522,72 +434,28 @@ class GradDotProdEngine:
         Raises RuntimeError if the backward pass did not start from `joint_loss`, if a weight was used without
         calling its layer, or if the loss has a term beside the joint loss (RowsError, at the first step)."""
         pass_ = self._pass()
-        self._raise_bypassed()
+        raise_bypassed(self._bypassed)
         if pass_.scale_probe.grad is None or all(probe.grad is None for probe in pass_.probes):
             raise RuntimeError(
                 "the dot products need the backward pass of engine.joint_loss(losses): call its backward() "
                 "(times any factor) before prepare_gradients()"
             )
         self._current.phase = "idle"
-        self._check_scale(pass_)
-        for tapped in self._layers:
-            uses = pass_.uses.get(tapped.group)
-            if tapped.calls > 1 and (uses is None or uses.calls < tapped.calls):
-                raise RuntimeError(
-                    f"layer '{tapped.name}' of type {type(tapped.layer).__name__} ran {tapped.calls} times in compiled "
-                    "code: there its dot products are exact for one call only. Leave its block uncompiled."
-                )
+        check_backward(pass_, self._seen_gradients, self._micro_batches.count, self._loss_scale)
+        uses = {each.group: pass_.uses.get(each.group) for each in self._layers}
+        check_calls(
+            [
+                (each.name, type(each.layer).__name__, each.calls, 0 if found is None else found.calls)
+                for each in self._layers
+                for found in [uses[each.group]]
+            ]
+        )
         if pass_.guard is not None:
             pass_.guard.check_joint(pass_.scale_probe.grad)
-            self._guarded.add(self._batch_size(pass_.samples, pass_.input_shape))
+            self._guarded.add(pass_.batch.size)
             pass_.guard = None
         self._prepared = True
-        if self._micro_batch == 0:
-            self._first = pass_
-        self._micro_batch = (self._micro_batch + 1) % self.micro_batches
-        if self._micro_batch == 0:
-            self._kept.clear()  # the graph still holds the dictionary
-
-    def _raise_bypassed(self) -> None:
-        if self._bypassed is not None:
-            raise RuntimeError(
-                f"the weight of layer '{self._bypassed}' was used in another way than by calling the "
-                "layer: that part of its gradient is in no dot product, and the validation rows' part of "
-                "it in .grad. If another module reads the weight, call the layer instead; or take that module as one "
-                "layer, ghostEngines.register_unit(ItsClass); or freeze the weight."
-            )
-
-    def _check_scale(self, pass_: Pass) -> None:
-        """One backward pass, of the joint loss times a factor and nothing else."""
-        if len(self._seen_gradients) != 1:
-            raise RuntimeError(
-                f"{len(self._seen_gradients)} backward passes went through the losses of one forward pass: "
-                "the dot products are exact for one backward() of engine.joint_loss(losses)"
-            )
-        assert pass_.scale_probe.grad is not None
-        (got,) = self._seen_gradients
-        want = (pass_.scale_probe.grad * pass_.row_weights()).to(got.dtype)
-        rtol = max(1e-4, 4 * torch.finfo(got.dtype).eps)  # losses of half precision have such a gradient
-        require(
-            torch.isclose(got, want, rtol=rtol, atol=0, equal_nan=True).all(),
-            "the losses were differentiated in another combination than engine.joint_loss(losses): call "
-            "backward() on it alone, times any factor",
-        )
-        if self.micro_batches > 1:
-            self._check_factor(pass_.scale_probe.grad)
-
-    def _check_factor(self, got: Tensor) -> None:
-        """joint_loss divides by the number of micro-batches itself; a loop that does so too trains otherwise."""
-        scale = 1.0 if self._loss_scale is None else self._loss_scale
-        want = scale() if callable(scale) else scale
-        want = torch.as_tensor(want, dtype=got.dtype, device=got.device)
-        require(
-            torch.isclose(got, want, rtol=1e-4, atol=0, equal_nan=True),
-            "engine.joint_loss(losses) was multiplied by another factor than attach() was told: it is divided by the "
-            f"number of micro-batches ({self.micro_batches}) already. Do not divide the loss again (accelerate does: "
-            "gradient_accumulation_steps=1 there), or say so with attach(..., loss_scale=...), a number or a function "
-            "such as a gradient scaler's get_scale.",
-        )
+        self._micro_batches.end(pass_)
 
     @property
     def scored(self) -> bool:
@@ -615,12 +483,12 @@ class GradDotProdEngine:
         if not self._prepared:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
         pass_ = self._pass()
-        assert self._first is not None
-        scale, first_scale = pass_.scale_probe.grad, self._first.scale_probe.grad
+        assert self._micro_batches.first is not None
+        scale, first_scale = pass_.scale_probe.grad, self._micro_batches.first.scale_probe.grad
         assert scale is not None and first_scale is not None
         columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in pass_.probes]
         # (n, k), or (n, L) per layer
-        dots = torch.cat(columns, dim=1) * (pass_.split.n * self.micro_batches) / (scale * first_scale)
+        dots = torch.cat(columns, dim=1) * (pass_.split.n * self._micro_batches.count) / (scale * first_scale)
         if not self.scored:
             dots = torch.full_like(dots, torch.nan)
         if self.granularity == "total":

@@ -81,6 +81,17 @@ def find_bypass(
     return None
 
 
+def raise_bypassed(name: str | None) -> None:
+    """Raise RuntimeError for a layer that `find_bypass` has found; None: it found none."""
+    if name is not None:
+        raise RuntimeError(
+            f"the weight of layer '{name}' was used in another way than by calling the "
+            "layer: that part of its gradient is in no dot product, and the validation rows' part of "
+            "it in .grad. If another module reads the weight, call the layer instead; or take that module as one "
+            "layer, ghostEngines.register_unit(ItsClass); or freeze the weight."
+        )
+
+
 def is_reentrant(loss: Tensor) -> bool:
     """Return whether the loss depends on reentrant activation checkpointing."""
     return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(loss))

@@ -168,3 +168,13 @@ def random_states(device: torch.device) -> list[Any]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
     return states
+
+
+def check_random(before: list[Any], device: torch.device) -> None:
+    """Raise RowsError if random numbers were drawn since the states `before`; [] is not checked."""
+    if before and random_states(device) != before:
+        raise RowsError(
+            "the forward pass drew random numbers (F.dropout, dropout_p of an attention, layer drop, noise on "
+            "embeddings): the scores would be of a random model, and the training not the one without "
+            "validation rows. Switch it off."
+        )

@@ -31,68 +31,82 @@ def refuse_to_be_copied(self: object) -> NoReturn:
     )
 
 
-@dataclass
-class Pass:
-    """One pass over a joint batch of n train and m validation samples.
-
-    Of several micro-batches, which make one optimizer step, the first has the validation rows; their gradient
-    is kept, by parameter, for the others, whose m is 0.
-    """
+@dataclass(frozen=True)
+class JointBatch:
+    """What the model is called with in one pass: n train samples, then m validation samples."""
 
     split: Split
     samples: Samples
     input_shape: torch.Size  # of the model's input
-    # Zeros (n, k) each. After the backward the gradient of a probe is the sum of the dot products of the
-    # layers that share it, times s²/(n·G), or s²/(n·m) if pairwise: s is the common factor on the loss, G the
-    # number of micro-batches (s² is s times the first micro-batch's s). There is one probe for all layers, or
-    # with per_layer one for each, in their order: separate tensors, since a tensor indexed by a number would
-    # give every compiled block a graph of its own.
-    probes: list[Tensor]
-    scale_probe: Tensor  # zero, a scalar; its gradient is s
-    sink: DotProducts
-    micro_batches: int  # G
-    kept: dict[str, Any]  # directions for the other micro-batches, by parameter
-    preconditioners: dict[int, Preconditioner] | None = (
-        None  # by id of the parameter; None: the gradient itself
-    )
-    uses: dict[int, "Uses"] = field(default_factory=dict)  # by number of a group of layers that share weights
-    free: list[tuple["Call", Node]] = field(
-        default_factory=list
-    )  # calls whose output has no sample dimension
-    recomputable: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    guard: "Guard | None" = None  # at the first step
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The sizes that the layers' row maps depend on."""
+        index = self.samples.index
+        return (self.samples.count,) if index is None else tuple(self.input_shape[: index.dim()])
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Zeros that touch no value of the model, and whose gradients are the results of a backward pass.
+
+    s is the factor that the loop puts on the joint loss, G the number of micro-batches; s² is s times the s of the
+    step's first micro-batch.
+    """
+
+    # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times s²/(n·G),
+    # or s²/(n·m) if pairwise. One probe for all layers, or with per_layer one for each, in their order. They are
+    # separate tensors: one tensor, indexed by a number, would give every compiled block a graph of its own.
+    dots: list[Tensor]
+    scale: Tensor  # (scalar); its gradient is s
 
     @classmethod
-    def begin(
-        cls,
-        split: Split,
-        samples: Samples,
-        input_shape: torch.Size,
-        like: Tensor,
-        probes: int,
-        sink: DotProducts,
-        micro_batches: int,
-        kept: dict[str, Any],
-        preconditioners: dict[int, Preconditioner] | None,
-        guard: "Guard | None",
-    ) -> "Pass":
-        """like: a parameter, for the device and the dtype of accumulation. probes: how many."""
+    def make(cls, split: Split, like: Tensor, count: int) -> "Probes":
+        """Return `count` probes of dot products on the device of `like`, in its dtype of accumulation."""
         zeros = partial(
             torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
         )
-        each = [zeros(split.n, split.directions) for _ in range(probes)]
-        return cls(
-            split,
-            samples,
-            input_shape,
-            each,
-            zeros(()),
-            sink,
-            micro_batches,
-            kept,
-            preconditioners,
-            guard=guard,
-        )
+        return cls([zeros(split.n, split.directions) for _ in range(count)], zeros(()))
+
+
+@dataclass
+class Pass:
+    """One forward and backward pass over a joint batch.
+
+    Of several micro-batches, which make one optimizer step, the first has the validation samples. Their gradient is
+    kept, by parameter, for the others, whose m is 0.
+    """
+
+    batch: JointBatch
+    each_probe: Probes
+    sink: DotProducts
+    micro_batches: int  # G
+    kept: dict[str, Any]  # directions for the other micro-batches, by parameter
+    preconditioners: dict[int, Preconditioner] | None  # by id of the parameter; None: the gradient itself
+    uses: dict[int, "Uses"] = field(default_factory=dict)  # by group of layers that share weights
+    free: list[tuple["Call", Node]] = field(default_factory=list)  # calls without a sample dimension
+    recomputable: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    guard: "Guard | None" = None  # at the first step
+
+    @property
+    def split(self) -> Split:
+        return self.batch.split
+
+    @property
+    def samples(self) -> Samples:
+        return self.batch.samples
+
+    @property
+    def input_shape(self) -> torch.Size:
+        return self.batch.input_shape
+
+    @property
+    def probes(self) -> list[Tensor]:
+        return self.each_probe.dots
+
+    @property
+    def scale_probe(self) -> Tensor:
+        return self.each_probe.scale
 
     __reduce__ = refuse_to_be_copied
 

@@ -7,8 +7,7 @@ backprops of the output: the rule describes each parameter's per-sample gradient
 description, and the results are the gradients of the parameters and of the probe.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .contraction import accumulation_dtype
-from .descriptions import Description, PerSample, Streamed, joined
-from .errors import RowsError
+from .descriptions import Description, PerSample, joined
 from .layer_rules.registry import LayerRule
-from .layer_rules.units import part_of, rerun, sample_gradients, tensors_of
 from .precision import without_autocast
-from .row_maps import RowMap, Samples, by_sample
+from .reruns import Rerun
+from .row_maps import RowMap, by_sample
 from .sinks import DotProducts, Site
 
 if TYPE_CHECKING:
     from .guard import Guard
     from .uses import Uses
-
-
-@contextmanager
-def swapped(parameters: Sequence[tuple[nn.Module, str]], values: Sequence[Tensor]) -> Iterator[None]:
-    """Put other tensors in the places of parameters while the block runs."""
-    before = [module._parameters[key] for module, key in parameters]
-    for (module, key), value in zip(parameters, values, strict=True):
-        module._parameters[key] = value  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for (module, key), parameter in zip(parameters, before, strict=True):
-            module._parameters[key] = parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +77,7 @@ class Call:
     at_joins: list[Description] | None = None  # what the joins of such an output say of its gradient
     checkpointed: bool = False  # what autograd keeps is recomputed, or moved, in the backward pass
     recomputed: bool = False  # the call was made by checkpointing, in the backward pass
-    rerun: "Rerun | None" = None  # of a unit
+    rerun: Rerun | None = None  # of a unit
 
     def guard_is_on(self) -> bool:
         """Return whether the backward pass under way is one of the guard's."""
@@ -166,99 +151,6 @@ class Call:
             value.expand(len(total), *value.shape) if isinstance(value, Tensor) else value for value in inputs
         )
         return self._described(tuple(each), total)
-
-
-Attributes = list[tuple[nn.Module, dict[str, Any]]]
-
-
-def attributes(layer: nn.Module) -> Attributes:
-    """Return the attributes of a module and those in it, but for what PyTorch keeps in them."""
-    return [
-        (
-            module,
-            {
-                key: value
-                for key, value in vars(module).items()
-                if not key.startswith("_") and key != "forward"
-            },
-        )
-        for module in layer.modules()
-    ]
-
-
-class Rerun:
-    """How a unit is run again: its parameters' places, its forward's named inputs, and the autocast it ran under."""
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        places: Sequence[tuple[nn.Module, str]],
-        names: Sequence[str],
-        samples: Samples,
-        x: Tensor,
-        before: "Attributes",
-    ) -> None:
-        """before: the module's attributes before it ran, since it may keep a state in them."""
-        self.before = before
-        self.layer, self.places, self.names, self.samples = layer, places, names, samples
-        self.device = x.device.type
-        self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        now = attributes(self.layer)
-        for module, values in self.before:
-            module.__dict__.update(values)
-        try:
-            with torch.autocast(self.device, enabled=self.autocast[0], dtype=self.autocast[1]):
-                return type(self.layer).forward(self.layer, *inputs, **named)
-        finally:
-            for module, values in now:
-                module.__dict__.update(values)
-
-    def gradients(
-        self, call: Call, inputs: tuple[Any, ...], backprops: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor | None], Tensor | None]:
-        """Return the training gradient of each parameter of the unit, and dots (n, k)."""
-        parameters = [each.detach().requires_grad_() for each in call.parameters]
-
-        def of_sample(i: int) -> list[Tensor]:
-            with swapped(self.places, parameters):
-                return sample_gradients(
-                    self.forward, parameters, inputs, self.names, backprops, i, self.samples
-                )
-
-        assert call.uses is not None
-        if call.uses.alone(call.parameters):
-            totals, dots = call.sink.together(call.sites, of_sample, self.samples.count)
-            return list(totals), dots
-        gradients: list[Tensor | None] = []
-        every = []
-        for number in range(len(parameters)):
-
-            def of_parameter(i: int, number: int = number) -> Tensor:
-                return of_sample(i)[number]
-
-            gradient, own_dots = call.take(number, Streamed(of_parameter, self.samples.count))
-            gradients.append(gradient)
-            if own_dots is not None:
-                every.append(own_dots)
-        return gradients, torch.stack(every).sum(0) if every else None
-
-    def check(self, inputs: Sequence[Any], output: Any, name: str) -> None:
-        """Raise RowsError unless the module gives a row alone what it gives it among the others."""
-        with torch.no_grad():
-            for i in (0, self.samples.count - 1):
-                alone = rerun(self.forward, inputs, self.names, i, self.samples)
-                for own, among in zip(alone, tensors_of(output), strict=True):
-                    want = part_of(among, i, self.samples)
-                    tolerance = 100 * torch.finfo(own.dtype).eps
-                    if own.shape != want.shape or not torch.allclose(
-                        own, want, rtol=tolerance, atol=tolerance * want.abs().max().item(), equal_nan=True
-                    ):
-                        raise RowsError(
-                            f"module '{name}', taken as one layer, gives a row another output alone than among the "
-                            "other rows: it cannot be run again row by row. Freeze its parameters."
-                        )
 
 
 REENTRANT = (

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from .layer_rules.registry import LayerRule
 from .layer_rules.units import tensors_of
+from .parameters import swapped
 from .passes import CurrentPass, Pass, refuse_to_be_copied
 from .precision import compute_dtype
+from .reruns import Rerun, attributes
 from .row_maps import ROWS, RowMap
 from .sinks import Site
-from .tap import KEPT, Call, Recomputable, Rerun, Tap, attributes, swapped
+from .tap import KEPT, Call, Recomputable, Tap
 from .uses import Uses
 
 RowMapMaker = Callable[[tuple[Any, ...], int], RowMap]

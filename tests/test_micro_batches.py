@@ -103,10 +103,10 @@ def test_the_direction_is_let_go_after_the_last_micro_batch() -> None:
         loss.backward()
         memory = [
             StorageWeakRef(kept.untyped_storage())
-            for kept in engine._kept.values()
+            for kept in engine._micro_batches.kept.values()
             if isinstance(kept, Tensor)
         ]
-        assert len(engine._kept) == parameters and len(memory) >= parameters - 1
+        assert len(engine._micro_batches.kept) == parameters and len(memory) >= parameters - 1
         engine.prepare_gradients()
     assert all(reference.expired() for reference in memory)  # though the graph of the loss is there
     assert loss.grad_fn is not None

@@ -1,0 +1,69 @@
+"""Several micro-batches, which together make one optimizer step."""
+
+from typing import Any
+
+from .passes import Pass
+
+
+class MicroBatches:
+    """The position among the micro-batches of an optimizer step.
+
+    The first micro-batch has the validation rows. Their gradient is kept, by parameter, for the others.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count  # G
+        self.number = 0  # of the next micro-batch, from 0
+        self.kept: dict[str, Any] = {}  # validation gradients, by parameter
+        self.first: Pass | None = None  # the pass of the step's first micro-batch
+        self._versions: list[int] = []  # of the parameters, at the first micro-batch
+
+    def begin(self, samples: int, what: str, versions: list[int]) -> None:
+        """Check that a pass can be the next micro-batch.
+
+        Args:
+            samples: how many the pass has, without validation samples after the first micro-batch.
+            what: "rows" or "samples", for the messages.
+            versions: of the parameters, which must not change within a step.
+
+        Raises:
+            ValueError: another number of samples than the first micro-batch's train samples.
+            RuntimeError: the parameters changed within the step.
+        """
+        if self.number == 0:
+            self._versions = versions if self.count > 1 else []
+            return
+        assert self.first is not None
+        if samples != self.first.split.n:
+            raise ValueError(
+                f"micro-batch {self.number + 1} of {self.count} has {samples} {what}, the first had "
+                f"{self.first.split.n} train {what}: all need the same number, and only the first is followed "
+                f"by the validation {what}"
+            )
+        if self._versions != versions:
+            raise RuntimeError(self._incomplete("the parameters were changed"))
+
+    def end(self, pass_: Pass) -> None:
+        """Advance after a backward pass; the last one drops the kept gradients."""
+        if self.number == 0:
+            self.first = pass_
+        self.number = (self.number + 1) % self.count
+        if self.number == 0:
+            self.kept.clear()  # the graph still holds the dictionary
+
+    def forget(self) -> None:
+        """Make the next pass the first of its step."""
+        self.number, self.first = 0, None
+        self.kept.clear()
+
+    def check_complete(self, *_: Any) -> None:
+        """Raise RuntimeError unless all micro-batches were there; a hook before the optimizer's step."""
+        if self.number != 0:
+            raise RuntimeError(self._incomplete("the optimizer steps"))
+
+    def _incomplete(self, what: str) -> str:
+        return (
+            f"{what} after {self.number} of {self.count} micro-batches: the gradient is that of "
+            f"{self.number} and is divided by {self.count}. Make all of them, as at an epoch's end, or "
+            "leave out this step: zero the gradients and call engine.forget_micro_batches()."
+        )
