@@ -23,6 +23,7 @@ from foundation.granularity import Granularity
 from foundation.paths import expand_home
 from ghostEngines.passes import Direction
 from ghostEngines.strategies import STRATEGIES
+from run.method import METHODS
 from score_store.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent
@@ -32,10 +33,11 @@ ROOT = Path(__file__).resolve().parent
 class TrainingConfig:
     """All options of a run. [Brackets] name the value that an open field (None) is resolved to."""
 
-    method: Literal["GradDotProd", "Regular"] = flag(
+    method: str = flag(
         "GradDotProd",
         "GradDotProd: train, and save every training sample's gradient dot product with the validation "
         "gradient; Regular: train only",
+        choices=METHODS,
         group="Method and scores",
     )
     architecture: Literal["GPT2-Tiny", "GPT2-Small", "GPT2-Medium", "GPT2-Large"] = flag(
@@ -232,6 +234,11 @@ class TrainingConfig:
         return Path(self.results_dir) / self.run_name
 
     @property
+    def computes_scores(self) -> bool:
+        """Whether the method writes dot products."""
+        return METHODS[self.method].scores
+
+    @property
     def strategy(self) -> str | None:
         """The contraction strategy that --contraction forces on every layer; None for auto."""
         return None if self.contraction == "auto" else self.contraction
@@ -306,7 +313,7 @@ class TrainingConfig:
 
     def _check_scores(self) -> None:
         chosen = (self.contraction, self.score_granularity, self.direction)
-        if self.method == "Regular" and chosen != ("auto", "total", "gradient"):
+        if not self.computes_scores and chosen != ("auto", "total", "gradient"):
             raise ConfigError(
                 "--method Regular computes no dot products: leave out --contraction, --score_granularity and "
                 "--direction"
@@ -348,7 +355,7 @@ class TrainingConfig:
 
     def _check_micro_batches(self) -> None:
         """Check what several micro-batches allow: their scores need the first one's validation gradient."""
-        if self.gradient_accumulation_steps == 1 or self.method == "Regular":
+        if self.gradient_accumulation_steps == 1 or not self.computes_scores:
             return
         several = f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"
         if self.score_granularity != "total":

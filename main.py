@@ -21,7 +21,7 @@ from model_setup import Precision, build_optimizer, parallelise, prepare_model
 from run.ending import exit_status
 from run.folder import provenance, save
 from run.log import open_log
-from run.method import build_manager, computation
+from run.method import Training, build_manager, computation
 from run.opening import agree, find_start, open_folder
 from run.processes import distributed_world, first_of_machine
 from run.signals import stop_signals
@@ -65,13 +65,14 @@ def run(argv: list[str], resources: ExitStack) -> int:
     parallel = parallelise(model, config, world)
     optimizer = build_optimizer(model, config)
     scaler = Precision.of(config).grad_scaler()
-    manager = build_manager(config, model, optimizer, scaler, data, world, start)
+    training = Training(config, model, optimizer, scaler, data, world, start)
+    manager = build_manager(training)
     stop = resources.enter_context(stop_signals(wait=world.size > 1))
     with open_log(config, world, start) as log:
-        trainer = Trainer(config, model, parallel, optimizer, manager, data, log, world, stop, scaler)
+        trainer = Trainer(training, parallel, manager, log, stop)
 
         # Train
-        status = trainer.train(start)
+        status = trainer.train()
 
     # Close
     world.wait()  # until all scores are on the disk of every process

@@ -12,14 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from config_file import TrainingConfig
 from data_processing.blocks import Batch
-from dataloader import TrainingData
 from evaluation import check_evaluation, evaluate
 from ghostEngines.engine_manager import GhostEngineManager
-from model_setup import CausalLM, Precision, gradient_sync
+from model_setup import Precision, gradient_sync
 from run.ending import NON_FINITE, OK, stopped_by
 from run.finite_guard import FiniteGuard, NonFiniteLoss
-from run.log import RunLog
-from run.processes import World
+from run.log import SilentLog
+from run.method import Training
 from run.signals import Interrupted, StopSignals, drop_closed_outputs, interrupt_deferred
 from run.state import TrainingState, checkpoint_facts, global_batch_size
 
@@ -45,24 +44,20 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainingConfig,
-        model: CausalLM,
+        training: Training,
         parallel: nn.Module,
-        optimizer: torch.optim.Optimizer,
         manager: GhostEngineManager,
-        data: TrainingData,
-        log: RunLog,
-        world: World,
+        log: SilentLog,
         stop: StopSignals,
-        scaler: torch.amp.GradScaler,
     ) -> None:
-        self.config, self.model, self.parallel, self.optimizer = config, model, parallel, optimizer
-        self.manager, self.data, self.log, self.world, self.stop = manager, data, log, world, stop
-        self.precision = Precision.of(config)
-        self.scaler = scaler
-        self.guard = FiniteGuard(self.precision.device, world, self.scaler.is_enabled())
-        self.global_batch_size = global_batch_size(config, world)
-        self.state = TrainingState(model, parallel, optimizer, self.scaler)
+        self.config, self.world, self.start = training.config, training.world, training.start
+        self.model, self.optimizer, self.data = training.model, training.optimizer, training.data
+        self.parallel, self.manager, self.log, self.stop = parallel, manager, log, stop
+        self.precision = Precision.of(self.config)
+        self.scaler = training.scaler
+        self.guard = FiniteGuard(self.precision.device, self.world, self.scaler.is_enabled())
+        self.global_batch_size = global_batch_size(self.config, self.world)
+        self.state = TrainingState(self.model, parallel, self.optimizer, self.scaler)
         self.progress = self.state.progress
         self.saved_at: int | None = None  # how many steps the newest checkpoint has
 
@@ -71,11 +66,11 @@ class Trainer:
         self.state.load(checkpoint)
         self.saved_at = self.progress.steps
 
-    def train(self, start: Path | None) -> int:
+    def train(self) -> int:
         """Train to the end, from a checkpoint or from the beginning, and return the exit status; log how a run
         ended early."""
-        if start is not None:
-            self.resume(start)
+        if self.start is not None:
+            self.resume(self.start)
         try:
             self.run()
         except KeyboardInterrupt as error:

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -18,7 +18,7 @@ def flag(
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = math.inf,
-    choices: Sequence[str] = (),
+    choices: Iterable[str] = (),
     may_change: bool = False,
     alone: str | None = None,
     group: str | None = None,

@@ -1,6 +1,8 @@
 """The methods: what each adds to training, and what it writes."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,37 +25,62 @@ if TYPE_CHECKING:
     from dataloader import TrainingData
 
 
-def build_manager(
-    config: "TrainingConfig",
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    data: "TrainingData",
-    world: World,
-    start: Path | None,
-) -> GhostEngineManager:
-    """Return the method's manager, attached to the model.
+@dataclass(frozen=True)
+class Training:
+    """What a method's manager is made of."""
 
-    GradDotProd writes scores and, when a run begins, the validation rows that they refer to; a run that resumes
-    drops the scores of the steps after `start`, its checkpoint, which it computes again.
+    config: "TrainingConfig"
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    data: "TrainingData"
+    world: World
+    start: Path | None  # the checkpoint that the run resumes from
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: what it adds to a step, and whether it writes scores."""
+
+    build: Callable[[Training], GhostEngineManager]
+    scores: bool
+
+
+def regular(training: Training) -> GhostEngineManager:
+    """Return the manager of plain training."""
+    return GhostEngineManager(training.config.gradient_accumulation_steps)
+
+
+def grad_dot_prod(training: Training) -> GhostEngineManager:
+    """Return the manager that scores every training sample, attached to the model.
+
+    It writes scores and, when a run begins, the validation rows that they refer to. A run that resumes drops the
+    scores of the steps after its checkpoint, which it computes again.
     """
-    if config.method == "Regular":
-        return GhostEngineManager(config.gradient_accumulation_steps)
+    config, model, data = training.config, training.model, training.data
     val_x, val_y = data.validation.to(torch.device(config.device))
     return GradDotProdManager(
         model,
-        optimizer,
+        training.optimizer,
         val_x=val_x,
         val_y=val_y,
-        scores=open_scores_to_write(config, model, data, world, start),
+        scores=open_scores_to_write(config, model, data, training.world, training.start),
         save_interval=config.dot_prod_save_interval,
         granularity=config.score_granularity,
         direction=config.direction,
         strategy=config.strategy,
         micro_batches=config.gradient_accumulation_steps,
         guard=config.row_guard,
-        loss_scale=lambda: scaler.scale(torch.ones((), device=val_x.device)),
+        loss_scale=lambda: training.scaler.scale(torch.ones((), device=val_x.device)),
     )
+
+
+METHODS = {"GradDotProd": Method(grad_dot_prod, scores=True), "Regular": Method(regular, scores=False)}
+
+
+def build_manager(training: Training) -> GhostEngineManager:
+    """Return the manager of the run's method."""
+    return METHODS[training.config.method].build(training)
 
 
 def open_scores_to_write(
@@ -89,7 +116,7 @@ def score_metadata(config: "TrainingConfig", model: nn.Module, data: "TrainingDa
 def computation(config: "TrainingConfig", model: nn.Module) -> dict[str, object]:
     """Return how dot products are computed, for config.json: each layer's strategy, and the sizes of tiles and
     of the head's parts."""
-    if config.method == "Regular":
+    if not config.computes_scores:
         return {}
     split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
     by_direction = config.gradient_accumulation_steps > 1 or config.direction == "adamw"

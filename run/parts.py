@@ -34,7 +34,7 @@ def _check_parts(config: "TrainingConfig", checkpoint: Path, global_batch: int) 
     check_model_link(folder.model)
     if step == 0:
         return
-    scored = config.method == "GradDotProd"
+    scored = config.computes_scores
     parts = [folder.metrics] + scored * [folder.scores, folder.validation_rows]
     if missing := [str(part.relative_to(folder.root)) for part in parts if not part.exists()]:
         raise ConfigError(

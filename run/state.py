@@ -128,7 +128,7 @@ def space_needed(config: "TrainingConfig", world: World, model: nn.Module, start
     rows = (config.max_steps - done) * global_batch_size(config, world)
     layers = sum(next(module.parameters(recurse=False), None) is not None for module in model.modules())
     parts = parts_per_sample(config.score_granularity, config.val_batch_size, layers)
-    scores = rows * (SCORE_BYTES + 8 * parts) if config.method == "GradDotProd" else 0
+    scores = rows * (SCORE_BYTES + 8 * parts) if config.computes_scores else 0
     return Space(one if to_come else 0, one * at_a_time + scores)
 
 

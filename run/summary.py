@@ -33,12 +33,12 @@ def print_summary(config: "TrainingConfig", progress: Progress, data: "TrainingD
         **evaluation_lines(progress, data),
         "results": config.result_dir,
     }
-    if config.method == "GradDotProd":
+    if config.computes_scores:
         lines["dot products"] = config.folder.scores
     console.print(f"\n{config.run_name}", soft_wrap=True)
     for name, value in lines.items():
         console.print(f"{name:22s} {value}", soft_wrap=True)  # a path stays in one piece
-    if config.method == "GradDotProd":
+    if config.computes_scores:
         print_extreme_samples(console, config, data)
 
 
