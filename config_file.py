@@ -23,6 +23,7 @@ from foundation.granularity import Granularity
 from foundation.paths import expand_home
 from ghostEngines.passes import Direction
 from ghostEngines.strategies import STRATEGIES
+from models.gpt2 import ARCHITECTURES
 from run.method import METHODS
 from score_store.run_folder import RunFolder
 
@@ -40,8 +41,10 @@ class TrainingConfig:
         choices=METHODS,
         group="Method and scores",
     )
-    architecture: Literal["GPT2-Tiny", "GPT2-Small", "GPT2-Medium", "GPT2-Large"] = flag(
-        "GPT2-Small", "model, in its published size; GPT2-Tiny is for tests and quick looks"
+    architecture: str = flag(
+        "GPT2-Small",
+        "model, in its published size; GPT2-Tiny is for tests and quick looks",
+        choices=ARCHITECTURES,
     )
     dot_prod_save_interval: int = flag(
         10,

@@ -1,8 +1,7 @@
-"""From the scores of a run to what they say: values of samples, documents and domains, and what is made of
-them.
+"""Sum a run's scores into values of samples, documents and domains; report, query and curate by value.
 
-    runs = [ScoredRun.open("results/NAME")]  # values.py, report.py, curate.py, query.py take such a list
-    values = write_values(runs, Path("results/NAME/values"))
+runs = [ScoredRun.open("results/NAME")]  # write_values, write_report and curate take such a list
+values = write_values(runs, Path("results/NAME/values"))
 """
 
 from attribution.scored_run import AttributionError, ScoredRun, same_samples

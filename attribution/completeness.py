@@ -1,4 +1,4 @@
-"""Whether all the scores are there that a run wrote: of a folder that lost files no sum is right."""
+"""Check that no score of a run is missing: sums over part of the score files would be wrong."""
 
 import re
 
@@ -7,9 +7,9 @@ import duckdb
 from attribution.scored_run import AttributionError, ScoredRun
 from score_store.files import FILE_NAME
 
-Window = tuple[int | None, int | None]  # first and last step, both included; None: the scores' own
+Window = tuple[int | None, int | None]  # first and last step, both included; None: the run's first or last
 
-# The first steps of the window that are not there.
+# The first range of steps in the window without scores.
 HOLE = """
     SELECT step + 1, next - 1
     FROM (
@@ -26,7 +26,11 @@ AGAIN = "files are missing; copy the folder again, or repeat the run"
 
 
 def check_window(run: ScoredRun, steps: Window) -> tuple[int, int]:
-    """The first and the last step that are meant. AttributionError if the run's scores do not go so far."""
+    """Return the first and last step of the window.
+
+    Raises:
+        AttributionError: the run's scores do not cover the window.
+    """
     names = [FILE_NAME.fullmatch(path.name) for path in run.files]
     ranges = [(int(name[1]), int(name[2])) for name in names if name is not None]
     begin, end = min(first for first, _ in ranges), max(last for _, last in ranges)
@@ -42,7 +46,7 @@ def check_window(run: ScoredRun, steps: Window) -> tuple[int, int]:
 
 
 def _check_end(run: ScoredRun, end: int) -> None:
-    """Scores are on the disk before the checkpoint that follows them."""
+    """Check that scores reach the newest checkpoint, because training writes scores first."""
     names = [re.fullmatch(r"step_(\d{6,})", path.name) for path in run.folder.glob("checkpoints/*")]
     done = max((int(name[1]) for name in names if name is not None), default=0)
     if end + 1 < done:
@@ -55,8 +59,18 @@ def _check_end(run: ScoredRun, end: int) -> None:
 def check_steps(
     database: duckdb.DuckDBPyConnection, number: int, run: ScoredRun, window: tuple[int, int]
 ) -> None:
-    """AttributionError unless the database's table of steps has every step of the window, with all samples of
-    its global batch, and values that are the product of their factors. number: the run's in that table."""
+    """Check that every step of the window is whole.
+
+    A step is whole if all samples of its global batch have scores, and if each value is the product of its
+    factors.
+
+    Args:
+        database: with the table `steps` of `ScoreDatabase`.
+        number: of the run in that table.
+
+    Raises:
+        AttributionError: a step is missing, incomplete or damaged.
+    """
     first, last = window
     hole = database.execute(HOLE, {"run": number, "first": first, "last": last}).fetchone()
     if hole is not None:
@@ -66,8 +80,8 @@ def check_steps(
         step, rows, expected = uneven
         raise AttributionError(
             f"{run.folder} has scores of {rows} samples in step {step}, and its global batch has {expected}: "
-            "a process's files are missing, or the run is at work and not all processes have written that "
-            "step yet" + (f" (--steps :{step - 1} ends before it)" if step > first else "")
+            "a process's files are missing, or the run is still training and not all processes have written "
+            "that step" + (f" (--steps :{step - 1} ends before it)" if step > first else "")
         )
     damaged = database.execute(DAMAGED, {"run": number}).fetchone()
     if damaged is not None:

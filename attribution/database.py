@@ -1,11 +1,13 @@
-"""The scores of one run or several as tables of a DuckDB database, which works on far more rows than memory
-holds: it reads the columns it needs in pieces, on all cores, and what does not fit goes to the disk.
+"""Query the scores of one or several runs in DuckDB.
 
     with ScoreDatabase(runs, normalise="absolute", steps=(100, None)) as database:
         database.query("SELECT domain, fsum(weighted_value) FROM scores GROUP BY domain", "summing domains")
 
-Two cores add in an order that changes, so plain sums change in their last digits. fsum, which carries what
-rounding took away (Kahan), gives the same number every time.
+The scores may be larger than memory: DuckDB reads the columns it needs in pieces, on all cores, and spills to
+the disk.
+
+Threads add in a changing order, so the last digits of plain sums change between calls. Use fsum, which
+compensates for rounding (Kahan) and is the same each time.
 """
 
 import re
@@ -29,8 +31,8 @@ Normalise = Literal["none", "absolute", "predicted"]
 
 MEMORY_LIMIT = "4GB"
 POLL_SECONDS = 0.2
-# What a step's values are multiplied by. A step without any (learning rate 0) has values of 0.
-WEIGHTS = {
+# SQL for the factor on a step's values. All values of a step may be 0 (learning rate 0).
+WEIGHTS: dict[Normalise, str] = {
     "none": "1.0",
     "absolute": "CASE WHEN absolute = 0 THEN 0 ELSE 1 / absolute END",
     "predicted": "CASE WHEN predicted = 0 THEN 0 ELSE 1 / abs(predicted) END",
@@ -39,21 +41,27 @@ Result = TypeVar("Result")
 
 
 class ScoreDatabase:
-    """A context manager. Its tables:
+    """Open the scores of a window of steps, as a context manager with two tables.
 
-    scores  the rows of the window: run, all columns of the score files (null in runs without it),
-            domain_number (the sample id's high bits), weighted_value (the value times its step's weight)
-    steps   one row per run and step of the window: run, step, lr, clip_factor, train_loss (mean), val_loss,
-            predicted (Σ values; null: the step gave none), absolute (Σ |values|), measured (fall of the
-            validation loss to the next step; null in a run's last), rows, expected (the global batch size),
-            damaged (rows whose value is not what its factors say), weight
-
-    `run` counts the runs as given, from 0. Weights by `normalise`: "none" 1, "absolute" 1 / Σ|values| of the
-    step, "predicted" 1 / |Σ values|.
+    scores: the score rows of the window
+        run             number of the run, in the order given, from 0
+        ...             all columns of the score files; null in runs without the column
+        domain_number   the high bits of the sample id
+        weighted_value  the value times its step's weight
+    steps: one row per run and step of the window
+        run, step, lr, clip_factor, val_loss
+        train_loss      mean over the samples
+        predicted       Σ values; null if the step has none
+        absolute        Σ |values|
+        measured        fall of the validation loss until the next step; null in a run's last step
+        rows            number of score rows
+        expected        the global batch size
+        damaged         number of rows whose value is not the product of its factors
+        weight          1 for normalise "none", 1 / Σ|values| for "absolute", 1 / |Σ values| for "predicted"
 
     Raises:
-        AttributionError: runs of different data; a window that the scores do not fill; a step without all of
-        its rows; a memory limit that is none, or too low.
+        AttributionError: the runs have different data; the scores do not cover the window; a step is
+            incomplete; the memory limit is malformed or too low.
     """
 
     def __init__(
@@ -65,8 +73,13 @@ class ScoreDatabase:
         normalise: Normalise = "none",
         spill_folder: Path | None = None,
     ) -> None:
-        """spill_folder: in which a folder is made for what does not fit; None: the system's for temporary
-        files."""
+        """Check the runs and the window; `with` opens the database.
+
+        Args:
+            steps: the window, both ends included.
+            spill_folder: parent of the folder for data that exceeds the memory limit; None: the system's
+                temporary folder.
+        """
         same_samples(runs)
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", memory_limit):
             raise AttributionError(f"--memory_limit {memory_limit!r}: give a number and a unit, as in 4GB")
@@ -80,7 +93,10 @@ class ScoreDatabase:
             spill = opened.enter_context(
                 tempfile.TemporaryDirectory(prefix=".spill-", dir=self._spill_folder)
             )
-            settings = {"memory_limit": self._memory_limit, "temp_directory": spill}
+            settings: dict[str, str | bool | int | float | list[str]] = {
+                "memory_limit": self._memory_limit,
+                "temp_directory": spill,
+            }
             self.connection = opened.enter_context(duckdb.connect(config=settings))
             self.connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
             self._worker = opened.enter_context(ThreadPoolExecutor(1, "duckdb"))
@@ -94,20 +110,20 @@ class ScoreDatabase:
         self._resources.close()
 
     def query(self, sql: str, doing: str, parameters: Sequence[object] = ()) -> pa.Table:
-        """The result, which is in memory. doing: what the bar says."""
+        """Return the result of a query, in memory. doing: the progress bar's label."""
         return self._run(lambda: self.connection.sql(sql, params=list(parameters)).to_arrow_table(), doing)
 
     def create(self, table: str, sql: str, doing: str) -> None:
-        """The result as a table, which may be larger than memory."""
+        """Create a table from a query. It may be larger than memory."""
         self._run(lambda: self.connection.execute(f"CREATE TABLE {table} AS {sql}"), doing)
 
     def write(self, sql: str, path: Path, doing: str) -> None:
-        """The result as a Parquet file, which is never in memory as a whole."""
+        """Write the result of a query to a Parquet file. It may be larger than memory."""
         copy = f"COPY ({sql}) TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd)"
         self._run(lambda: self.connection.execute(copy), doing)
 
     def _run(self, work: Callable[[], Result], doing: str) -> Result:
-        """`work` in a thread of its own, so that this one can show its progress, and end it at Ctrl-C."""
+        """Return the result of `work`, run in another thread. This one shows progress and handles Ctrl-C."""
         with progress_bar(doing, 100, "%") as bar:
             future = self._worker.submit(work)
             try:
@@ -127,7 +143,7 @@ class ScoreDatabase:
                     f"({first_line(error)})"
                 ) from error
             except (duckdb.IOException, duckdb.InvalidInputException) as error:
-                # a full disk, a file that went away or is damaged
+                # a full disk; a file that is damaged or was removed
                 raise AttributionError(f"{doing}: {first_line(error)}") from error
 
     def _create_tables(self) -> None:
@@ -136,7 +152,7 @@ class ScoreDatabase:
         self.create("steps", _steps_sql(self._normalise), "reading steps")
         columns = f"r.* EXCLUDE (in_window), r.sample_id >> {BLOCK_BITS} AS domain_number"
         source = "all_rows r"
-        if self._normalise == "none":  # spares the join with as many rows as there are steps
+        if self._normalise == "none":  # every weight is 1, so the join is not needed
             columns += ", r.value AS weighted_value"
         else:
             columns += ", r.value * s.weight AS weighted_value"
@@ -144,7 +160,7 @@ class ScoreDatabase:
         self.connection.execute(f"CREATE VIEW scores AS SELECT {columns} FROM {source} WHERE in_window")
 
     def _rows_of(self, number: int) -> str:
-        """The rows of a run's window, and of the step after it: its val_loss tells what the last step did."""
+        """Return SQL for a run's rows in the window and in the next step, whose val_loss `measured` needs."""
         run, (first, last) = self.runs[number], self.windows[number]
         return f"""
             SELECT {number}::INTEGER AS run, step <= {last} AS in_window, *
@@ -153,6 +169,7 @@ class ScoreDatabase:
 
 
 def _steps_sql(normalise: Normalise) -> str:
+    """Return SQL for the table `steps`."""
     return f"""
         WITH sums AS (
             SELECT
@@ -173,16 +190,17 @@ def _steps_sql(normalise: Normalise) -> str:
 
 
 def parquet(*paths: Path) -> str:
-    """The rows of these files, in SQL. DuckDB takes paths for patterns, and folders named a=b for columns."""
+    """Return SQL for the rows of these files. Paths are escaped: DuckDB expands patterns, and reads a folder
+    named a=b as a column."""
     files = ", ".join(quoted(escape(str(path))) for path in paths)
     return f"read_parquet([{files}], hive_partitioning = false)"
 
 
 def quoted(text: object) -> str:
-    """As a string in SQL."""
+    """Return the text as an SQL string."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
 def first_line(error: Exception) -> str:
-    """Without what DuckDB suggests to those who write SQL."""
+    """Return an error's message without DuckDB's hints on SQL, which follow on later lines."""
     return str(error).splitlines()[0]

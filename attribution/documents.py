@@ -1,8 +1,8 @@
-"""From the values of samples to those of the documents whose text they hold.
+"""Divide the values of samples among the documents in them.
 
-A sample's value is divided among the documents of its T target tokens, by their share of these. Block b of a
-shard predicts its tokens bT+1 to bT+T, so no token counts twice, and the values of documents add up to those
-of samples.
+Each document gets the share of a sample's value that it has of the sample's T target tokens. The targets of
+block b are the shard's tokens bT+1 to bT+T. No token is a target twice, so the documents' values add up to
+the samples'.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,17 +25,23 @@ DOCUMENT_SCHEMA = pa.schema(
     {
         "domain": pa.string(),
         "document": pa.int64(),  # its number within the domain's shard
-        "first_token": pa.int64(),  # its place there
+        "first_token": pa.int64(),  # its position in the shard
         "tokens": pa.int64(),
-        "value": pa.float64(),  # null: of none of the samples with its text is there a value
-        "blocks": pa.int32(),  # how many used samples have some of its text as targets
+        "value": pa.float64(),  # null: no sample with its text has a value
+        "blocks": pa.int32(),  # number of used samples that have some of its text as targets
     }
 )
 
 
 def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, target: Path) -> None:
-    """samples: a Parquet file with domain, block and value, sorted by domain and block. Writes the documents
-    in the same order; memory grows neither with samples nor with documents."""
+    """Write the values of all documents that a sample touches, sorted by domain and document.
+
+    Memory does not grow with the number of samples or documents.
+
+    Args:
+        samples: a Parquet file with domain, block and value, sorted by domain and block.
+        target: the Parquet file to write, with DOCUMENT_SCHEMA.
+    """
     by_name = {shard.domain: shard for shard in shards}
     with (
         pq.ParquetWriter(target, DOCUMENT_SCHEMA, compression="zstd", use_dictionary=["domain"]) as writer,
@@ -43,7 +49,7 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
     ):
         buffer: list[pa.Table] = []
         with progress_bar("summing documents", file.metadata.num_rows, "samples") as bar:
-            for domain, pieces in groupby(pieces_of_one_domain(file), key=lambda piece: piece[0]):
+            for domain, pieces in groupby(read_pieces(file), key=lambda piece: piece[0]):
                 sums = DocumentSums(by_name[domain], block_size)
                 for _, blocks, values in pieces:
                     buffer.append(sums.add(blocks, values))
@@ -55,11 +61,11 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
         writer.write_table(pa.concat_tables(buffer))
 
 
-Piece = tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float64]]
+Piece = tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float64]]  # domain, blocks, values (NaN: none)
 
 
-def pieces_of_one_domain(file: pq.ParquetFile) -> Iterator[Piece]:
-    """domain, blocks, values; NaN for none."""
+def read_pieces(file: pq.ParquetFile) -> Iterator[Piece]:
+    """Yield the samples of a file in pieces of one domain."""
     for batch in file.iter_batches(BATCH, columns=["domain", "block", "value"]):
         codes = batch["domain"].dictionary_encode()
         names, numbers = codes.dictionary.to_pylist(), codes.indices.to_numpy()
@@ -70,27 +76,34 @@ def pieces_of_one_domain(file: pq.ParquetFile) -> Iterator[Piece]:
 
 
 class DocumentSums:
-    """The sums of one shard's documents, of samples that come in the order of their blocks: a document is
-    done as soon as the next one begins."""
+    """Sum the values of one shard's documents.
+
+    Samples come in the order of their blocks, so a document is complete as soon as the next one begins.
+    """
 
     def __init__(self, shard: Shard, block_size: int) -> None:
         self._shard, self._block_size = shard, block_size
-        # Of the document that may go on in the next samples; valued: how many of its blocks have a value.
-        self._open = {
+        # The document that may continue in the next samples.
+        self._open: dict[str, npt.NDArray[Any]] = {
             "document": np.empty(0, np.int64),
             "value": np.empty(0),
-            "valued": np.empty(0, np.int64),
+            "valued": np.empty(0, np.int64),  # number of its blocks with a value
             "blocks": np.empty(0, np.int64),
         }
 
     def add(self, blocks: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> pa.Table:
-        """blocks, values: (n,) of the next samples, NaN for no value. Returns the documents that are done."""
-        rows, documents, parts = shares(self._shard, self._block_size, blocks)
-        there = ~np.isnan(values[rows])
+        """Add the next samples and return the documents that are complete.
+
+        Args:
+            blocks: (n,)
+            values: (n,) NaN for none.
+        """
+        rows, documents, parts = divide_blocks(self._shard, self._block_size, blocks)
+        has_value = ~np.isnan(values[rows])
         new = {
             "document": documents,
-            "value": np.where(there, values[rows], 0) * parts,
-            "valued": there.astype(np.int64),
+            "value": np.where(has_value, values[rows], 0) * parts,
+            "valued": has_value.astype(np.int64),
             "blocks": np.ones(len(rows), np.int64),
         }
         columns = {name: np.concatenate([self._open[name], new[name]]) for name in new}
@@ -103,11 +116,11 @@ class DocumentSums:
         return self._table({name: column[:-1] for name, column in sums.items()})
 
     def rest(self) -> pa.Table:
-        """The last document."""
+        """Return the last document."""
         return self._table(self._open)
 
     def _table(self, sums: dict[str, npt.NDArray[Any]]) -> pa.Table:
-        first, end = bounds(self._shard, sums["document"])
+        first, end = locate_documents(self._shard, sums["document"])
         columns = {
             "domain": pa.repeat(pa.scalar(self._shard.domain), len(first)),
             "document": sums["document"],
@@ -119,10 +132,10 @@ class DocumentSums:
         return pa.table(columns, schema=DOCUMENT_SCHEMA)
 
 
-def bounds(
+def locate_documents(
     shard: Shard, documents: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The places of the documents' first tokens, and behind their last."""
+    """Return where the documents start and stop in the shard, in tokens. All arrays are (k,)."""
     following = np.minimum(documents + 1, shard.num_documents - 1)
     is_last = documents == shard.num_documents - 1
     return shard.document_starts[documents], np.where(
@@ -130,11 +143,24 @@ def bounds(
     )
 
 
-def shares(
+def locate_document(shard: Shard, document: int) -> tuple[int, int]:
+    """Return where one document starts and stops in the shard, in tokens."""
+    starts, stops = locate_documents(shard, np.array([document]))
+    return int(starts[0]), int(stops[0])
+
+
+def divide_blocks(
     shard: Shard, block_size: int, blocks: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Which documents the targets of n blocks are of: (pairs,) each, the place in `blocks`, the document, and
-    its share of the block's targets. Sorted, if `blocks` is."""
+    """Return all pairs of a block and a document that has some of its targets.
+
+    Args:
+        blocks: (n,)
+
+    Returns:
+        (pairs,) each, in the order of `blocks`: the index in `blocks`, the document, and the document's share
+        of the block's targets.
+    """
     begin = blocks * block_size + 1
     end = begin + block_size
     first = np.searchsorted(shard.document_starts, begin, "right") - 1
@@ -142,5 +168,5 @@ def shares(
     counts = last - first + 1
     rows = np.repeat(np.arange(len(blocks)), counts)
     documents = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts - first, counts)
-    starts, ends = bounds(shard, documents)
+    starts, ends = locate_documents(shard, documents)
     return rows, documents, (np.minimum(ends, end[rows]) - np.maximum(starts, begin[rows])) / block_size

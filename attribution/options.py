@@ -1,4 +1,4 @@
-"""What the commands of this package share: the arguments that say which runs and how, and how they end."""
+"""Parse the arguments that all commands of this package share, and turn errors into exit statuses."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +22,7 @@ from foundation.paths import path_argument
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The shared arguments, as functions take them."""
+    """The shared arguments, parsed."""
 
     runs: tuple[ScoredRun, ...]
     normalise: Normalise
@@ -30,9 +31,13 @@ class RunOptions:
     memory_limit: str
 
 
-def argument_parser(module: str, description: str, *, several: bool = True) -> argparse.ArgumentParser:
-    """A parser with the shared arguments. module: as after `python -m`; several: whether the command takes
-    more than one run."""
+def make_argument_parser(module: str, description: str, *, several: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the shared arguments.
+
+    Args:
+        module: the name after `python -m`.
+        several: whether the command takes more than one run.
+    """
     parser = ArgumentParser(f"python -m {module}", description=description, allow_abbrev=False)
     parser.add_argument(
         "result_dirs",
@@ -47,7 +52,7 @@ def argument_parser(module: str, description: str, *, several: bool = True) -> a
         choices=get_args(Normalise),
         default="none",
         help="divide each step's values by the sum of their absolute values, or by the absolute value of "
-        "their sum: otherwise the first steps, in which the loss falls fast, count most [none]",
+        "their sum; without it the first steps, in which the loss falls fast, count most [none]",
     )
     parser.add_argument(
         "--steps", metavar="FIRST:LAST", default=":", help="only these steps, both included [all: ':']"
@@ -58,13 +63,13 @@ def argument_parser(module: str, description: str, *, several: bool = True) -> a
     parser.add_argument(
         "--memory_limit",
         default=MEMORY_LIMIT,
-        help=f"of the database; what does not fit goes to the disk [{MEMORY_LIMIT}]",
+        help=f"of the database, which spills to the disk beyond it [{MEMORY_LIMIT}]",
     )
     return parser
 
 
-def run_options(arguments: argparse.Namespace) -> RunOptions:
-    """Opens the runs. Raises AttributionError and ScoreError."""
+def read_options(arguments: argparse.Namespace) -> RunOptions:
+    """Open the runs and parse the steps. Raises AttributionError and ScoreError."""
     return RunOptions(
         runs=tuple(map(ScoredRun.open, arguments.result_dirs)),
         normalise=arguments.normalise,
@@ -75,7 +80,11 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
 
 
 def parse_steps(text: str) -> Window:
-    """(100, 200) of "100:200"; None for a side that is left open. AttributionError for anything else."""
+    """Parse "100:200" into (100, 200); an open end is None.
+
+    Raises:
+        AttributionError: the text is not FIRST:LAST, or ends before it begins.
+    """
     match = re.fullmatch(r"(\d*):(\d*)", text)
     if match is None:
         raise AttributionError(
@@ -88,14 +97,19 @@ def parse_steps(text: str) -> Window:
 
 
 def run_command(module: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs `command`; returns the exit status: 0; 2 after an error of the user's making, or of the disk,
-    which is said in a line; 141 if nobody reads the output any more; 130 after Ctrl-C."""
+    """Run `command` and return its exit status.
+
+    Returns:
+        0; 2 after a UserError, which is printed in one line; 130 after Ctrl-C; 141 if the output's reader has
+        closed it.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sys.stdout.reconfigure(errors="replace")  # texts of any language
+    assert isinstance(sys.stdout, TextIOWrapper)
+    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack letters of the training texts
     try:
         command(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # head has seen enough; what is left goes nowhere, also at the interpreter's end
+    except BrokenPipeError:  # as in `| head`; the interpreter flushes stdout again at its end, to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A run that wrote scores, opened for reading: its settings, its score files, the shards they refer to."""
+"""Open a run that wrote scores: its settings, its score files and its training shards."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from foundation.errors import UserError, file_errors
 from score_store.run_folder import RunFolder
 from score_store.writer import open_scores
 
-# What the metadata of scores must say, for any use of them.
+# Keys that the metadata of the score files must have.
 METADATA = (
     "run_configuration",
     "validation_sha256",
@@ -31,26 +31,25 @@ OTHER_VERSION = "another version of this program wrote it; use that version"
 
 
 class AttributionError(UserError):
-    """What was asked for cannot be had from these runs; the message names what was seen and what to do."""
+    """The runs cannot give what was asked for; the message names what was seen and what to do."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """folder: of the run; config: its config.json; metadata: of the scores' schema, the same in every file;
-    files: the score files that count, sorted by step."""
+    """A run with scores."""
 
     folder: Path
-    config: dict[str, Any]
-    metadata: dict[str, str]
-    files: tuple[Path, ...]
+    config: dict[str, Any]  # its config.json
+    metadata: dict[str, str]  # of the scores' schema, the same in every file
+    files: tuple[Path, ...]  # the valid score files, sorted by step
 
     @classmethod
     def open(cls, result_dir: str | Path) -> Self:
-        """Reads settings and schemas, no scores.
+        """Read settings and schemas, no scores.
 
         Raises:
-            AttributionError: not the folder of a run, or one of method Regular.
-            ScoreError: no scores, those of another version of this program, or of several runs.
+            AttributionError: the folder is not a run's, or the run's method is Regular.
+            ScoreError: there are no scores, or they are another version's or several runs'.
         """
         folder = Path(result_dir)
         with file_errors(folder, AttributionError):
@@ -76,8 +75,8 @@ class ScoredRun:
 
     @property
     def direction(self) -> str:
-        """What the training gradients were contracted with, "gradient" or "adamw"."""
-        configuration = json.loads(self.metadata["run_configuration"])
+        """The direction that the training gradients were multiplied with, "gradient" or "adamw"."""
+        configuration: dict[str, str] = json.loads(self.metadata["run_configuration"])
         if "direction" not in configuration:
             raise AttributionError(
                 f"{self.folder}: the scores' configuration lacks direction: {OTHER_VERSION}"
@@ -86,27 +85,29 @@ class ScoredRun:
 
     @property
     def split(self) -> str:
-        """The folder of the training shards."""
+        """The name of the folder with the training shards."""
         return self.metadata["split"].partition(":")[0]
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
-        """All domains of the split; the place of one is the high bits of its samples' ids."""
+        """All domains of the split. A domain's index here is in the high bits of its samples' ids."""
         return tuple(json.loads(self.metadata["domains"]))
 
     @cached_property
     def checksums(self) -> dict[str, str]:
         """The SHA-256 of the shard of each domain that the run trained on."""
-        return json.loads(self.metadata["shard_sha256"])
+        checksums: dict[str, str] = json.loads(self.metadata["shard_sha256"])
+        return checksums
 
     def shards(self, pile_data_dir: Path | None = None) -> list[Shard]:
-        """The shards of `domains`, in that order; those that the run trained on are the very ones.
+        """Return the shards of `domains`, in that order.
 
-        pile_data_dir: the folder of the splits; None: the one that the run used.
+        Args:
+            pile_data_dir: the folder of the splits; None: the one that the run used.
 
         Raises:
-            AttributionError: a shard is missing, or has another checksum than the run's.
-            ShardError: a shard is damaged, or none is there.
+            AttributionError: a shard is missing, or differs from the one that the run trained on.
+            ShardError: a shard is damaged, or there are none.
         """
         folder = Path(self.config["pile_data_dir"]) if pile_data_dir is None else Path(pile_data_dir)
         there = {shard.domain: shard for shard in list_shards(folder, self.split)}
@@ -126,13 +127,16 @@ class ScoredRun:
         return [there[domain] for domain in self.domains]
 
     def blocks(self, pile_data_dir: Path | None = None) -> BlockDataset:
-        """The training samples, with the ids that the scores have. Raises as `shards`."""
+        """Return the training samples, with the ids of the scores. Raises as `shards`."""
         used = Selection("--train_set", self.metadata["split"], self.split, tuple(self.checksums))
         return BlockDataset(self.shards(pile_data_dir), self.block_size, used)
 
     def validation_rows(self) -> pa.Table:
-        """sample_id, domain, block, tokens (T+1 each), text: the m rows that the scores refer to.
-        AttributionError if the run's folder has lost them, or they are damaged."""
+        """Return the m validation rows of the scores: sample_id, domain, block, tokens (T+1 each), text.
+
+        Raises:
+            AttributionError: the file is missing or damaged.
+        """
         path = RunFolder(self.folder).validation_rows
         with file_errors(path, AttributionError):
             if not path.is_file():
@@ -143,8 +147,11 @@ class ScoredRun:
                 raise AttributionError(f"{path} is damaged ({error}): copy the run's folder again") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, in order. The last line may be unfinished, and is left out then.
-        AttributionError if the file is missing or damaged."""
+        """Return the records of metrics.jsonl, in order, without an unfinished last line.
+
+        Raises:
+            AttributionError: the file is missing or damaged.
+        """
         path = RunFolder(self.folder).metrics
         with file_errors(path, AttributionError):
             if not path.is_file():
@@ -174,8 +181,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def same_samples(runs: Sequence[ScoredRun]) -> None:
-    """AttributionError unless samples' ids and values mean the same in all of these runs, each of them named
-    once."""
+    """Check that sample ids and values mean the same in all runs, and that no run is named twice.
+
+    Raises:
+        AttributionError: they do not.
+    """
     assert runs, "no run"
     for number, run in enumerate(runs[1:], 1):
         if run.folder.resolve() in [other.folder.resolve() for other in runs[:number]]:

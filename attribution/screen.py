@@ -1,5 +1,4 @@
-"""What a person sees in the terminal: domains, the most helpful and the most harmful samples, the efficiency
-check."""
+"""Print domains, samples and the efficiency check to the terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,29 +11,33 @@ from attribution.efficiency import Efficiency
 from data_processing.blocks import BlockDataset
 from data_processing.tokenizers import Tokenizer
 
-FIRST_TOKENS = 200  # decoded for the first words
+FIRST_TOKENS = 200  # decoded to show a sample's first words
 FIRST_CHARACTERS = 100
 
 
 def plain_console() -> Console:
-    """Standard output, as plain text."""
+    """Return a console that prints plain text to standard output."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def printable(text: str) -> str:
-    """A text in a line, without what could steer a terminal or turn the direction of writing."""
+    """Return the text on one line, without control characters and marks of writing direction."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def first_words(text: str) -> str:
-    """The beginning of a text in a line."""
+    """Return the beginning of a text, on one line."""
     return printable(text)[:FIRST_CHARACTERS]
 
 
 def print_samples(
     screen: Console, extremes: Mapping[str, pa.Table], blocks: BlockDataset, tokenizer: Tokenizer
 ) -> None:
-    """A line for each sample, with its first words. extremes: title -> rows with domain, block, value."""
+    """Print one line per sample, with its first words.
+
+    Args:
+        extremes: title -> rows with domain, block, value.
+    """
     for title, rows in extremes.items():
         table = Table.grid(padding=(0, 2))
         for row in rows.to_pylist():
@@ -47,7 +50,7 @@ def print_samples(
 
 
 def print_domains(screen: Console, domains: pa.Table) -> None:
-    """domains: as in a folder of values."""
+    """Print the table of domains of a folder of values."""
     table = Table(box=None, pad_edge=False)
     table.add_column("domain", overflow="fold")
     for name in ("samples", "uses", "value", "mean value", "negative", "of |value|"):
@@ -64,7 +67,7 @@ def print_domains(screen: Console, domains: pa.Table) -> None:
 
 
 def print_efficiency(screen: Console, found: Sequence[Efficiency], names: Sequence[str]) -> None:
-    """names: of the runs."""
+    """Print the agreement of predicted and measured falls. names: of the runs."""
     screen.print("Fall of the validation rows' loss, predicted by the step's values and measured:")
     for each in found:
         screen.print(f"{names[each.run]}, {each}", soft_wrap=True)

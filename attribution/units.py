@@ -1,4 +1,4 @@
-"""What has a value: samples, and the documents whose text they hold."""
+"""The two kinds of units that have a value: samples and documents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,10 @@ NUMBER = {"samples": "block", "documents": "document"}  # the column that names 
 
 
 def write_units(database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, folder: Path) -> Path:
-    """Writes a file of `folder` with the values of all samples, or documents, as in a folder of values, and
-    returns it. Raises as `write_tables`."""
+    """Write the values of all samples or documents into `folder`, and return the file.
+
+    Its columns are those in a folder of values. Raises as `write_tables`.
+    """
     write_tables(database, folder)
     samples = folder / "samples.parquet"
     if unit == "samples":

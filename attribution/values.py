@@ -1,11 +1,11 @@
-"""From the scores of a run to the values of its samples, documents and domains.
+"""Sum a run's scores into values of its samples, documents and domains.
 
     python -m attribution.values RESULT_DIR [RESULT_DIR ...] [--normalise none|absolute|predicted]
         [--steps FIRST:LAST] [--output FOLDER] [--pile_data_dir D] [--memory_limit 4GB]
 
 A sample's value is the sum of its values over the steps in which it was used: the first-order In-Run Data
-Shapley value (Wang et al., arXiv 2406.11011). Of several runs, the mean of the runs' sums, with 0 for a run
-that did not use the sample. values_folder.FILES says what the files hold.
+Shapley value (Wang et al., arXiv 2406.11011). With several runs it is the mean of the runs' sums, where a run
+that did not use the sample counts as 0. values_folder.FILES documents the files.
 """
 
 import sys
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet, quoted
 from attribution.documents import write_documents
-from attribution.efficiency import efficiency, steps_of_half
-from attribution.options import argument_parser, run_command, run_options
+from attribution.efficiency import count_steps_of_half, measure_efficiency
+from attribution.options import make_argument_parser, read_options, run_command
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import plain_console, print_domains, print_efficiency, print_samples
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
@@ -42,15 +42,16 @@ def write_values(
     memory_limit: str = MEMORY_LIMIT,
     pile_data_dir: Path | None = None,
 ) -> Values:
-    """Writes a folder of values, which appears whole and takes the place of an older one.
+    """Write a folder of values. It replaces an older one, and is never there in part.
 
-    normalise, steps, memory_limit: as of `ScoreDatabase`. pile_data_dir: the splits' folder; None: as in the
-    first run.
+    Args:
+        normalise, steps, memory_limit: as of `ScoreDatabase`.
+        pile_data_dir: the folder of the splits; None: the one that the first run used.
 
     Raises:
-        AttributionError: what `ScoreDatabase`, `ScoredRun.shards` raise; values that are not finite; the
-        folder is something else, or another process writes it.
-        ShardError: what `ScoredRun.shards` raises.
+        AttributionError: as `ScoreDatabase` and `ScoredRun.shards`; a value is not finite; the folder exists
+            and holds something else, or another process writes it.
+        ShardError: as `ScoredRun.shards`.
     """
     shards = runs[0].shards(pile_data_dir)
     with being_written(folder) as unfinished:
@@ -65,7 +66,7 @@ def write_values(
         manifest = {
             **FORMAT,
             "normalise": normalise,
-            "runs": [description(run, window) for run, window in zip(runs, windows, strict=True)],
+            "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
             "rows": {name: pq.read_metadata(unfinished / f"{name}.parquet").num_rows for name in FILES},
         }
         write_json_atomically(unfinished / MANIFEST, manifest)
@@ -73,8 +74,11 @@ def write_values(
 
 
 def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path | None) -> None:
-    """To standard output: domains, the most extreme samples with their first words, the efficiency check, and
-    where the files are. runs, pile_data_dir: that the values were made of."""
+    """Print domains, the most extreme samples, the efficiency check and the paths of the files.
+
+    Args:
+        runs, pile_data_dir: those that the values were computed from.
+    """
     screen = plain_console()
     blocks = runs[0].blocks(pile_data_dir)
     normalise = values.manifest["normalise"]
@@ -93,20 +97,20 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
     print_samples(screen, titles, blocks, get_tokenizer(blocks.tokenizer))
     screen.print()
     if normalise == "none":
-        half, count = steps_of_half(values.read("steps"))
+        half, count = count_steps_of_half(values.read("steps"))
         screen.print(
             f"half of the sum of |values| comes from {half:,} of {count:,} steps; with --normalise absolute "
             "each step counts the same",
             soft_wrap=True,
         )
-    print_efficiency(screen, efficiency(values.read("steps")), [run.folder.name for run in runs])
+    print_efficiency(screen, measure_efficiency(values.read("steps")), [run.folder.name for run in runs])
     screen.print()
     for name in FILES:
         screen.print(f"{values.manifest['rows'][name]:>12,} {name:10s} {values.path(name)}", soft_wrap=True)
 
 
-def description(run: ScoredRun, window: tuple[int, int]) -> dict[str, Any]:
-    """What the manifest says of a run."""
+def describe_run(run: ScoredRun, window: tuple[int, int]) -> dict[str, Any]:
+    """Return a run's entry in the manifest."""
     return {
         "folder": str(run.folder.resolve()),
         "steps": window,
@@ -119,7 +123,7 @@ def description(run: ScoredRun, window: tuple[int, int]) -> dict[str, Any]:
 
 
 def sample_sums(database: ScoreDatabase) -> str:
-    """SQL: sample_id, value, steps, first_step, last_step of each sample, in no order."""
+    """Return SQL for sample_id, value, steps, first_step, last_step of each sample, in no order."""
     return f"""
         SELECT
             sample_id, fsum(weighted_value) / {len(database.runs)} AS value,
@@ -129,7 +133,7 @@ def sample_sums(database: ScoreDatabase) -> str:
 
 
 def samples_sql(database: ScoreDatabase, sums: str) -> str:
-    """SQL: the columns of "samples" for the rows of `sums`, in their order."""
+    """Return SQL for the columns of "samples", for the rows of `sums` in their order."""
     domains = ", ".join(map(quoted, database.runs[0].domains))
     return f"""
         SELECT
@@ -140,7 +144,11 @@ def samples_sql(database: ScoreDatabase, sums: str) -> str:
 
 
 def write_tables(database: ScoreDatabase, folder: Path) -> None:
-    """All but the documents. AttributionError if a step has values that are not finite."""
+    """Write all tables of a folder of values but the documents.
+
+    Raises:
+        AttributionError: a value is not finite.
+    """
     check_finite(database)
     sums = f"{sample_sums(database)} ORDER BY sample_id"
     samples = folder / "samples.parquet"
@@ -160,7 +168,11 @@ def write_tables(database: ScoreDatabase, folder: Path) -> None:
 
 
 def check_finite(database: ScoreDatabase) -> None:
-    """AttributionError if a step has values that are not finite: all sums would be."""
+    """Check that all values are finite: one that is not would spoil every sum.
+
+    Raises:
+        AttributionError: a step has values that are not finite.
+    """
     sql = "SELECT run, step FROM steps WHERE NOT isfinite(absolute) ORDER BY step, run LIMIT 1"
     for row in database.query(sql, "looking for values that are not finite").to_pylist():
         raise AttributionError(
@@ -170,12 +182,14 @@ def check_finite(database: ScoreDatabase) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argument_parser("attribution.values", "Values of the samples, documents and domains of a run.")
+    parser = make_argument_parser(
+        "attribution.values", "Values of the samples, documents and domains of a run."
+    )
     parser.add_argument(
         "--output", type=path_argument, metavar="FOLDER", help="[RESULT_DIR/values, of the first run]"
     )
     arguments = parser.parse_args(argv)
-    options = run_options(arguments)
+    options = read_options(arguments)
     values = write_values(
         options.runs,
         arguments.output or RunFolder(options.runs[0].folder).values,

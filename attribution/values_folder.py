@@ -1,4 +1,4 @@
-"""A folder of values on disk: what its files hold (FILES), reading one, writing one whole or not at all."""
+"""Read and write a folder of values. FILES documents its tables."""
 
 import json
 import os
@@ -20,31 +20,31 @@ from foundation.errors import file_errors
 from foundation.files import lock
 
 FORMAT = {"format": "attribution values", "format_version": 1}
-MANIFEST = "values.json"  # the format, how the values were made, and of which runs
+MANIFEST = "values.json"  # the format, the options and the runs that the values were computed from
 FILES = {
     # sorted by sample_id
     "samples": {
         "sample_id": "int64",
         "domain": "string",
         "block": "int64",
-        "value": "double",  # null: no step gave it one
-        "steps": "int32",  # how many did, of all runs
+        "value": "double",  # null: no step gave it a value
+        "steps": "int32",  # number of steps that gave it a value, in all runs
         "first_step": "int64",  # in which it was used
         "last_step": "int64",
     },
-    # those that a used sample touches, sorted by domain and document
+    # the documents in used samples, sorted by domain and document
     "documents": {field.name: str(field.type) for field in DOCUMENT_SCHEMA},
-    # those that a used sample is of, the highest mean value first
+    # the domains of used samples, the highest mean value first
     "domains": {
         "domain": "string",
         "samples": "int64",  # distinct
-        "uses": "int64",  # that gave a value
+        "uses": "int64",  # number of uses that gave a value
         "value": "double",  # sum
         "mean_value": "double",  # of the samples
         "share_negative": "double",  # of the samples
         "share_of_absolute": "double",  # of the sum of the samples' |value|
     },
-    # not normalised, whatever `normalise` says
+    # never normalised
     "steps": {
         "run": "int32",  # in the order of the runs
         "step": "int64",
@@ -52,7 +52,7 @@ FILES = {
         "clip_factor": "double",
         "train_loss": "double",  # mean of the step's samples
         "val_loss": "double",  # before the step
-        "predicted": "double",  # Σ values: the fall of val_loss that they predict; null: the step has none
+        "predicted": "double",  # Σ values: the predicted fall of val_loss; null: the step has no values
         "absolute": "double",  # Σ |values|
         "measured": "double",  # val_loss minus that of the next step; null in the last
         "rows": "int64",
@@ -63,18 +63,18 @@ KEYS = {"samples": "sample_id", "documents": "domain, document", "domains": "dom
 
 @dataclass(frozen=True)
 class Values:
-    """A folder of values. manifest: what its values.json holds."""
+    """A folder of values."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: dict[str, Any]  # its values.json
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Reads the manifest and the files' schemas.
+        """Read the manifest and the files' schemas.
 
         Raises:
-            AttributionError: not a folder of values, one of another version, or a file of it is missing or
-            not the one that was written.
+            AttributionError: the folder has no values, or those of another version; a file is missing or does
+                not match the manifest.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -82,37 +82,40 @@ class Values:
             path = folder / f"{name}.parquet"
             if not path.is_file():
                 raise AttributionError(
-                    f"{path} is missing; make the values again: python -m attribution.values"
+                    f"{path} is missing; recompute the values: python -m attribution.values"
                 )
             with pq.ParquetFile(path) as file:
                 seen = {field.name: str(field.type) for field in file.schema_arrow}
                 rows = file.metadata.num_rows
             if seen != columns or rows != manifest["rows"][name]:
                 raise AttributionError(
-                    f"{path} has {rows} rows of {seen}, not {manifest['rows'][name]} of {columns}; make the "
-                    "values again: python -m attribution.values"
+                    f"{path} has {rows} rows of {seen}, not {manifest['rows'][name]} of {columns}; recompute "
+                    "the values: python -m attribution.values"
                 )
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:
-        """The file of "samples", "documents", "domains" or "steps"."""
+        """Return the path of "samples", "documents", "domains" or "steps"."""
         assert name in FILES, name
         return self.folder / f"{name}.parquet"
 
     def read(self, name: str) -> pa.Table:
-        """The whole table: of samples and documents as large as the data."""
+        """Return a whole table, in memory. Samples and documents may be too many for that."""
         return pq.read_table(self.path(name))
 
     def extremes(self, name: str, count: int) -> tuple[pa.Table, pa.Table]:
-        """Of "samples", "documents" or "domains", the `count` rows with the highest and those with the lowest
-        value, beginning with the most extreme one."""
+        """Return the `count` rows with the highest and with the lowest value, the most extreme first.
+
+        Args:
+            name: "samples", "documents" or "domains".
+        """
         with duckdb.connect() as connection:
             source = parquet(self.path(name))
             return highest_and_lowest(connection, source, KEYS[name], count)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """AttributionError if the folder has none of this version."""
+    """Return a folder's manifest. Raises AttributionError if it has none of this version."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -122,17 +125,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "attribution.values"
         ) from error
     except ValueError as error:
-        raise AttributionError(f"{path} is not JSON ({error}): make the values again") from error
+        raise AttributionError(f"{path} is not JSON ({error}): recompute the values") from error
     seen = {key: manifest.get(key) for key in FORMAT} if isinstance(manifest, dict) else manifest
     if seen != FORMAT:
-        raise AttributionError(f"{path} is of {seen}, this program reads {FORMAT}: make the values again")
+        raise AttributionError(f"{path} is of {seen}, this program reads {FORMAT}: recompute the values")
+    assert isinstance(manifest, dict)
     return manifest
 
 
 def highest_and_lowest(
     connection: duckdb.DuckDBPyConnection, source: str, key: str, count: int
 ) -> tuple[pa.Table, pa.Table]:
-    """As `Values.extremes`. source: of rows with a value, in SQL; key: the columns that tell them apart."""
+    """Return the `count` rows with the highest and with the lowest value, as `Values.extremes`.
+
+    Args:
+        source: SQL for a table with a column `value`.
+        key: the columns that identify a row; they order equal values.
+    """
     highest, lowest = (
         connection.sql(
             f"SELECT * FROM {source} WHERE value IS NOT NULL ORDER BY value {order}, {key} LIMIT {count}"
@@ -144,12 +153,14 @@ def highest_and_lowest(
 
 @contextmanager
 def being_written(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, of this process alone, that takes its place at the end; after an
-    exception it is removed. What an older program left there is removed, too.
+    """Yield a hidden folder beside `folder`, which replaces it when the block ends.
+
+    The hidden folder is locked by this process. After an exception it is removed. Leftovers of a killed
+    process are removed, too.
 
     Raises:
-        AttributionError: there is something else than values; it cannot be written, or another process
-        does.
+        AttributionError: `folder` holds something else than values, cannot be written, or is being written by
+            another process.
     """
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         read_manifest(folder)
@@ -181,6 +192,7 @@ def being_written(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock during the block. Raises AttributionError if another process has it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         lock(descriptor)

@@ -1,16 +1,18 @@
-"""Texts that a stranger wrote, for a page: nothing in them hides, or turns round what stands beside it."""
+"""Show untrusted text on a page: no hidden characters, none that reverse the text around them."""
 
 import unicodedata
 
-# Line ends, tabulators, and formatting characters that words are spelled with: soft hyphen, zero-width
-# non-joiner and joiner.
+# Line ends, tabs, and the formatting characters of ordinary spelling: soft hyphen, zero-width non-joiner and
+# joiner.
 ORDINARY = "\n\t\u00ad\u200c\u200d"
-UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories of what has no glyph
+UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of characters without a glyph
 
 
 def visible(text: object) -> str:
-    """Control characters, those that turn the direction of writing, and others without a glyph by their
-    number, as in ⟦U+202E⟧; ORDINARY ones stay."""
+    """Return the text with every character without a glyph written as its number, as in ⟦U+202E⟧.
+
+    ORDINARY characters stay as they are.
+    """
     letters = str(text).replace("\r\n", "\n")
     return "".join(
         f"⟦U+{ord(letter):04X}⟧"

@@ -1,11 +1,12 @@
-"""Measures what TILE_NUMEL (contraction.py) and PASSES (strategies/registry.py) of ghostEngines stand for, here.
+"""Measure TILE_NUMEL (contraction.py) and PASSES (strategies/registry.py) of ghostEngines on this machine.
 
     python -m benchmarks.calibrate --rounds 7
 
-For the weights of GPT2-Small and some shapes of a batch, times `gram` and `instantiate` with several tile
-sizes against the plain product that gives the gradient of all n+m rows. Printed are the fastest of the rounds
-as ratios to that product, and what `instantiate` costs on top in multiply-adds per entry of one sample's
-gradient, which is PASSES. Run it on an otherwise idle machine."""
+For GPT2-Small's weights and some batch shapes, time `gram`, and `instantiate` with several tile sizes.
+Compare them with the plain product that gives the gradient of all n+m rows. Printed are the fastest rounds as
+ratios to that product, and PASSES: the extra cost of `instantiate` in multiply-adds per entry of one sample's
+gradient. Run it on an otherwise idle machine.
+"""
 
 import argparse
 import sys
@@ -30,9 +31,8 @@ CHOSEN = contraction.TILE_NUMEL
 TILES = (CHOSEN >> 2, CHOSEN, CHOSEN << 2)
 
 
-def candidates(left: Tensor, right: Tensor, split: Split) -> dict[str, Callable[[], object]]:
-    """What is timed, by name. `plain` is the gradient of all rows in one product."""
-
+def make_candidates(left: Tensor, right: Tensor, split: Split) -> dict[str, Callable[[], object]]:
+    """Return the functions to time, by name. `plain` is the gradient of all rows in one product."""
     scratch = Scratch()
 
     def plain() -> None:
@@ -52,8 +52,8 @@ def candidates(left: Tensor, right: Tensor, split: Split) -> dict[str, Callable[
     return timed | {f"tile {tile}": lambda tile=tile: instantiate(tile) for tile in TILES}
 
 
-def fastest(timed: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, the least over interleaved rounds after one for warming up."""
+def measure_fastest(timed: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return each function's least seconds over interleaved rounds, after one warm-up round."""
     seconds = dict.fromkeys(timed, float("inf"))
     for round_ in range(rounds + 1):
         for name, run in timed.items():
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         for p, d in WEIGHTS:
             split = Split(n, m)
             left, right = torch.randn(n + m, positions, p), torch.randn(n + m, positions, d)
-            seconds = fastest(candidates(left, right, split), args.rounds)
+            seconds = measure_fastest(make_candidates(left, right, split), args.rounds)
             per_multiply_add = seconds["plain"] / ((n + m) * positions * p * d)
             extra = seconds[f"tile {CHOSEN}"] - seconds["plain"]
             ratios = [f"{seconds[name] / seconds['plain']:.2f}" for name in names]

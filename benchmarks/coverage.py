@@ -1,12 +1,12 @@
-"""Which decoder architectures of transformers the engine covers, and exactly.
+"""Check which decoder architectures of transformers the engine covers exactly.
 
     python -m benchmarks.coverage --all        # all of them; writes docs/coverage.md
     python -m benchmarks.coverage llama mamba  # some of them
 
-For the tiny random models of benchmarks.decoders, tied and untied, with one and three validation rows, padded
-targets, eager and sdpa attention where both exist: the engine in float64 against one backward pass for each
-row, each row called alone. Exact: no dot product and no gradient is further off than 1e-10. Refused: an error
-that the engine raises. All else is wrong, and the exit status is then 1.
+Compare the engine in float64 with one backward pass per row, each row called alone. The models are the tiny
+random ones of benchmarks.decoders, tied and untied, with one and three validation rows, padded targets, and
+eager and sdpa attention where both exist. Exact: all dot products and gradients agree within 1e-10. Refused:
+the engine raises an error. Anything else is wrong, and the exit status is 1.
 """
 
 import argparse
@@ -43,10 +43,10 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one setting. why: of a refusal or an error, in few words."""
+    """The outcome of one setting."""
 
     verdict: Verdict
-    why: str = ""
+    why: str = ""  # reason for a refusal or an error, in few words
 
     @property
     def text(self) -> str:
@@ -59,8 +59,8 @@ Outcomes = Mapping[tuple[int, Attention], Outcome]
 def gradient_error(truth: Truth, model: nn.Module) -> float:
     """Return the maximum over parameters of ‖Δ‖/‖want‖.
 
-    A gradient that is zero by construction (of the bias of an attention's keys) is rounding noise, so no norm
-    counts for less than 1e-4 of the whole gradient's.
+    A norm below 1e-4 of the whole gradient's counts as that much: a gradient that is zero by construction,
+    such as that of an attention's key bias, is rounding noise.
     """
     wanted = truth.training_gradient()
     floor = 1e-4 * torch.stack([want.norm() for want in wanted.values()]).norm()
@@ -85,7 +85,7 @@ def engine_error(model: nn.Module, truth: Truth, x: Tensor, y: Tensor) -> float:
 
 @contextmanager
 def as_units(model: nn.Module, kind: str) -> Iterator[None]:
-    """Take the model's modules of a class, given by its name, as units while the block runs."""
+    """Register the model's modules of a class, given by its name, as units during the block."""
     kinds = {type(module) for module in model.modules() if type(module).__name__ == kind}
     if not kinds:
         raise ValueError(f"{type(model).__name__} has no {kind}")
@@ -100,8 +100,11 @@ def as_units(model: nn.Module, kind: str) -> Iterator[None]:
 def try_decoder(
     decoder: Decoder, tied: bool, m: int, attention: Attention, unit: str | None = None
 ) -> Outcome:
-    """Compare the engine with the oracle on one setting of an architecture. unit: the class that is
-    registered as a unit meanwhile."""
+    """Compare the engine with the oracle on one setting of an architecture.
+
+    Args:
+        unit: name of a class to register as a unit; None: none.
+    """
     with Float64(), ExitStack() as stack:
         model = decoder.build(tied, attention)
         if unit is not None:
@@ -110,7 +113,7 @@ def try_decoder(
         truth = per_sample(model, logits, x, y, TRAIN_ROWS)
         try:
             error = engine_error(model, truth, x, y)
-        except Exception as raised:  # of any kind: the table says of every architecture what became of it
+        except Exception as raised:  # of any kind: the table has a verdict on every architecture
             if is_refusal(raised):
                 return Outcome("refused", first_clause(raised))
             traceback.print_exc()
@@ -119,7 +122,7 @@ def try_decoder(
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether the engine raised the error itself: it did not come up in what the engine called."""
+    """Return whether the engine raised the error itself, and not a function that it called."""
     if isinstance(error, AttachError | RowsError):
         return True
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -127,7 +130,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def first_clause(error: Exception) -> str:
-    """Return what a message says first: not the explanation and the remedy."""
+    """Return a message's first clause, without the explanation and the remedy."""
     text = str(error).partition("\n")[0]
     for end in (". ", ": ", "; ", " ("):
         text = text.partition(end)[0]
@@ -135,7 +138,7 @@ def first_clause(error: Exception) -> str:
 
 
 def try_all(decoder: Decoder, tied: bool, unit: str | None = None) -> Outcomes:
-    """Try a model with all numbers of validation rows and implementations of attention."""
+    """Return the outcomes for all numbers of validation rows and implementations of attention."""
     if tied and not decoder.can_tie:
         return {}
     return {
@@ -144,8 +147,8 @@ def try_all(decoder: Decoder, tied: bool, unit: str | None = None) -> Outcomes:
     }
 
 
-def cell(outcomes: Outcomes) -> str:
-    """Return what the table says of a model: one text if all settings have it."""
+def format_cell(outcomes: Outcomes) -> str:
+    """Return a model's cell of the table: one text if all settings have the same outcome."""
     texts = {outcome.text for outcome in outcomes.values()}
     if len(texts) > 1:
         return "; ".join(f"m={m}, {attention}: {each.text}" for (m, attention), each in outcomes.items())
@@ -154,27 +157,30 @@ def cell(outcomes: Outcomes) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. tied, untied: what became of the model as it comes; as_units: of the model as
-    published, with `Decoder.unit`."""
+    """One line of the table."""
 
     name: str
-    kind: str
-    published: str
-    tied: str
-    untied: str
-    unit: str
-    as_units: str
+    kind: str  # model_type in transformers
+    published: str  # "tied" or "untied"
+    tied: str  # outcome of the unmodified model
+    untied: str  # outcome of the unmodified model
+    unit: str  # `Decoder.unit`
+    as_units: str  # outcome of the model as published, with that unit
 
     def __str__(self) -> str:
         return f"| {' | '.join(astuple(self))} |"
 
     def as_published(self) -> str:
+        """Return the outcome of the unmodified model as published."""
         return self.tied if self.published == "tied" else self.untied
 
 
 def measure(decoder: Decoder) -> tuple[Row, Verdict]:
-    """Try all settings of an architecture. Return its line and the worst verdict on the model as it comes, or
-    "wrong" if it is wrong with units."""
+    """Try all settings of an architecture.
+
+    Returns:
+        Its line, and the worst verdict on the unmodified model, or "wrong" if it is wrong with units.
+    """
     tried = {tied: try_all(decoder, tied) for tied in (True, False)}
     published = decoder.published_tied()
     units: Outcomes = {} if decoder.unit is None else try_all(decoder, published, decoder.unit)
@@ -182,10 +188,10 @@ def measure(decoder: Decoder) -> tuple[Row, Verdict]:
         decoder.name,
         decoder.kind,
         "tied" if published else "untied",
-        cell(tried[True]),
-        cell(tried[False]),
+        format_cell(tried[True]),
+        format_cell(tried[False]),
         decoder.unit or ABSENT,
-        cell(units),
+        format_cell(units),
     )
     verdicts = {outcome.verdict for each in tried.values() for outcome in each.values()}
     verdicts |= {outcome.verdict for outcome in units.values()} & {"wrong"}
@@ -199,7 +205,7 @@ def read_table(path: Path = TABLE) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-def page(rows: Iterable[Row], summary: str) -> str:
+def format_page(rows: Iterable[Row], summary: str) -> str:
     """Return the whole of docs/coverage.md."""
     lines = "\n".join(map(str, rows))
     return f"""# Decoders of transformers under the engine
@@ -223,7 +229,7 @@ where both exist.
 """
 
 
-def chosen(argv: list[str]) -> tuple[list[Decoder], bool]:
+def choose_decoders(argv: list[str]) -> tuple[list[Decoder], bool]:
     """Return the architectures that a command line names, and whether they are all."""
     parser = argparse.ArgumentParser("benchmarks.coverage", allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BY_NAME)}")
@@ -238,7 +244,7 @@ def chosen(argv: list[str]) -> tuple[list[Decoder], bool]:
 
 
 def main(argv: list[str]) -> int:
-    decoders, every = chosen(argv)
+    decoders, every = choose_decoders(argv)
     transformers.utils.logging.set_verbosity_error()
     start, rows, counts = time.perf_counter(), [], Counter[Verdict]()
     for decoder in decoders:
@@ -250,7 +256,7 @@ def main(argv: list[str]) -> int:
     summary = f"{len(rows)} configurations: {numbers}."
     print(f"{summary} {time.perf_counter() - start:.0f} s")
     if every and not counts["wrong"]:
-        TABLE.write_text(page(rows, summary), encoding="utf-8")
+        TABLE.write_text(format_page(rows, summary), encoding="utf-8")
     return 1 if counts["wrong"] else 0
 
 

@@ -1,10 +1,10 @@
-"""The tests and the tables for a GPU in one command.
+"""Run the tests and the benchmarks for a GPU in one command.
 
     python -m benchmarks.cuda_table --output cuda.md
 
-Runs tests/test_cuda.py, then benchmarks.step_time for GPT2-Small in bfloat16 at 1024 positions, 2 and 16
-train rows, 1 and 2 validation rows, eager and compiled, and writes a Markdown table with the device's
-name."""
+Run tests/test_cuda.py, then benchmarks.step_time for GPT2-Small in bfloat16 at 1024 positions, with 2 and 16
+train rows, 1 and 2 validation rows, eager and compiled. Print a Markdown table with the device's name.
+"""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ from foundation.paths import path_argument
 METHODS = ("hf_n", "hf_nm", "regular_nm", "graddotprod")
 
 
-def measure(n: int, m: int, compiled: bool, rounds: int) -> dict:
-    """The report of benchmarks.step_time."""
+def measure(n: int, m: int, compiled: bool, rounds: int) -> dict[str, Any]:
+    """Run benchmarks.step_time and return its report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         shape = ["--batch_size", str(n), "--val_batch_size", str(m), "--rounds", str(rounds)]
@@ -37,10 +38,12 @@ def measure(n: int, m: int, compiled: bool, rounds: int) -> dict:
             ",".join(METHODS),
         ]
         subprocess.run(command + ["--compile"] * compiled, check=True)
-        return json.loads(report.read_text())
+        result: dict[str, Any] = json.loads(report.read_text())
+        return result
 
 
-def row(n: int, m: int, compiled: bool, report: dict) -> str:
+def format_row(n: int, m: int, compiled: bool, report: dict[str, Any]) -> str:
+    """Return a line of the table."""
     ratios = {
         each["ratio"]: f"{each['median']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
         for each in report["ratios"]
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
         "|---|---|---|---|---|---|",
     ]
     for n, m, compiled in product((2, 16), (1, 2), (False, True)):
-        lines.append(row(n, m, compiled, measure(n, m, compiled, args.rounds)))
+        lines.append(format_row(n, m, compiled, measure(n, m, compiled, args.rounds)))
     print("\n".join(lines))
     if args.output is not None:
         args.output.write_text("\n".join(lines) + "\n")

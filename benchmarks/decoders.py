@@ -1,4 +1,4 @@
-"""Tiny random models of the decoder architectures of transformers: every kind of layer, and nothing large."""
+"""Build tiny random models of transformers' decoder architectures, with every kind of layer."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 V, T, WINDOW = 40, 8, 3
-SPREAD = 0.3  # standard deviation of every parameter: away from the neutral values of biases and norms
+SPREAD = 0.3  # standard deviation of every parameter: initial biases and norms, 0 and 1, could hide errors
 Attention = Literal["eager", "sdpa"]
 
 TOKENS = {"vocab_size": V, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -59,26 +59,21 @@ def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """One architecture.
-
-    kind: its model_type in transformers. settings: what is not as in its default configuration. can_tie: whether
-    transformers can tie its embedding to its head. unit: the class of its modules which, registered as units, make
-    it exact where the engine refuses it as it comes.
-    """
+    """One architecture."""
 
     name: str
-    kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    can_tie: bool = True
-    unit: str | None = None
+    kind: str  # its model_type in transformers
+    settings: dict[str, Any] = field(default_factory=dict)  # that differ from its default configuration
+    can_tie: bool = True  # whether transformers can tie its embedding to its head
+    unit: str | None = None  # class of modules to register as units; None: the engine needs none
 
     def published_tied(self) -> bool:
-        """Whether the default configuration ties the embedding to the head."""
+        """Return whether the default configuration ties the embedding to the head."""
         return bool(AutoConfig.for_model(self.kind).tie_word_embeddings)
 
     def attentions(self) -> tuple[Attention, ...]:
-        """Return the implementations of attention that the architecture has, of the two that are tried."""
-        model = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(self.kind))]
+        """Return which of eager and sdpa attention the architecture has."""
+        model: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(self.kind))]
         return ("eager", "sdpa") if model._supports_sdpa else ("eager",)
 
     def build(self, tied: bool, attention: Attention = "eager") -> PreTrainedModel:
@@ -94,7 +89,7 @@ class Decoder:
         config = AutoConfig.for_model(
             self.kind, **self.settings, tie_word_embeddings=tied, attn_implementation=attention
         )
-        config._experts_implementation = "eager"  # the grouped products know 32 bits and less alone
+        config._experts_implementation = "eager"  # the grouped products do not support float64
         config.dtype = torch.float64
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().train()
         is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -125,11 +120,11 @@ def data(rows: int) -> tuple[Tensor, Tensor]:
 
 
 class Float64:
-    """Let no operation round to float32, as norms, routers and rotary embeddings of transformers do: there
-    plain autograd itself is 2e-7 from the truth.
+    """Replace float32 by float64 in every call of a torch function, and as the default dtype.
 
-    In every call of a torch function float64 stands for float32, and it is the default dtype. This holds in
-    backward passes as well, which PyTorch runs outside of the modes that are active."""
+    Norms, routers and rotary embeddings of transformers round to float32; with that, plain autograd itself is
+    off by 2e-7. Backward passes are covered, too, although PyTorch runs them outside of the active modes.
+    """
 
     def __enter__(self) -> None:
         run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]

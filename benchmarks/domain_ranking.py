@@ -1,10 +1,11 @@
-"""Do the samples of the validation rows' own domain come first?
+"""Test whether samples of the validation rows' own domain get the highest values.
 
     PILE_SAMPLE_DIR=... python -m benchmarks.domain_ranking --work_dir /tmp/domains --plot ranking.svg
 
-GPT2-Tiny is trained on the sample with validation rows of one domain; domains are ranked by the mean value of
-their samples. The baseline: the same with the samples' domain labels shuffled, 1000 times, which says how far
-a domain of that size gets by chance. Several seeds, whose values are averaged (attribution.values)."""
+Train GPT2-Tiny on the sample data with validation rows of one domain, and rank domains by the mean value of
+their samples. The baseline shuffles the samples' domain labels 1000 times: it shows the mean values that a
+domain of that size gets by chance. Values are averaged over several seeds.
+"""
 
 import sys
 from functools import partial
@@ -15,16 +16,22 @@ import pandas as pd
 
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
-from benchmarks.experiment import experiment_parser, sample_shards, side_by_side, train
+from benchmarks.experiment import experiment_parser, make_sample_shards, run_side_by_side, train
 from foundation.paths import path_argument
 
-FEWEST = 20  # samples of a domain that is ranked
+FEWEST = 20  # samples; a domain with fewer is not ranked
 SHUFFLES = 1000
 
 
-def ranking(samples: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """By domain, highest mean first: samples, mean, and the 2.5 % to 97.5 % quantiles of its mean with
-    shuffled labels (low, high). samples: domain, value."""
+def rank_domains(samples: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return a table by domain, the highest mean first.
+
+    Args:
+        samples: domain, value.
+
+    Returns:
+        samples, mean, and the 2.5 % and 97.5 % quantiles of the mean with shuffled labels (low, high).
+    """
     random, domains = np.random.default_rng(seed), samples.domain.to_numpy()
     found = samples.groupby("domain")["value"].agg(["size", "mean"]).rename(columns={"size": "samples"})
     shuffled = [
@@ -36,7 +43,7 @@ def ranking(samples: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def draw(found: pd.DataFrame, target: str, path: Path) -> None:
-    """Mean value of each domain as a bar, what chance gives as a grey band."""
+    """Draw each domain's mean value as a bar, and the range of chance as a grey band."""
     from matplotlib.figure import Figure
 
     found = found[::-1]
@@ -60,7 +67,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val_batch_size", type=int, default=8)
     parser.add_argument("--plot", type=path_argument, help="draw the ranking into this file")
     args = parser.parse_args(argv)
-    shards = sample_shards(args.work_dir / "shards")
+    shards = make_sample_shards(args.work_dir / "shards")
     flags = {
         "pile_data_dir": shards, "block_size": 64, "batch_size": 8, "val_batch_size": args.val_batch_size,
         "val_set": f"val:{args.domain}", "max_steps": args.max_steps, "eval_interval": args.max_steps,
@@ -69,11 +76,11 @@ def main(argv: list[str]) -> None:
     calls = [
         partial(train, args.work_dir, f"domain-{seed}", seed=seed, **flags) for seed in range(args.seeds)
     ]
-    runs = [ScoredRun.open(folder) for folder in side_by_side(args.jobs, calls)]
+    runs = [ScoredRun.open(folder) for folder in run_side_by_side(args.jobs, calls)]
     for normalise in ("none", "absolute"):
         values = write_values(runs, args.work_dir / f"values-{normalise}", normalise=normalise)
         samples = values.read("samples").to_pandas().dropna(subset="value")
-        found = ranking(samples)
+        found = rank_domains(samples)
         place = found.index.get_loc(args.domain) + 1
         print(f"\nnormalise {normalise}: {args.domain} is number {place} of {len(found)} domains")
         print(found.to_string(float_format=lambda number: f"{number:+.3e}"))

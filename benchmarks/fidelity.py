@@ -1,17 +1,20 @@
-"""How well do values predict what happens to the validation loss, in both directions, under SGD and AdamW?
+"""Compare predicted and measured falls of the validation loss under SGD and AdamW, with both directions.
 
     PILE_SAMPLE_DIR=... python -m benchmarks.fidelity --work_dir /tmp/fidelity
 
-Trains GPT2-Tiny on the sample with SGD, with AdamW, and with AdamW and --direction adamw, several seeds each,
-and compares the predicted fall of the validation rows' loss, Σ values, with the measured one: correlation and
-measured / predicted over windows of steps. In the runs with --direction adamw also what share of Σ values
-comes from parameters' entries with sqrt(v̂) < 1e-6, those of tokens not seen for long, where P is large."""
+Train GPT2-Tiny on the sample data with SGD, with AdamW, and with AdamW and --direction adamw, several seeds
+each. Compare the predicted fall of the validation rows' loss, Σ values, with the measured one: print the
+correlation and measured / predicted over windows of steps. For --direction adamw also print the share of
+Σ values that comes from parameter entries with sqrt(v̂) < 1e-6. Those belong to tokens that have not occurred
+for many steps; the preconditioner P is large there.
+"""
 
 import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 from attribution.database import ScoreDatabase
-from attribution.efficiency import WINDOWS, falls, window_sums
+from attribution.efficiency import WINDOWS, select_falls, sum_windows
 from attribution.scored_run import ScoredRun
-from benchmarks.experiment import experiment_parser, sample_shards, side_by_side, train
+from benchmarks.experiment import experiment_parser, make_sample_shards, run_side_by_side, train
 
 RARE = 1e-6
 SPANS = {"all steps": 0, "from step 50 on": 50}  # in the first steps the loss falls fast
@@ -35,8 +38,8 @@ RUNS: dict[str, dict[str, object]] = {
 }
 
 
-def watched(notes: str, flags: list[str]) -> None:
-    """Runs main.py in this process; before some steps notes the rare entries' part in Σ values."""
+def run_watched(notes: str, flags: list[str]) -> None:
+    """Run main.py in this process. Before some steps write the rare entries' part in Σ values to a file."""
     import main
     import training_loop
 
@@ -46,16 +49,19 @@ def watched(notes: str, flags: list[str]) -> None:
     def noting(self: Any, number: int) -> None:
         if number in FIRST_NOTES or (number > 0 and number % NOTE_EVERY == 0):
             with open(notes, "a") as file:
-                file.write(json.dumps({"step": number, **rare_part(self, number)}) + "\n")
+                file.write(json.dumps({"step": number, **measure_rare_part(self, number)}) + "\n")
         step(self, number)
 
-    training_loop.Trainer._step = noting
-    sys.exit(main.main(flags))
+    with patch.object(training_loop.Trainer, "_step", noting):
+        sys.exit(main.main(flags))
 
 
-def rare_part(trainer: Any, step: int) -> dict[str, float]:
-    """Of <∇ of the step's train rows, P∘∇L_val>: total, what of it comes from entries with sqrt(v̂) < RARE,
-    and how many of the entries those are."""
+def measure_rare_part(trainer: Any, step: int) -> dict[str, float]:
+    """Return parts of <∇ of the step's train rows, P∘∇L_val>.
+
+    Returns:
+        total; rare: the part from entries with sqrt(v̂) < RARE; entries: their share of all entries.
+    """
     parameters = list(trainer.model.parameters())
 
     def gradient(batch: Any) -> tuple[Tensor, ...]:
@@ -86,18 +92,18 @@ def run_one(work_dir: Path, name: str, seed: int, max_steps: int) -> ScoredRun:
     return ScoredRun.open(folder)
 
 
-def correlation(predicted: np.ndarray, measured: np.ndarray) -> str:
-    """Pearson's; a dash for fewer than three numbers."""
+def format_correlation(predicted: np.ndarray, measured: np.ndarray) -> str:
+    """Return Pearson's correlation as text; a dash for fewer than three numbers."""
     return f"{np.corrcoef(predicted, measured)[0, 1]:+.3f}" if len(predicted) >= 3 else "-"
 
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--watched"]:
-        watched(argv[1], argv[2:])
+        run_watched(argv[1], argv[2:])
     args = experiment_parser("benchmarks.fidelity", __doc__.split("\n")[0]).parse_args(argv)
-    sample_shards(args.work_dir / "shards")
+    make_sample_shards(args.work_dir / "shards")
     places = [(name, seed) for seed in range(args.seeds) for name in RUNS]
-    runs = side_by_side(
+    runs = run_side_by_side(
         args.jobs, [partial(run_one, args.work_dir, *each, args.max_steps) for each in places]
     )
     columns = [f"{what}, {span}" for what in ("each step", "windows of 50") for span in SPANS]
@@ -106,17 +112,17 @@ def main(argv: list[str]) -> None:
     for (name, seed), run in sorted(zip(places, runs, strict=True), key=lambda each: each[0]):
         with ScoreDatabase([run]) as database:
             steps = database.query("SELECT * FROM steps ORDER BY step", "reading steps")
-        ((_, predicted, measured),) = falls(steps)
+        ((_, predicted, measured),) = select_falls(steps)
         correlations = [
-            correlation(
-                window_sums(predicted, window)[first // window :],
-                window_sums(measured, window)[first // window :],
+            format_correlation(
+                sum_windows(predicted, window)[first // window :],
+                sum_windows(measured, window)[first // window :],
             )
             for window in WINDOWS
             for first in SPANS.values()
         ]
         table.add_row(name, str(seed), *correlations, f"{measured.sum() / predicted.sum():.3g}")
-        pooled[name].append(np.stack([window_sums(each, WINDOWS[-1]) for each in (predicted, measured)]))
+        pooled[name].append(np.stack([sum_windows(each, WINDOWS[-1]) for each in (predicted, measured)]))
     console = Console(width=130, highlight=False)
     console.print(table)
     for name, windows in pooled.items():
@@ -126,7 +132,7 @@ def main(argv: list[str]) -> None:
             )
             console.print(
                 f"{name}, {span}: correlation over all {len(predicted)} windows of {WINDOWS[-1]} steps "
-                f"{correlation(predicted, measured)}"
+                f"{format_correlation(predicted, measured)}"
             )
     for notes in sorted(args.work_dir.glob("*.jsonl")):
         for line in notes.read_text().splitlines():

@@ -1,16 +1,19 @@
-"""Kills a run at random moments, resumes it each time, and compares the end with a run that was left alone.
+"""Kill a run at random moments, resume it each time, and compare the result with an undisturbed run.
 
     python -m benchmarks.kill_and_resume --kills 20 --seed 0
 
-A kill is a plan: "time 0.52", so many seconds after the beginning, or "drop_rows_from 3 before": before (or
-after) the third call, counted from that function on, of what changes files: a write, a rename, a removal, a
-sync. With a number for the last word, "train 2 4000", that call is a write, and the kernel ends the process
-when a file has that many bytes (SIGXFSZ, to which nothing in the program listens): what is on the disk is
-part of a file. All others are kill -9. A resumption that is to be killed in remove_after goes back to the
-oldest checkpoint.
+Each kill follows a plan:
+- "time 0.52": kill -9 after 0.52 seconds.
+- "drop_rows_from 3 before" (or "after"): kill -9 before (or after) the third call that changes files, counted
+  from that function on: a write, a rename, a removal or a sync.
+- "train 2 4000": at the second write, the kernel ends the process once a file has 4000 bytes (SIGXFSZ, which
+  the program does not handle). This leaves part of a file on the disk.
 
-In the end the model and the optimizer's state must be the same to the last bit, the scores the same rows,
-each once, the records of metrics.jsonl the same but for the times, and nothing half-written left."""
+A resume that is to be killed in remove_after starts from the oldest checkpoint.
+
+In the end, model and optimizer state must be equal bit by bit, each score row must be there once, the records
+of metrics.jsonl must be equal except for times, and no partial file may be left.
+"""
 
 import argparse
 import json
@@ -60,7 +63,7 @@ CHANGES = (
     (shutil, "rmtree"),
     (Path, "rename"),
 )
-# From where calls are counted: the beginning, what a resumption changes, the training.
+# Functions from which calls are counted: the start, what a resume changes, the training.
 PLACES = {
     "start": (program, "resolve"),
     "remove_after": (opening, "remove_after"),
@@ -68,12 +71,12 @@ PLACES = {
     "keep_records_before": (run_log, "keep_records_before"),
     "train": (training_loop.Trainer, "run"),
 }
-# How many calls are made, and of how many bytes the largest file is: in 40 steps of training, and elsewhere.
+# Number of calls and bytes of the largest file: in 40 training steps, and elsewhere.
 TRAINING, ELSEWHERE = (300, 2.5e7), (12, 8e3)
 
 
-def doomed(plan: str, flags: list[str]) -> int:
-    """Runs main.py in this process, which will be killed as planned."""
+def run_doomed(plan: str, flags: list[str]) -> int:
+    """Run main.py in this process, which will be killed as planned."""
     place, number, *how = plan.split()
     if place == "time":
         timer = threading.Timer(float(number), os.kill, (os.getpid(), signal.SIGKILL))
@@ -93,13 +96,15 @@ def doomed(plan: str, flags: list[str]) -> int:
 
 
 def arm(number: int, how: str) -> None:
-    """From now on the call of this number kills."""
+    """Make the call with this number kill the process, counted from now."""
     calls = iter(range(1, sys.maxsize))
     for owner, name in WRITES if how.isdigit() else WRITES + CHANGES:
         setattr(owner, name, killing(getattr(owner, name), lambda: next(calls) == number, how))
 
 
 def killing(function: Callable[..., Any], due: Callable[[], bool], how: str) -> Callable[..., Any]:
+    """Wrap a function so that its call kills the process when `due`."""
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if not due():
             return function(*args, **kwargs)
@@ -115,14 +120,14 @@ def killing(function: Callable[..., Any], due: Callable[[], bool], how: str) -> 
 
 
 def limit_files(size: int) -> None:
-    """A write beyond this size ends the process, after what fits."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, for an error instead
+    """Make a write beyond this size end the process. The part below it is written."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores the signal and raises an OSError instead
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 class RandomPlans:
-    """(whether the run is resumed, seconds that a whole one takes) -> plan"""
+    """Draw plans. Called with (whether the run is resumed, seconds that a whole run takes)."""
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -141,17 +146,17 @@ class RandomPlans:
 Plans = Callable[[bool, float], str]
 
 
-def start(action: Callable[..., object], *arguments: object, folder: Path) -> tuple[int | None, str]:
-    """In a process of its own, to its end: (status, what it said on stderr)."""
+def start(action: Callable[..., int | None], *arguments: object, folder: Path) -> tuple[int | None, str]:
+    """Run an action in a process and wait for its end. Return its exit status and its stderr."""
     process = fork(action, *arguments, output=folder / "said", environment={})
     process.join()
     return process.exitcode, (folder / "said.err").read_text()
 
 
-def disturbed(
+def run_disturbed(
     folder: Path, kills: int, plans: Plans, seconds: float, settings: dict[str, object]
 ) -> list[str]:
-    """Runs to the end in spite of so many kills. Returns what happened, a line for each."""
+    """Run to the end with this many kills. Return one line per kill."""
     happened: list[str] = []
     flags = flags_of(settings | {"results_dir": folder})
     while True:
@@ -164,10 +169,10 @@ def disturbed(
                 raise SystemExit(f"after {happened}, the last part failed:\n{said}")
             return happened
         plan = plans(resumes, seconds)
-        if plan.startswith("remove_after"):  # which has nothing to remove after the newest
+        if plan.startswith("remove_after"):  # after the newest checkpoint there would be nothing to remove
             how = ["--resume_from", checkpoints[0].name]
-        status, said = start(doomed, plan, flags + how, folder=folder)
-        if status == 0:  # it came to its end before it could be killed: begin again
+        status, said = start(run_doomed, plan, flags + how, folder=folder)
+        if status == 0:  # it ended before the kill: start over
             shutil.rmtree(folder / "run")
         elif status not in (-signal.SIGKILL, -signal.SIGXFSZ):
             raise SystemExit(f"after {happened}, {plan}: status {status}\n{said}")
@@ -178,7 +183,7 @@ def disturbed(
 
 
 def differences(run: Path, alone: Path) -> list[str]:
-    """In what the results of two runs differ."""
+    """Return in what the results of two runs differ, and the partial files that are left."""
     found = []
     if (run / "model" / "model.safetensors").read_bytes() != (
         alone / "model" / "model.safetensors"
@@ -203,7 +208,7 @@ def differences(run: Path, alone: Path) -> list[str]:
 
 
 def flat(state: Any) -> Any:
-    """Nested dictionaries with tensors as plain lists, which can be compared."""
+    """Convert tensors in nested dictionaries to lists, which can be compared."""
     if isinstance(state, dict):
         return {key: flat(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
@@ -212,12 +217,20 @@ def flat(state: Any) -> Any:
 
 
 def records(run: Path) -> list[dict[str, float]]:
+    """Return the records of metrics.jsonl without times."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
 
 
 def compare(folder: Path, kills: int, plans: Plans, **settings: object) -> tuple[list[str], list[str]]:
-    """(what happened, differences) of a run that was killed so often; settings: other than SETTINGS."""
+    """Compare a run that is killed this often with an undisturbed one.
+
+    Args:
+        settings: added to SETTINGS.
+
+    Returns:
+        One line per kill; the differences.
+    """
     all_settings = SETTINGS | settings
     for name in ("alone", "disturbed"):
         (folder / name).mkdir()
@@ -227,7 +240,7 @@ def compare(folder: Path, kills: int, plans: Plans, **settings: object) -> tuple
     if status != 0:
         raise SystemExit(f"the undisturbed run failed:\n{said}")
     seconds = time.monotonic() - began
-    happened = disturbed(folder / "disturbed", kills, plans, seconds, all_settings)
+    happened = run_disturbed(folder / "disturbed", kills, plans, seconds, all_settings)
     return happened, differences(folder / "disturbed" / "run", folder / "alone" / "run")
 
 

@@ -1,5 +1,7 @@
-"""Starts runs: command lines, and forks of a process that has imported the program and computed nothing, so
-that a run of a second does not wait five for its imports."""
+"""Start runs by command lines, or by forks of a process that has already imported the program.
+
+A fork saves the five seconds of imports that a run of one second would wait for.
+"""
 
 import multiprocessing
 import os
@@ -13,13 +15,12 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["main", "pandas"]
-)  # found if the working directory is ROOT, else a run imports it
+# Preloading works if the working directory is ROOT; otherwise the run imports the modules.
+FORKS.set_forkserver_preload(["main", "pandas"])
 
 
 def flags_of(settings: Mapping[str, object]) -> list[str]:
-    """A flag that is True is a switch."""
+    """Return settings as flags of the command line. True becomes a switch without a value."""
     return [part for name, value in settings.items() for part in _flag(name, value)]
 
 
@@ -28,32 +29,38 @@ def _flag(name: str, value: object) -> list[str]:
 
 
 def torchrun(*arguments: object) -> list[str]:
-    """The command for two processes of a script, or of a module after "-m"."""
+    """Return the command that runs a script, or a module after "-m", in two processes."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [sys.executable, "-m", *launcher, *map(str, arguments)]
 
 
 def fork(
-    action: Callable[..., object], *arguments: object, output: Path, environment: Mapping[str, str]
+    action: Callable[..., int | None], *arguments: object, output: Path, environment: Mapping[str, str]
 ) -> ForkServerProcess:
-    """Starts action(*arguments) in a process of its own with one thread; its exit status is what the action
-    returns. What it prints goes to {output}.out and {output}.err. Ends with this process at the latest.
+    """Start action(*arguments) in a process with one thread, which ends with this one at the latest.
 
-    action: one that can be imported. environment: added to that of the process."""
+    Args:
+        action: an importable function; it returns the exit status.
+        output: standard output and error go to {output}.out and {output}.err.
+        environment: added to the process's.
+    """
     process = FORKS.Process(target=_forked, args=(action, arguments, output, environment), daemon=True)
     process.start()
     return process
 
 
 def _forked(
-    action: Callable[..., object], arguments: tuple[object, ...], output: Path, environment: Mapping[str, str]
+    action: Callable[..., int | None],
+    arguments: tuple[object, ...],
+    output: Path,
+    environment: Mapping[str, str],
 ) -> None:
     for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
         with Path(f"{output}.{kind}").open("w") as file:
             stream.flush()
             os.dup2(file.fileno(), {"out": 1, "err": 2}[kind])
-    # As on the command line, and not as this process was started: else what the progress bar locks with is
-    # left behind by a process that is killed.
+    # "fork" is the command line's default. With "forkserver" the progress bar's lock would outlive a process
+    # that is killed.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -61,8 +68,10 @@ def _forked(
 
 
 def world_of(size: int) -> tuple[TCPStore, list[dict[str, str]]]:
-    """What torchrun does for the processes of a run: where they meet (to be kept until they have ended), and
-    the environment of each."""
+    """Return the store through which the processes of a run meet, and each one's environment, as of torchrun.
+
+    Keep the store until the processes have ended.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",

@@ -1,8 +1,8 @@
-"""What the engine must compute, the slow and obviously correct way: one backward pass per sample. Shares
-nothing with ghostEngines.
+"""Compute what the engine must compute, slow and obviously correct: one backward pass per sample.
 
-The cross entropy is taken of the float64 logits themselves: Hugging Face's loss function would cast them to
-float32."""
+It shares no code with ghostEngines. The cross entropy is computed from the float64 logits: Hugging Face's
+loss function would cast them to float32.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ Logits = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass
 class Truth:
-    """gradients: per row, per parameter name; losses (n+m,); n train rows come first."""
+    """The gradients of all rows. The train rows come first."""
 
-    gradients: list[dict[str, Tensor]]
-    losses: Tensor
-    n: int
+    gradients: list[dict[str, Tensor]]  # of each row, by parameter name
+    losses: Tensor  # (n+m,)
+    n: int  # train rows
 
     def vectors(self) -> Tensor:
-        """(n+m, all parameters)"""
+        """Return the gradients as a matrix, (n+m, all parameters)."""
         return torch.stack([torch.cat([g.flatten() for g in row.values()]) for row in self.gradients])
 
     def part(self, layers: list[str]) -> "Truth":
-        """The same for the parameters of some layers."""
+        """Return the truth for the parameters of some layers."""
         rows = [
             {name: g for name, g in row.items() if name.rpartition(".")[0] in layers}
             for row in self.gradients
@@ -34,7 +34,7 @@ class Truth:
         return Truth(rows, self.losses, self.n)
 
     def times(self, weights: Tensor) -> "Truth":
-        """The same with every gradient times weights (all parameters,)."""
+        """Return the truth with every gradient times weights (all parameters,)."""
         rows = []
         for row in self.gradients:
             parts = weights.split([g.numel() for g in row.values()])
@@ -44,37 +44,38 @@ class Truth:
         return Truth(rows, self.losses, self.n)
 
     def pairwise(self) -> Tensor:
-        """(n, m)"""
+        """Return the dot products of all pairs, (n, m)."""
         rows = self.vectors()
         return rows[: self.n] @ rows[self.n :].T
 
     def dots(self) -> Tensor:
-        """(n,)"""
+        """Return the dot products with the mean validation gradient, (n,)."""
         return self.pairwise().mean(1)
 
     def dot_error(self, got: Tensor) -> float:
-        """max over i of |got_i - want_i| / (‖∇ℓ_i‖·‖∇L_val‖)"""
+        """Return the maximum over i of |got_i - want_i| / (‖∇ℓ_i‖·‖∇L_val‖). got: (n,)"""
         rows = self.vectors()
         norms = rows[: self.n].norm(dim=1) * rows[self.n :].mean(0).norm()
         assert got.shape == (self.n,)
         return ((got.double() - self.dots()).abs() / norms).max().item()
 
     def pairwise_error(self, got: Tensor) -> float:
-        """max over i, j of |got_ij - want_ij| / (‖∇ℓ_i‖·‖∇ℓ_j‖)"""
+        """Return the maximum over i, j of |got_ij - want_ij| / (‖∇ℓ_i‖·‖∇ℓ_j‖). got: (n, m)"""
         norms = self.vectors().norm(dim=1)
         want = self.pairwise()
         assert got.shape == want.shape
         return ((got.double() - want).abs() / (norms[: self.n, None] * norms[None, self.n :])).max().item()
 
     def training_gradient(self) -> dict[str, Tensor]:
-        """Of the mean loss of the train rows."""
+        """Return the gradient of the train rows' mean loss, by parameter name."""
+        first, *others = self.gradients[: self.n]
         return {
-            name: sum(row[name] for row in self.gradients[: self.n]) / self.n for name in self.gradients[0]
+            name: sum((row[name] for row in others), start=gradient) / self.n
+            for name, gradient in first.items()
         }
 
     def gradient_error(self, model: nn.Module) -> float:
-        """max over parameters of ‖Δ‖/‖want‖; a parameter that should have no gradient must have none, or
-        zero."""
+        """Return the maximum over parameters of ‖Δ‖/‖want‖, or ‖Δ‖ where ‖want‖ is zero."""
         worst = 0.0
         for name, want in self.training_gradient().items():
             got = dict(model.named_parameters())[name].grad
@@ -85,14 +86,20 @@ class Truth:
 
 
 def row_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean negative log-likelihood over the targets that are there, written out."""
+    """Return the mean negative log-likelihood over the targets that are not -100 (scalar)."""
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     picked = [log_p[t, y[t]] for t in range(len(y)) if y[t] != -100]
     return -torch.stack(picked).mean()
 
 
 def per_loss(model: nn.Module, loss: Callable[[int], Tensor], samples: int, n: int) -> Truth:
-    """model: in float64. loss(i): the loss of sample i, a scalar."""
+    """Compute the truth by one backward pass per sample.
+
+    Args:
+        model: in float64.
+        loss: number of a sample -> its loss (scalar).
+        samples: their number; the first n are train samples.
+    """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows, losses = [], []
     for i in range(samples):
@@ -109,7 +116,12 @@ def per_loss(model: nn.Module, loss: Callable[[int], Tensor], samples: int, n: i
 
 
 def per_sample(model: nn.Module, logits: Logits, x: Tensor, y: Tensor, n: int) -> Truth:
-    """model: in float64. logits(model, x) -> (1, T, V) or (1, V) for one row x (1, ...)."""
+    """Compute the truth by one backward pass per row.
+
+    Args:
+        model: in float64.
+        logits: (model, one row x (1, ...)) -> (1, T, V) or (1, V).
+    """
 
     def loss(i: int) -> Tensor:
         own = logits(model, x[i : i + 1])

@@ -1,11 +1,11 @@
-"""Do edited copies of the validation rows rank above all other training samples?
+"""Test whether edited copies of the validation rows rank above all other training samples.
 
     PILE_SAMPLE_DIR=... python -m benchmarks.paraphrases --work_dir /tmp/paraphrases
 
-Copies of the validation rows, lightly and heavily edited, are put among the training data, as documents of
-one block each. GPT2-Tiny is trained for two epochs, with pairwise scores; what counts is the second epoch. A
-copy's rank is its place among all samples: by the value for all validation rows together, and by the value
-for the row that it is a copy of."""
+Add lightly and heavily edited copies of the validation rows to the training data, as documents of one block
+each. Train GPT2-Tiny for two epochs with pairwise scores, and rank all samples by their values in the second
+epoch: once by the value for all validation rows together, once by the value for the copied row alone.
+"""
 
 import sys
 from functools import partial
@@ -18,11 +18,11 @@ import pandas as pd
 from attribution.database import ScoreDatabase
 from attribution.scored_run import ScoredRun
 from benchmarks.experiment import (
+    cut_head,
     experiment_parser,
-    head_of,
     link_splits,
-    sample_shards,
-    side_by_side,
+    make_sample_shards,
+    run_side_by_side,
     train,
     write_split,
 )
@@ -33,12 +33,12 @@ from data_processing.tokenizers import Tokenizer, get_tokenizer
 from dataloader import validation_batch
 
 BLOCK, BATCH, ROWS = 64, 8, 8
-EDITS = {"light": 0.1, "heavy": 0.4}  # share of the words that are left out or change places
+EDITS = {"light": 0.1, "heavy": 0.4}  # share of the words that are dropped or swapped
 DOMAIN = "Edited copies"
 
 
-def edited(text: str, share: float, random: np.random.Generator) -> str:
-    """Of so many words, half are left out and half change places with the next one."""
+def edit_text(text: str, share: float, random: np.random.Generator) -> str:
+    """Edit a share of the words: drop half of them, and swap half with the next word."""
     words, kept = text.split(" "), []
     while words:
         word, draw = words.pop(0), random.random()
@@ -50,15 +50,21 @@ def edited(text: str, share: float, random: np.random.Generator) -> str:
     return " ".join(kept)
 
 
-def document(tokens: npt.NDArray[np.uint16], share: float, random: np.random.Generator, tokenizer: Tokenizer):
-    """(BLOCK,) an edited copy with its END_OF_TEXT, filled up from its own beginning if it is too short."""
+def make_document(
+    tokens: npt.NDArray[np.uint16], share: float, random: np.random.Generator, tokenizer: Tokenizer
+) -> npt.NDArray[np.uint16]:
+    """Return an edited copy with its END_OF_TEXT, (BLOCK,). A short copy is repeated up to that length."""
     text = tokenizer.decode([token for token in tokens.tolist() if token != EOT])
-    copy = np.resize(tokenizer.encode(edited(text, share, random)), BLOCK - 1)
+    copy = np.resize(tokenizer.encode(edit_text(text, share, random)), BLOCK - 1)
     return np.append(copy, np.uint16(EOT))
 
 
-def data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list[tuple[str, int]]:
-    """About `blocks` blocks of the sample, and the copies as their own domain. Its blocks: level, row."""
+def write_data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list[tuple[str, int]]:
+    """Write about `blocks` blocks of the sample data, and the copies as another domain.
+
+    Returns:
+        (level of editing, validation row) of each block of that domain.
+    """
     val = BlockDataset.open(source, BLOCK, parse_set("--val_set", "val"))
     batch = validation_batch(val, ROWS, seed)
     random, tokenizer = np.random.default_rng(seed), get_tokenizer("gpt2")
@@ -66,25 +72,25 @@ def data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list
     for level, share in EDITS.items():
         for row in range(ROWS):
             tokens = val.tokens(batch.domains[row], int(batch.blocks[row]))
-            copies.append(document(tokens, share, random, tokenizer))
+            copies.append(make_document(tokens, share, random, tokenizer))
             places.append((level, row))
     if not folder.exists():
         shards = list_shards(source, "train")
         total = sum(shard.num_tokens for shard in shards)
         parts = {
-            shard.domain: head_of(shard, max(blocks * BLOCK * shard.num_tokens // total, BLOCK + 2))
+            shard.domain: cut_head(shard, max(blocks * BLOCK * shard.num_tokens // total, BLOCK + 2))
             for shard in shards
         }
-        filler = copies[-1]  # the last block's last target is the token after it
+        filler = copies[-1]  # a token must follow the last block: it is the block's last target
         write_split(folder, "train", parts | {DOMAIN: np.concatenate([*copies, filler])})
         link_splits(source, folder, ("val", "test"))
     return places
 
 
-def one_seed(work_dir: Path, max_steps: int, seed: int) -> pd.DataFrame:
-    """A row for each copy: level, rank, rank for its own row, samples."""
+def run_one_seed(work_dir: Path, max_steps: int, seed: int) -> pd.DataFrame:
+    """Return one row per copy: edits, rank, rank for its own row, samples."""
     folder, epoch = work_dir / f"copies-{seed}", max_steps // 2
-    places = data_with_copies(work_dir / "shards", folder, seed, epoch * BATCH)
+    places = write_data_with_copies(work_dir / "shards", folder, seed, epoch * BATCH)
     run = train(
         work_dir, f"copies-{seed}", pile_data_dir=folder, block_size=BLOCK, batch_size=BATCH, seed=seed,
         val_batch_size=ROWS, score_granularity="pairwise", max_steps=max_steps, eval_interval=max_steps,
@@ -118,9 +124,9 @@ def one_seed(work_dir: Path, max_steps: int, seed: int) -> pd.DataFrame:
 
 def main(argv: list[str]) -> None:
     args = experiment_parser("benchmarks.paraphrases", __doc__.split("\n")[0]).parse_args(argv)
-    sample_shards(args.work_dir / "shards")
-    calls = [partial(one_seed, args.work_dir, args.max_steps, seed) for seed in range(args.seeds)]
-    found = pd.concat(side_by_side(args.jobs, calls))
+    make_sample_shards(args.work_dir / "shards")
+    calls = [partial(run_one_seed, args.work_dir, args.max_steps, seed) for seed in range(args.seeds)]
+    found = pd.concat(run_side_by_side(args.jobs, calls))
     measures = {
         "rank": ["mean", "median"],
         "rank for its own row": ["mean", "median"],

@@ -1,9 +1,9 @@
-"""What the score files cost a step: appending its rows, a flush every few steps, the merge at the end.
+"""Measure what score files cost per step: appending rows, flushing every few steps, merging at the end.
 
     python -m benchmarks.score_writing --steps 1000 --batch_size 8
 
-Float32 scores of random rows, in a temporary folder (TMPDIR: on the disk that results would be on). Each
-flush waits for the disk. Prints the time per step, and its share of a step of --step_seconds.
+Write float32 scores of random rows to a temporary folder. Set TMPDIR to the disk of the results, because each
+flush waits for the disk. Print the time per step, and its share of a step of --step_seconds.
 """
 
 import argparse
@@ -20,26 +20,32 @@ from score_store.writer import ScoreWriter, open_scores
 DOMAINS = tuple(f"Domain {number:02d}" for number in range(22))
 
 
-def append(writer: ScoreWriter, step: int, n: int, random: np.random.Generator) -> float:
-    """Appends n rows of a step. Returns the seconds that took."""
+def time_append(writer: ScoreWriter, step: int, n: int, random: np.random.Generator) -> float:
+    """Append n rows of a step. Return the seconds it took."""
     numbers = random.integers(0, len(DOMAINS), n)
     blocks = random.integers(0, 10_000_000, n)
-    rows = {
-        "sample_ids": numbers << 40 | blocks,
-        "domains": tuple(DOMAINS[number] for number in numbers),
-        "blocks": blocks,
-        "dot_products": torch.randn(n),
-        "train_losses": torch.rand(n),
-        "val_loss": torch.rand(()),
-        "clip_factor": torch.rand(()),
-        "null": torch.tensor(False),
-    }
+    domains = tuple(DOMAINS[number] for number in numbers)
+    dot_products, train_losses = torch.randn(n), torch.rand(n)
+    val_loss, clip_factor, null = torch.rand(()), torch.rand(()), torch.tensor(False)
     start = time.perf_counter()
-    writer.append(step=step, lr=1e-4, global_batch_size=n, **rows)
+    writer.append(
+        step=step,
+        sample_ids=numbers << 40 | blocks,
+        domains=domains,
+        blocks=blocks,
+        dot_products=dot_products,
+        train_losses=train_losses,
+        val_loss=val_loss,
+        lr=1e-4,
+        clip_factor=clip_factor,
+        global_batch_size=n,
+        null=null,
+    )
     return time.perf_counter() - start
 
 
-def timed_flush(writer: ScoreWriter) -> float:
+def time_flush(writer: ScoreWriter) -> float:
+    """Flush. Return the seconds it took."""
     start = time.perf_counter()
     writer.flush()
     return time.perf_counter() - start
@@ -59,9 +65,9 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         writer = ScoreWriter(Path(folder) / "scores", rank=0, metadata={})
         for step in range(args.steps):
-            appends.append(append(writer, step, args.batch_size, random))
+            appends.append(time_append(writer, step, args.batch_size, random))
             if (step + 1) % args.save_interval == 0:
-                flushes.append(timed_flush(writer))
+                flushes.append(time_flush(writer))
         start = time.perf_counter()
         writer.close()
         merge = time.perf_counter() - start

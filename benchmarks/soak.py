@@ -1,11 +1,12 @@
-"""A long run of two processes: memory and open files must stay as they are.
+"""Check in a long run of two processes that memory and open files do not grow.
 
     python -m benchmarks.soak --max_steps 2000
 
-GPT2-Tiny on the demo shards, torchrun with two processes on the CPU, with evaluations, checkpoints and score
-files as in any run. Each process notes its resident memory and its open files after every 50th step; fails if
-memory has grown by 2 % or more, or the files are more, at the end than after the first 200 steps (medians
-over 5 notes)."""
+Train GPT2-Tiny on the demo shards with torchrun, two processes on the CPU, with evaluations, checkpoints and
+score files. Each process notes its resident memory and its open files every 50 steps. Compared are medians of
+5 notes, at the end and after the first 200 steps. The check fails if memory has grown by 2 % or more, or if
+more files are open.
+"""
 
 import argparse
 import json
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.launch import ROOT, flags_of, torchrun
 
@@ -26,8 +28,8 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def watched(notes: str, flags: list[str]) -> None:
-    """Runs main.py in this process and appends its notes to a file."""
+def run_watched(notes: str, flags: list[str]) -> None:
+    """Run main.py in this process and append its notes to a file."""
     import main
     import training_loop
 
@@ -46,13 +48,13 @@ def watched(notes: str, flags: list[str]) -> None:
             with open(notes, "a") as file:
                 file.write(json.dumps(note) + "\n")
 
-    training_loop.Trainer._step = noting
-    sys.exit(main.main(flags))
+    with patch.object(training_loop.Trainer, "_step", noting):
+        sys.exit(main.main(flags))
 
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--watched"]:
-        watched(argv[1], argv[2:])
+        run_watched(argv[1], argv[2:])
     parser = argparse.ArgumentParser("benchmarks.soak", allow_abbrev=False)
     parser.add_argument("--max_steps", type=int, default=2000)
     args = parser.parse_args(argv)

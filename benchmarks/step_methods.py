@@ -1,29 +1,32 @@
-"""The methods that step_time.py compares: each one training step on the same weights and rows.
+"""Define the methods that step_time.py compares. Each runs a training step on the same weights and rows.
 
 hf_n, hf_nm            the ordinary Hugging Face model, one training step on n and on n+m rows
 regular_n, regular_nm  this repository's method Regular, likewise
-graddotprod            method GradDotProd: a training step on n rows and the dot products with m
-gram, project, instantiate   the same with one contraction strategy forced on every layer
-regular_nm_eager, graddotprod_eager   with --compile: the same two not compiled
-pairwise, per_layer    the same with the full matrix of scores, and with a score for each layer
-adamw                  the same with direction "adamw" (in place of sqrt(v) + eps, ones: the same numbers)
-loop                   the dot products by hand: one backward pass for each row
-vmap                   the dot products from torch.func per-sample gradients
+graddotprod            method GradDotProd: a training step on n rows, and the dot products with m rows
+gram, project, instantiate   graddotprod with one contraction strategy forced on every layer
+regular_nm_eager, graddotprod_eager   these two methods without compiling, when --compile is given
+pairwise, per_layer    graddotprod with the full matrix of scores, or with a score for each layer
+adamw                  graddotprod with direction "adamw"; sqrt(v) + eps is 1, so the numbers are the same
+loop                   the dot products from one backward pass per row
+vmap                   the dot products from torch.func's per-sample gradients
 """
 
 import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
-from model_setup import ARCHITECTURES, CausalLM, architecture_config, set_up_blocks
+from model_setup import set_up_blocks
+from models.gpt2 import ARCHITECTURES, CausalLM, architecture_config
 
-ENGINE_OPTIONS = {
+HuggingFace: TypeAlias = GPT2LMHeadModel | LlamaForCausalLM
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "graddotprod": {},
     "gram": {"strategy": "gram"},
     "project": {"strategy": "project"},
@@ -36,14 +39,14 @@ EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
 
 
-LLAMA = "Llama-134M"  # Hugging Face's own model on all sides, with a plain cross entropy
+LLAMA = "Llama-134M"  # all methods run Hugging Face's model, with a plain cross entropy
 ARCHITECTURE_NAMES = (*ARCHITECTURES, LLAMA)
 
 
 class WithLosses(nn.Module):
     """A Hugging Face model that returns a loss for each row."""
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: HuggingFace) -> None:
         super().__init__()
         self.hf = hf
 
@@ -51,8 +54,8 @@ class WithLosses(nn.Module):
         return per_sample_losses(lambda x: self.hf(input_ids=x, use_cache=False), x, y)
 
 
-def llama() -> LlamaForCausalLM:
-    """12 layers of GPT2-Small's width and vocabulary."""
+def make_llama() -> LlamaForCausalLM:
+    """Return a Llama with 12 layers and GPT2-Small's width and vocabulary."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=50304,
@@ -67,12 +70,12 @@ def llama() -> LlamaForCausalLM:
 
 @dataclass
 class Setup:
-    """What all methods share: the same weights, the same rows, train rows first."""
+    """The weights and rows that all methods share."""
 
-    hf: nn.Module
-    ours: CausalLM | WithLosses
-    x: Tensor
-    y: Tensor
+    hf: HuggingFace
+    ours: CausalLM | WithLosses  # with the same weights as hf
+    x: Tensor  # (n+m, T) train rows first
+    y: Tensor  # (n+m, T)
     n: int
     m: int
     autocast: Callable[[], torch.autocast]
@@ -80,9 +83,12 @@ class Setup:
 
     @classmethod
     def make(cls, args: argparse.Namespace) -> "Setup":
+        """Make random weights and rows."""
         torch.manual_seed(0)
+        ours: CausalLM | WithLosses
+        hf: HuggingFace
         if args.architecture == LLAMA:
-            ours, hf = WithLosses(llama()), llama()
+            ours, hf = WithLosses(make_llama()), make_llama()
         else:
             ours = CausalLM(GPT2LMHeadModel(architecture_config(args.architecture)))
             plain = architecture_config(args.architecture)
@@ -109,19 +115,18 @@ class Setup:
         )
 
     def own_model(self, name: str) -> CausalLM | WithLosses:
-        """Modules of its own around the shared parameters, for a method to attach to and to compile."""
+        """Return new modules around the shared parameters, for one method to attach to and to compile."""
         model = copy.deepcopy(self.ours, {id(parameter): parameter for parameter in self.ours.parameters()})
-        compiled = self.args.compile and name not in EAGER
-        set_up = set_up_blocks if isinstance(model, CausalLM) else set_up_hugging_face
-        set_up(
-            model if isinstance(model, CausalLM) else model.hf,
-            compiled=compiled,
-            checkpointing=self.args.activation_checkpointing,
-        )
+        compiled, checkpointing = self.args.compile and name not in EAGER, self.args.activation_checkpointing
+        if isinstance(model, CausalLM):
+            set_up_blocks(model, compiled=compiled, checkpointing=checkpointing)
+        else:
+            set_up_hugging_face(model.hf, compiled=compiled, checkpointing=checkpointing)
         return model
 
 
-def set_up_hugging_face(hf: nn.Module, *, compiled: bool, checkpointing: bool) -> None:
+def set_up_hugging_face(hf: HuggingFace, *, compiled: bool, checkpointing: bool) -> None:
+    """Compile the blocks, and checkpoint their activations, as asked."""
     if checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
@@ -131,15 +136,14 @@ def set_up_hugging_face(hf: nn.Module, *, compiled: bool, checkpointing: bool) -
 
 @dataclass
 class Method:
-    """step() runs one step and returns the dot products, None for plain training; model holds the gradients
-    after it."""
+    """One way to run a step."""
 
-    model: nn.Module
-    step: Callable[[], Tensor | None]
-    rows: slice
+    model: nn.Module  # has the training gradient after a step
+    step: Callable[[], Tensor | None]  # runs a step; returns the dot products, or None for plain training
+    rows: slice  # that the training gradient is of
 
 
-def hf_loss(setup: Setup, rows: slice) -> Tensor:
+def compute_hf_loss(setup: Setup, rows: slice) -> Tensor:
     with setup.autocast():
         logits = setup.hf(setup.x[rows], use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), setup.y[rows].flatten())
@@ -147,7 +151,7 @@ def hf_loss(setup: Setup, rows: slice) -> Tensor:
 
 def make_hf(setup: Setup, rows: slice) -> Callable[[], None]:
     def step() -> None:
-        hf_loss(setup, rows).backward()
+        compute_hf_loss(setup, rows).backward()
 
     return step
 
@@ -161,10 +165,11 @@ def make_regular(setup: Setup, model: nn.Module, rows: slice) -> Callable[[], No
     return step
 
 
-def make_engine(setup: Setup, model: nn.Module, **options: object) -> Callable[[], Tensor]:
+def make_engine(setup: Setup, model: nn.Module, **options: Any) -> Callable[[], Tensor]:
+    """Attach the engine to a model and return its step. options: of GradDotProdEngine."""
     engine = GradDotProdEngine(model, setup.m, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1.0, fused=True)
-    if engine.direction == "adamw":  # which divides by sqrt(0) + 1 after a step of zero gradients
+    if engine.direction == "adamw":  # after a step with zero gradients it divides by sqrt(0) + 1
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -182,8 +187,7 @@ def make_engine(setup: Setup, model: nn.Module, **options: object) -> Callable[[
 
 
 def make_loop(setup: Setup) -> Callable[[], Tensor]:
-    """Validation gradient first, then a backward pass per train row; leaves the training gradient in
-    .grad."""
+    """Return a step of one backward pass per row: first the validation rows, then the train rows."""
     parameters = list(setup.hf.parameters())
 
     def step() -> Tensor:
@@ -192,15 +196,14 @@ def make_loop(setup: Setup) -> Callable[[], Tensor]:
         direction = [torch.zeros_like(p) for p in parameters]
         dots = []
         for row in [*range(n, n + m), *range(n)]:
-            gradients = torch.autograd.grad(hf_loss(setup, slice(row, row + 1)), parameters)
+            gradients = torch.autograd.grad(compute_hf_loss(setup, slice(row, row + 1)), parameters)
             if row >= n:
                 torch._foreach_add_(direction, gradients, alpha=1 / m)
             else:
-                dots.append(
-                    sum(
-                        torch.dot(g.flatten(), d.flatten()) for g, d in zip(gradients, direction, strict=True)
-                    )
-                )
+                products = [
+                    torch.dot(g.flatten(), d.flatten()) for g, d in zip(gradients, direction, strict=True)
+                ]
+                dots.append(sum(products, start=torch.zeros_like(products[0])))
                 torch._foreach_add_(total, gradients, alpha=1 / n)
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = gradient
@@ -210,7 +213,7 @@ def make_loop(setup: Setup) -> Callable[[], Tensor]:
 
 
 def make_vmap(setup: Setup) -> Callable[[], Tensor]:
-    """torch.func: all rows' gradients at once, n+m times the model in memory."""
+    """Return a step that computes all rows' gradients at once by torch.func: n+m times the model in memory."""
     parameters = {name: p.detach() for name, p in setup.hf.named_parameters()}
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

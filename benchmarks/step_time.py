@@ -1,13 +1,13 @@
-"""Step time and peak memory of training with and without attribution, interleaved, as ratios.
+"""Compare step time and peak memory of training with and without attribution, as ratios.
 
     python -m benchmarks.step_time --block_size 1024 --batch_size 2 --val_batch_size 1
 
-One round times every method once, in turn; ratios are medians over the rounds of the ratio within a round, so
-that a machine whose speed drifts does not matter. Peak memory is measured in a fresh process for each method.
-Before anything is timed, all methods' training gradients and dot products are compared with those of the
-per-sample loop; wrong ones are not timed.
+One round times every method once. A ratio is the median over rounds of the ratio within a round, so a drift
+of the machine's speed does not matter. Peak memory is measured in a fresh process for each method. Before
+timing, training gradients and dot products of all methods are compared with the per-sample loop's; a mismatch
+ends the program.
 
-step_methods.py says what the methods are.
+step_methods.py describes the methods.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -48,15 +49,23 @@ RATIOS = (
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relative to their norms
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in getattr(model, "hf", model).parameters()]
+def list_gradients(model: nn.Module) -> list[Tensor]:
+    """Return the gradients of all parameters, in the order of the Hugging Face model's."""
+    found = []
+    for parameter in getattr(model, "hf", model).parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad)
+    return found
 
 
 def check(setup: Setup, methods: dict[str, Method], dtype: str) -> None:
-    """SystemExit if a method's dot products or training gradients are not those of the per-sample loop."""
-    reference = Method(setup.hf, make_loop(setup), slice(0, setup.n))
-    want_dots = reference.step()
-    want = [g.clone() for g in gradients(setup.hf)]
+    """Compare dot products and training gradients with those of the per-sample loop.
+
+    Raises:
+        SystemExit: a method's differ.
+    """
+    train_rows, want_dots = slice(0, setup.n), make_loop(setup)()
+    want = [g.clone() for g in list_gradients(setup.hf)]
     scale = want_dots.abs().max()
     bound = TOLERANCE[dtype]
     for name, method in methods.items():
@@ -70,9 +79,10 @@ def check(setup: Setup, methods: dict[str, Method], dtype: str) -> None:
                 raise SystemExit(
                     f"{name}: dot products are off by {error:.1e} of the largest one; nothing is timed"
                 )
-        if method.rows == reference.rows:
+        if method.rows == train_rows:
             errors = [
-                ((a - b).norm() / b.norm()).item() for a, b in zip(gradients(method.model), want, strict=True)
+                ((a - b).norm() / b.norm()).item()
+                for a, b in zip(list_gradients(method.model), want, strict=True)
             ]
             if not max(errors) < bound:
                 raise SystemExit(
@@ -86,7 +96,7 @@ def clear(method: Method) -> None:
         parameter.grad = None
 
 
-def timed_step(method: Method, optimizer: torch.optim.Optimizer | None, device: str) -> float:
+def time_step(method: Method, optimizer: torch.optim.Optimizer | None, device: str) -> float:
     start = time.perf_counter()
     method.step()
     if optimizer is not None:
@@ -101,32 +111,32 @@ def timed_step(method: Method, optimizer: torch.optim.Optimizer | None, device: 
 def time_methods(
     setup: Setup, methods: dict[str, Method], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds per method and round. The order changes from round to round, so that no method always follows
-    the same one."""
+    """Return seconds per method and round. The order is drawn anew in each round."""
     optimizers = {name: make_optimizer(method, setup) for name, method in methods.items()}
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for round_ in range(args.warmup + args.rounds):
         for name in order.sample(list(methods), len(methods)):
-            elapsed = timed_step(methods[name], optimizers[name], args.device)
+            elapsed = time_step(methods[name], optimizers[name], args.device)
             if round_ >= args.warmup:
                 seconds[name].append(elapsed)
     return seconds
 
 
 def make_optimizer(method: Method, setup: Setup) -> torch.optim.Optimizer | None:
-    """With a learning rate of zero: all of the work, and the weights stay comparable."""
+    """Return an optimizer with learning rate 0, which does all its work but keeps the weights, or None."""
     return torch.optim.AdamW(method.model.parameters(), lr=0.0, fused=True) if setup.args.optimizer else None
 
 
-def peak_bytes(name: str, argv: list[str]) -> int:
-    """Peak memory of two steps of one method in a process of its own."""
+def run_peak_process(name: str, argv: list[str]) -> int:
+    """Return the peak memory of two steps of one method, measured in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step_time", *argv, "--peak_of", name]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])
 
 
 def measure_peak(args: argparse.Namespace) -> int:
+    """Return the peak memory of two steps of method --peak_of in this process, in bytes."""
     setup = Setup.make(args)
     if args.peak_of.startswith("hf") or args.peak_of in ("loop", "vmap"):
         del setup.ours
@@ -135,21 +145,22 @@ def measure_peak(args: argparse.Namespace) -> int:
     (method,) = make_methods(setup, [args.peak_of]).values()
     optimizer = make_optimizer(method, setup)
     for _ in range(2):
-        timed_step(method, optimizer, args.device)
+        time_step(method, optimizer, args.device)
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the median, by bootstrap."""
+def bootstrap_interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median, by bootstrap."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
     return medians[50], medians[1949]
 
 
-def results_of(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, list[dict[str, object]]]:
-    results = [
+def summarise(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Return the report: "results" of the methods and "ratios" of pairs of methods."""
+    results: list[dict[str, Any]] = [
         {
             "name": name,
             "median_s": statistics.median(values) if values else None,  # None: only memory was measured
@@ -159,18 +170,18 @@ def results_of(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[s
         }
         for name, values in seconds.items()
     ]
-    ratios = []
+    ratios: list[dict[str, Any]] = []
     for above, below in RATIOS:
         if seconds.get(above) and seconds.get(below):
             paired = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-            low, high = interval(paired)
+            low, high = bootstrap_interval(paired)
             ratios.append(
                 {"ratio": f"{above} / {below}", "median": statistics.median(paired), "low": low, "high": high}
             )
     return {"results": results, "ratios": ratios}
 
 
-def print_results(report: dict[str, list[dict[str, object]]], title: str) -> None:
+def print_results(report: dict[str, list[dict[str, Any]]], title: str) -> None:
     console = Console(highlight=False)
     if report["ratios"]:
         table = Table("ratio", "median", "95 % interval", title=title, title_justify="left")
@@ -203,8 +214,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--no_time", action="store_true", help="peak memory alone")
+    parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--no_time", action="store_true", help="measure peak memory only")
     parser.add_argument("--output", type=path_argument, help="also write the figures as JSON")
     parser.add_argument("--peak_of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -221,13 +232,13 @@ def main(argv: list[str]) -> None:
         print(measure_peak(args))
         return
     seconds: dict[str, list[float]] = {name: [] for name in args.methods}
-    peaks = {} if args.no_memory else {name: peak_bytes(name, argv) for name in args.methods}
+    peaks = {} if args.no_memory else {name: run_peak_process(name, argv) for name in args.methods}
     if not args.no_time:
         setup = Setup.make(args)
         methods = make_methods(setup, args.methods)
         check(setup, methods, args.dtype)
         seconds = time_methods(setup, methods, args)
-    report = results_of(seconds, peaks)
+    report = summarise(seconds, peaks)
     device = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -1,12 +1,12 @@
-"""How fast tokenize_pile is: against tiktoken's encode_ordinary_batch on the same text and as many threads.
+"""Compare tokenize_pile with tiktoken's encode_ordinary_batch, on the same text with as many threads.
 
     python -m benchmarks.tokenize_speed --input train.jsonl --num_workers 2 --rounds 5
 
-tiktoken gets the texts ready in memory, and its ids are dropped. tokenize_pile starts its processes, reads
-and checks the files, encodes, writes the shards of each file, joins them and waits for the disk. A short
-input is taken several times over, because a start of 0.3 s means nothing for the Pile (--megabytes 0 takes
-it as it is). Rounds of both alternate, because other work on the machine changes the speed of both; each
-ratio is of two neighbours in time, and the result is their median.
+tiktoken gets the texts in memory, and its ids are discarded. tokenize_pile starts its processes, reads and
+checks the files, encodes, writes the shards of each file, joins them and waits for the disk. A short input is
+repeated up to --megabytes: the start of 0.3 s, negligible for the Pile, would count too much. Rounds of both
+alternate, because other work on the machine slows both down. Each ratio is of two consecutive rounds; the
+result is the median ratio.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from pathlib import Path
 import tiktoken
 
 from data_processing.input_files import find_inputs
-from data_processing.pile_records import line_batches, numbered_lines, parse_record
+from data_processing.pile_records import number_lines, parse_record, read_line_batches
 from data_processing.tokenize_pile import tokenize
 from foundation.paths import path_argument
 
 
-def repeated(inputs: Sequence[Path], megabytes: float, folder: Path) -> list[Path]:
-    """The input files, with copies of them in `folder` until there are so many megabytes on disk."""
+def repeat_inputs(inputs: Sequence[Path], megabytes: float, folder: Path) -> list[Path]:
+    """Return the input files and copies of them in `folder`, at least this many megabytes on disk."""
     sources = find_inputs(inputs)
     times = math.ceil(megabytes * 1e6 / sum(source.size for source in sources))
     paths = [source.path for source in sources]
@@ -39,18 +39,18 @@ def repeated(inputs: Sequence[Path], megabytes: float, folder: Path) -> list[Pat
 
 
 def read_texts(inputs: Sequence[Path]) -> list[str]:
-    batches = (batch for source in find_inputs(inputs) for batch in line_batches(source))
-    return [parse_record(line)[0] for batch in batches for _, line in numbered_lines(batch)]
+    batches = (batch for source in find_inputs(inputs) for batch in read_line_batches(source))
+    return [parse_record(line)[0] for batch in batches for _, line in number_lines(batch)]
 
 
-def seconds_of_tiktoken(texts: list[str], num_threads: int) -> float:
+def time_tiktoken(texts: list[str], num_threads: int) -> float:
     encoding = tiktoken.get_encoding("gpt2")
     start = time.perf_counter()
     encoding.encode_ordinary_batch(texts, num_threads=num_threads)
     return time.perf_counter() - start
 
 
-def seconds_of_tokenize_pile(inputs: Sequence[Path], num_workers: int) -> float:
+def time_tokenize_pile(inputs: Sequence[Path], num_workers: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         tokenize(inputs, split="train", output_dir=Path(folder), tokenizer="gpt2", num_workers=num_workers)
@@ -63,8 +63,8 @@ def compare(inputs: Sequence[Path], num_workers: int, rounds: int) -> None:
     print(f"{megabytes:.1f} MB of text, {len(texts)} documents, {num_workers} threads or processes")
     ratios = []
     for number in range(rounds):
-        reference = seconds_of_tiktoken(texts, num_workers)
-        ours = seconds_of_tokenize_pile(inputs, num_workers)
+        reference = time_tiktoken(texts, num_workers)
+        ours = time_tokenize_pile(inputs, num_workers)
         ratios.append(reference / ours)
         print(
             f"round {number + 1}: tiktoken {megabytes / reference:5.1f} MB/s, "
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        inputs = repeated(arguments.input, arguments.megabytes, Path(folder))
+        inputs = repeat_inputs(arguments.input, arguments.megabytes, Path(folder))
         compare(inputs, arguments.num_workers, arguments.rounds)
 
 

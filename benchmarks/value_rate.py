@@ -1,11 +1,11 @@
-"""How many score rows a second `attribution.values` adds up, in how much memory and disk.
+"""Measure the score rows per second that `attribution.values` sums, and its use of memory and disk.
 
     python -m benchmarks.value_rate --rows 100000000
 
-Makes the folder of a run (score files of the size the writer merges them to, samples in a seeded order) and
-shards that fit it (whose tokens are holes in the files: values need the documents' places alone), then
-runs write_values in a process of its own. --samples: how many distinct ones; as many as rows is the most
-memory can be asked for. Everything lies in a temporary folder (TMPDIR), some 130 bytes a row, and is removed.
+Make the folder of a run, with score files of the size that the writer merges them to and samples in a seeded
+order. Make matching shards, whose tokens are holes in the files: values need only the positions of documents.
+Then run write_values in a fresh process. Memory use grows with --samples, the number of distinct samples. All
+files are in a temporary folder (TMPDIR), about 130 bytes per row, and are removed.
 """
 
 import argparse
@@ -54,14 +54,14 @@ print(json.dumps({"seconds": seconds, "peak": peak, **values.manifest["rows"]}))
 """
 
 
-def blocks_by_domain(samples: int) -> Integers:
-    """(DOMAINS,) that add up to at least `samples`."""
+def count_blocks(samples: int) -> Integers:
+    """Return the number of blocks of each domain, (DOMAINS,), at least `samples` in all."""
     weights = 0.8 ** np.arange(DOMAINS)
     return np.ceil(samples * weights / weights.sum()).astype(np.int64)
 
 
 def write_shards(folder: Path, blocks: Integers, random: np.random.Generator) -> dict[str, str]:
-    """Shards whose .bin takes no space. Returns their made-up checksums by domain."""
+    """Write shards whose .bin takes no space. Return their made-up checksums by domain."""
     folder.mkdir(parents=True)
     checksums = {}
     for number, count in enumerate(blocks.tolist()):
@@ -93,7 +93,7 @@ def write_scores(
     metadata: dict[str, str],
     random: np.random.Generator,
 ) -> None:
-    """Steps of `batch_size` rows, each epoch with every sample once, in an order as training has."""
+    """Write scores of steps of `batch_size` rows. Each epoch has every sample once, in a seeded order."""
     folder.mkdir(parents=True)
     schema = score_schema().with_metadata({**metadata, "granularity": "total", **FORMAT})
     steps = args.rows // args.batch_size
@@ -102,15 +102,15 @@ def write_scores(
     for first in trange(0, steps, steps_per_file, desc="making scores", unit="file"):
         step = np.arange(first, min(first + steps_per_file, steps))
         places = np.arange(step[0] * args.batch_size, (step[-1] + 1) * args.batch_size) % args.samples
-        table = score_table(step, permute(places, args.samples, keys), args.batch_size, blocks, random)
+        table = make_score_table(step, permute(places, args.samples, keys), args.batch_size, blocks, random)
         path = score_file(folder, int(step[0]), int(step[-1]), 0).path
         pq.write_table(table.cast(schema), path, compression="zstd", use_dictionary=DICTIONARY_COLUMNS)
 
 
-def score_table(
+def make_score_table(
     steps: Integers, samples: Integers, batch_size: int, blocks: Integers, random: np.random.Generator
 ) -> pa.Table:
-    """Rows as training makes them: float32 dot products; lr, clip_factor and val_loss of the whole step."""
+    """Return rows like those of training: float32 dot products; one lr, clip_factor and val_loss per step."""
     ends = blocks.cumsum()
     domain = np.searchsorted(ends, samples, "right")
     block = samples - (ends - blocks)[domain]
@@ -136,8 +136,9 @@ def score_table(
 
 
 def make_run(folder: Path, args: argparse.Namespace) -> None:
+    """Write the folder of a run, with scores and shards."""
     random = np.random.default_rng(0)
-    blocks = blocks_by_domain(args.samples)
+    blocks = count_blocks(args.samples)
     checksums = write_shards(folder / "shards" / "train", blocks, random)
     metadata = {
         "run_configuration": "{}", "validation_sha256": "made up", "block_size": str(BLOCK_SIZE),
@@ -150,7 +151,7 @@ def make_run(folder: Path, args: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> None:
-    """Runs write_values, and prints what it took."""
+    """Run write_values, and print its time, memory and disk use."""
     free = lowest = shutil.disk_usage(folder).free
     command = [sys.executable, "-c", CHILD, str(folder), args.normalise, args.memory_limit]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:

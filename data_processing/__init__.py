@@ -1,1 +1,1 @@
-"""From Pile records to memory-mapped token shards: the format, the tokenizers, and two commands."""
+"""Make memory-mapped token shards from Pile records, and read them."""

@@ -1,11 +1,11 @@
-"""What a worker process does: lines of JSON in, token ids by domain out."""
+"""Encode lines of JSON into token ids by domain, in a worker process."""
 
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
 
-from data_processing.pile_records import BadRecord, LineBatch, numbered_lines, parse_record
+from data_processing.pile_records import BadRecord, LineBatch, number_lines, parse_record
 from data_processing.shards import EOT
 from data_processing.tokenizers import Tokenizer
 
@@ -14,32 +14,31 @@ _END = np.array([EOT], np.uint16)
 
 @dataclass
 class Counts:
-    """What became of the records. One whose text is "" is neither a document nor bad: it is only counted."""
+    """Counts of records, by what became of them."""
 
     documents: int = 0
-    tokens: int = 0  # with one END_OF_TEXT a document
-    text_bytes: int = 0  # of UTF-8
-    empty_texts: int = 0
+    tokens: int = 0  # with one END_OF_TEXT per document
+    text_bytes: int = 0  # in UTF-8
+    empty_texts: int = 0  # records whose text is "": left out, but not bad
     bad_records: int = 0
 
     def add(self, other: "Counts") -> None:
+        """Add the counts of another part."""
         for counter in fields(self):
             setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
 
 @dataclass
 class EncodedBatch:
-    """The answer to one LineBatch."""
+    """The encoded records of one LineBatch."""
 
     counts: Counts
-    tokens: dict[
-        str, npt.NDArray[np.uint16]
-    ]  # domain -> whole documents, each with its END_OF_TEXT, in their order
-    bad_records: list[tuple[int, str]] = field(default_factory=list)  # line number, what is wrong
+    tokens: dict[str, npt.NDArray[np.uint16]]  # domain -> whole documents in order, each with its END_OF_TEXT
+    bad_records: list[tuple[int, str]] = field(default_factory=list)  # line number, reason
 
 
 class BatchEncoder:
-    """LineBatch -> EncodedBatch, with one tokenizer."""
+    """Encode LineBatches with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -48,7 +47,7 @@ class BatchEncoder:
         counts = Counts()
         bad_records: list[tuple[int, str]] = []
         documents: dict[str, list[npt.NDArray[np.uint16]]] = {}
-        for number, line in numbered_lines(batch):
+        for number, line in number_lines(batch):
             try:
                 text, domain = parse_record(line)
             except BadRecord as error:

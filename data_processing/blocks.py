@@ -1,7 +1,7 @@
-"""Memory-mapped shards as blocks: the samples that a run trains on, and their permanent ids.
+"""Cut memory-mapped shards into blocks: the samples of a run, with permanent ids.
 
-Block b of a domain is tokens[b*T : b*T + T + 1]: neighbours share one token, so that each token after the first
-is a target exactly once; what is left at a domain's end is not used.
+Block b of a domain is tokens[b*T : b*T + T + 1]. Neighbours share one token, so each token after the first is
+a target exactly once. Tokens after a domain's last whole block are not used.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from data_processing.domain_lists import Selection, listed, shown
-from data_processing.shards import VOCAB, Shard, ShardError, list_shards
+from data_processing.shard_files import ShardError
+from data_processing.shards import VOCAB, Shard, list_shards
 from foundation.errors import ConfigError
 
-BLOCK_BITS = 40  # a sample id is the number of the domain, then so many bits of the block's number
+BLOCK_BITS = 40  # a sample id is the domain's number << BLOCK_BITS | the block's number
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Batch:
     """b samples of T positions."""
 
     x: torch.Tensor  # (b, T) int64
-    y: torch.Tensor  # (b, T) int64, the targets: y[:, t] is the token after x[:, t]; shifted once, here
+    y: torch.Tensor  # (b, T) int64, the targets: y[:, t] is the token after x[:, t]; not to be shifted again
     sample_ids: npt.NDArray[np.int64]  # (b,)
     domains: tuple[str, ...]  # length b
     blocks: npt.NDArray[np.int64]  # (b,) within the domain
@@ -36,15 +37,20 @@ class Batch:
 
 
 class BlockDataset:
-    """The blocks of one split. Opening it reads no tokens: that happens as batches need them.
+    """The blocks of one split, or of some of its domains. Tokens are read when a batch needs them."""
 
-    domains: those in use, sorted; blocks_per_domain and checksums: of each of them, in that order;
-    num_blocks and max_token_id: over all of them; tokenizer: the one that made them; short: tokens of each
-    domain that is not used because it has no whole block.
-    """
+    all_domains: list[str]  # of the split, sorted
+    block_size: int  # T
+    tokenizer: str  # that made the tokens
+    short: dict[str, int]  # domain -> tokens, of the domains left out because they have no whole block
+    domains: tuple[str, ...]  # in use, sorted
+    checksums: dict[str, str]  # domain -> sha256 of its tokens, of those in use
+    max_token_id: int  # over the domains in use
+    blocks_per_domain: dict[str, int]  # of those in use, sorted by domain
+    num_blocks: int  # over the domains in use
 
     def __init__(self, shards: Sequence[Shard], block_size: int, selection: Selection) -> None:
-        """shards: all of the split, sorted. Raises as `open` does."""
+        """Select domains of a split. shards: all of the split, sorted. Raises as `open`."""
         if block_size < 1:
             raise ConfigError(f"--block_size {block_size}: at least 1")
         self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
@@ -65,10 +71,13 @@ class BlockDataset:
 
     @classmethod
     def open(cls, data_dir: Path, block_size: int, selection: Selection) -> Self:
-        """Opens a split, or some domains of it. Without names, domains without a whole block are left out.
+        """Open a split, or some domains of it.
 
-        Raises ShardError if a shard is missing or damaged, ConfigError if a domain that was named is not
-        there or has no whole block, or if none has one.
+        If the selection names no domains, those without a whole block are left out.
+
+        Raises:
+            ShardError: a shard is missing or damaged.
+            ConfigError: a named domain does not exist or has no whole block; no domain has one.
         """
         return cls(list_shards(data_dir, selection.split), block_size, selection)
 
@@ -101,23 +110,29 @@ class BlockDataset:
         )
 
     def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:
-        """(T+1,) uint16: a view of the memory map, not to be kept. Raises IndexError if there is no such
-        block, ShardError if the shard cannot be read any more."""
+        """Return a block's tokens (T+1,), a view of the memory map: do not keep it.
+
+        Raises:
+            IndexError: there is no such block.
+            ShardError: the shard can no longer be read.
+        """
         if not 0 <= block < self.blocks_per_domain[domain]:
             raise IndexError(f"block {block} of {domain!r}, which has {self.blocks_per_domain[domain]}")
         start = block * self.block_size
         return self._shards[domain].tokens[start : start + self.block_size + 1]
 
     def sample_id(self, domain: str, block: int) -> int:
-        """A block's id, the same for every choice of domains. Its high bits are the domain's place among all
-        domains of the split, `all_domains`: another folder may have other domains, and then other ids."""
+        """Return a block's id, which does not depend on the selected domains.
+
+        Its high bits are the domain's index in `all_domains`. A folder with other domains gives other ids.
+        """
         return self._numbers[domain] << BLOCK_BITS | block
 
     def batch(self, places: Sequence[tuple[str, int]]) -> Batch:
-        """The batch of these (domain, block). Raises ShardError if a token is beyond the vocabulary."""
+        """Return the batch of these (domain, block). Raises ShardError for a token beyond the vocabulary."""
         rows = np.empty((len(places), self.block_size + 1), np.uint16)  # (b, T+1)
         for row, (domain, block) in zip(rows, places, strict=True):
-            row[:] = self.tokens(domain, block)  # one view at a time: each keeps a file open
+            row[:] = self.tokens(domain, block)  # one view at a time: each one keeps a file open
         if rows.max() >= VOCAB:
             self._report_foreign_token(places, rows)
         tokens = torch.from_numpy(rows.astype(np.int64))
@@ -130,7 +145,7 @@ class BlockDataset:
         )
 
     def _report_foreign_token(self, places: Sequence[tuple[str, int]], rows: npt.NDArray[np.uint16]) -> None:
-        """An embedding would fail on such a token too, but on a GPU without saying where it came from."""
+        """Raise ShardError for a token beyond the vocabulary. A GPU's error would not name the shard."""
         domain, block = places[int(rows.max(axis=1).argmax())]
         path = self._shards[domain].path.with_suffix(".bin")
         raise ShardError(

@@ -1,12 +1,11 @@
-"""Open an input file as a stream of its text, in bounded memory, or say why it is none."""
+"""Open an input file as a stream of its text, in bounded memory."""
 
 import gzip
 import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
-from typing import BinaryIO
+from io import BufferedIOBase, BufferedReader
 
 from data_processing.input_files import Compression, InputFile, PileError
 
@@ -15,7 +14,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# What a file begins with. A zstd file may begin with a frame to be skipped, of 16 kinds.
+# First bytes of a file, by compression. A zstd file may begin with a skippable frame, of 16 kinds.
 SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "gzip": (b"\x1f\x8b",),
     "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + kind]) + b"\x2a\x4d\x18" for kind in range(16))),
@@ -24,26 +23,26 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "zip": (b"PK\x03\x04",),
 }
 NAME_FOR = {"gzip": ".gz", "zstd": ".zst"}
-# Files made with zstd --long=31 refer to 2 GiB back. The memory is that of the file's own window.
-LONGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
-# What to do, by words in the decompressor's error.
+# Allow windows up to 2 GiB, as of zstd --long=31. Memory use is that of the file's own window.
+LONGEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+# Words in the decompressor's error -> remedy; the first match counts.
 REMEDIES = {
     "not enough memory": "it was packed with a long window, up to 2 GiB; use a machine with more memory",
-    "Dictionary": "it needs the dictionary it was packed with; write it anew without: zstd -d -D DICTIONARY",
-    "": "it is damaged or followed by something else; copy or download it again, or write anew what "
-    "`gzip -dc` or `zstd -dc` can read of it",
+    "Dictionary": "it needs the dictionary it was packed with; decompress it: zstd -d -D DICTIONARY",
+    "": "it is damaged or followed by something else; copy or download it again, or save what `gzip -dc` or "
+    "`zstd -dc` can read of it",
 }
 
 
 @contextmanager
-def decompressed(raw: BufferedReader, source: InputFile) -> Iterator[BinaryIO]:
-    """Yield the text of a file as a stream: of all frames of zstd, of all members of gzip.
+def decompressed(raw: BufferedReader, source: InputFile) -> Iterator[BufferedIOBase]:
+    """Yield the text of a file as a stream, over all its zstd frames or gzip members.
 
-    Zeros after a member of gzip are skipped, as gzip does. Anything else that follows is an error: it may be
-    a damaged member.
+    Zeros after a gzip member are skipped, as gzip does. Any other bytes there are an error, because they may
+    be a damaged member.
 
     Raises:
-        PileError: the file is not what its name says; and, from reading the stream inside the block, it is
+        PileError: the file is not what its name says. Also while the stream is read in the block: the file is
             damaged or truncated.
     """
     kind = source.compression
@@ -59,15 +58,14 @@ def decompressed(raw: BufferedReader, source: InputFile) -> Iterator[BinaryIO]:
         raise PileError(f"{source.path}: {error}: {remedy}") from error
 
 
-def _stream(raw: BinaryIO, kind: Compression) -> BinaryIO:
+def _stream(raw: BufferedReader, kind: Compression) -> BufferedIOBase:
     if kind == "gzip":
         return gzip.GzipFile(fileobj=raw)
-    stream: BinaryIO = zstd.ZstdFile(raw, options=LONGEST_WINDOW)
-    return stream
+    return zstd.ZstdFile(raw, options=LONGEST_WINDOW)
 
 
 def _check_beginning(start: bytes, source: InputFile) -> None:
-    """Raise PileError if a file does not begin as its name says, with what it is instead."""
+    """Raise PileError if a file's first bytes do not match its name. The message says what they are."""
     found = next((kind for kind, signatures in SIGNATURES.items() if start.startswith(signatures)), None)
     named = source.compression
     if found == named:

@@ -1,30 +1,29 @@
-"""Read JSON that Python's parser refuses for a limit of its own: integers of more than 4300 digits, and
-arrays and objects nested about a thousand deep. JSON itself has no such limits (RFC 8259, section 9)."""
+"""Read JSON beyond the limits of Python's parser: integers of more than 4300 digits, and arrays and objects
+nested more than about a thousand deep. RFC 8259, section 9, has no such limits."""
 
 import re
 from collections.abc import Callable
 from json import JSONDecodeError
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed lacks it
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-_LITERAL = re.compile(
-    r"null|true|false|NaN|-?Infinity"
-)  # NaN and Infinity are not JSON, but Python writes them
+# NaN and Infinity are not JSON, but Python writes them.
+_LITERAL = re.compile(r"null|true|false|NaN|-?Infinity")
 _LITERAL_VALUES = {"null": None, "true": True, "false": False}
 _OPEN_OBJECT, _OPEN_ARRAY = 0, 1
 
 State = Callable[[], "State | None"]
 
 
-def outer_values(document: str, depth: int) -> object:
-    """Return what `json.loads` returns, but only the outer objects have members.
+def read_outer_values(document: str, depth: int) -> object:
+    """Return what `json.loads` returns, with members of the outer objects only.
 
-    Arrays and the objects deeper than `depth` are empty, and all numbers are 0.
-    Slower than `json.loads`. What is not JSON is refused with the same message and position.
+    Arrays and the objects deeper than `depth` are empty, and all numbers are 0. Slower than `json.loads`.
+    Errors have the same message and position.
 
     Args:
-        depth: of the objects that are read. The outermost one has depth 1.
+        depth: of the deepest objects whose members are returned. The outermost object has depth 1.
 
     Raises:
         JSONDecodeError: the document is not JSON.
@@ -33,9 +32,9 @@ def outer_values(document: str, depth: int) -> object:
 
 
 class _Reader:
-    """One pass over a document, without recursion. Each state reads a piece and returns the next state.
+    """Parse a document in one pass, without recursion.
 
-    An open array or object costs a byte, whatever the depth.
+    Each state reads a piece and returns the next state. An open array or object takes one byte of memory.
     """
 
     def __init__(self, document: str, depth: int) -> None:
@@ -43,8 +42,8 @@ class _Reader:
         self._depth = depth
         self._position = 0
         self._open = bytearray()  # _OPEN_OBJECT or _OPEN_ARRAY, the outermost first
-        self._objects: list[dict[str, object] | None] = []  # the first `depth` of those; None: an array
-        self._names = [""] * depth  # of the member that is being read in each of them
+        self._objects: list[dict[str, object] | None] = []  # the outermost `depth` of _open; None: an array
+        self._names = [""] * depth  # name of the member that is being read, in each of these
         self._result: object = None
 
     def document(self) -> object:
@@ -57,7 +56,7 @@ class _Reader:
         return self._result
 
     def _value(self) -> State:
-        """Read a value, or only the bracket that opens it."""
+        """Read a value; of an array or object, only the opening bracket."""
         character = self._peek()
         if character == "{":
             members: dict[str, object] = {}
@@ -80,7 +79,7 @@ class _Reader:
         return self._after
 
     def _name(self) -> State:
-        """Read the name of a member, and the colon."""
+        """Read a member's name and the colon after it."""
         if self._peek() != '"':
             raise self._error("Expecting property name enclosed in double quotes")
         name, self._position = scanstring(self._text, self._position + 1)

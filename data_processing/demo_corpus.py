@@ -1,11 +1,12 @@
-"""A small corpus of real text that every machine has that can run this project, and its shards.
+"""Make a small corpus of real text from this Python installation, and its shards.
 
     python -m data_processing.demo_corpus --output_dir data/demo
 
-Four domains: the source code of Python's standard library, the documentation of the language and its
-built-in modules, the metadata of the installed packages (mostly their READMEs), and their licences. It is
-written in the Pile's format to {output_dir}/jsonl, then made into shards with the tokenizer gpt2_bytes: no
-network, a few seconds. One installation always gives the same corpus; another version of Python, another one.
+It has four domains: the source code of Python's standard library, the documentation of the language and its
+built-in modules, the metadata of the installed packages (mostly their READMEs), and their licences. The text
+is written in the Pile's format to {output_dir}/jsonl and tokenized with gpt2_bytes. This takes a few seconds
+and no network. An installation always gives the same corpus; other versions of Python or packages give
+another one.
 """
 
 import argparse
@@ -31,19 +32,19 @@ from foundation.files import remove, written_whole
 from foundation.paths import path_argument
 
 TOKENIZER = "gpt2_bytes"
-DOMAIN_BYTES = 1_200_000  # at most, so that the corpus is a few megabytes
-DOCUMENT_BYTES = 32_768  # at most, the beginning of longer ones: no document shall fill a split
-HELD_OUT = 0.1  # of a domain's bytes, for val and for test each
-SPLIT_BYTES = 16_384  # at least, of each domain: 16 blocks of 1024 for validation rows and evaluation
+DOMAIN_BYTES = 1_200_000  # limit for each domain: the corpus is a few megabytes
+DOCUMENT_BYTES = 32_768  # limit for each document, so that none fills a split; longer ones are cut
+HELD_OUT = 0.1  # share of a domain's bytes, for val and for test each
+SPLIT_BYTES = 16_384  # least bytes of a domain in a split: 16 blocks of 1024
 log = logging.getLogger(__name__)
 
 
 class DemoError(UserError):
-    """This installation has too little text, or the folder holds something else."""
+    """The installation has too little text, or the folder holds something else."""
 
 
-def python_source() -> Iterator[str]:
-    """The standard library's modules, but tests, tables and what distributions often leave out."""
+def read_python_source() -> Iterator[str]:
+    """Yield the modules of the standard library, except tests, tables and parts that distributions omit."""
     unwanted = {
         "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data",
         "__pycache__",
@@ -53,8 +54,8 @@ def python_source() -> Iterator[str]:
         yield from _texts(Path(folder) / file for file in files if file.endswith(".py"))
 
 
-def python_docs() -> Iterator[str]:
-    """The docstrings of the modules built into the interpreter, and help()'s topics where installed."""
+def read_python_docs() -> Iterator[str]:
+    """Yield the docstrings of the interpreter's built-in modules, and help()'s topics where installed."""
     for name in sys.builtin_module_names:
         for member in vars(importlib.import_module(name)).values():
             if inspect.isclass(member) or inspect.isbuiltin(member):
@@ -66,7 +67,7 @@ def python_docs() -> Iterator[str]:
 
 
 def _docstrings(member: object) -> str:
-    """The docstring of a function, or those of a class and its own methods and attributes."""
+    """Return a function's docstring, or those of a class and of its own methods and attributes."""
     parts = [inspect.getdoc(member) or ""]
     if inspect.isclass(member):
         for name, attribute in sorted(vars(member).items()):
@@ -75,19 +76,19 @@ def _docstrings(member: object) -> str:
     return "\n\n".join(parts)
 
 
-def package_metadata() -> Iterator[str]:
-    """METADATA of each installed package."""
+def read_package_metadata() -> Iterator[str]:
+    """Yield the METADATA of each installed package."""
     return _texts(path for path in _package_files() if path.name == "METADATA")
 
 
-def licences() -> Iterator[str]:
-    """The licence files of each installed package."""
+def read_licences() -> Iterator[str]:
+    """Yield the licence files of each installed package."""
     words = ("license", "licence", "copying", "notice")
     return _texts(path for path in _package_files() if any(word in path.name.lower() for word in words))
 
 
 def _package_files() -> Iterator[Path]:
-    """The files about (not of) each installed package, as its installer recorded them."""
+    """Yield the files in the .dist-info folder of each installed package, as the installer recorded them."""
     for package in importlib.metadata.distributions():
         for file in package.files or []:
             if file.parts[0].endswith(".dist-info"):
@@ -96,7 +97,7 @@ def _package_files() -> Iterator[Path]:
 
 def _texts(paths: Iterator[Path]) -> Iterator[str]:
     for path in paths:
-        if not path.is_file():  # recorded, and removed since
+        if not path.is_file():  # recorded, but removed since
             continue
         try:
             yield path.read_bytes().decode("utf-8")
@@ -105,17 +106,17 @@ def _texts(paths: Iterator[Path]) -> Iterator[str]:
 
 
 DOMAINS: dict[str, Callable[[], Iterator[str]]] = {
-    "Licences": licences,
-    "Package Metadata": package_metadata,
-    "Python Docs": python_docs,
-    "Python Source": python_source,
+    "Licences": read_licences,
+    "Package Metadata": read_package_metadata,
+    "Python Docs": read_python_docs,
+    "Python Source": read_python_source,
 }
 
 
-def documents(texts: Iterator[str]) -> list[str]:
-    """Distinct documents of at most DOCUMENT_BYTES, DOMAIN_BYTES in all, in the order of their hashes.
+def choose_documents(texts: Iterator[str]) -> list[str]:
+    """Return distinct documents of at most DOCUMENT_BYTES, at most DOMAIN_BYTES in all.
 
-    That order does not depend on where and in which order the texts were found.
+    They are sorted by hash, so their order does not depend on where and in which order they were found.
     """
     distinct = {
         hashlib.sha256(text.encode()).digest(): text for text in map(_beginning, texts) if text.strip()
@@ -130,7 +131,7 @@ def documents(texts: Iterator[str]) -> list[str]:
 
 
 def _beginning(text: str) -> str:
-    """Whole lines of at most DOCUMENT_BYTES."""
+    """Return the first whole lines of a text, at most DOCUMENT_BYTES."""
     data = text.encode("utf-8", errors="replace")
     if len(data) <= DOCUMENT_BYTES:
         return data.decode("utf-8")
@@ -138,10 +139,11 @@ def _beginning(text: str) -> str:
     return (beginning + newline or data[:DOCUMENT_BYTES]).decode("utf-8", errors="ignore")
 
 
-def deal(domain: str, texts: Sequence[str]) -> dict[str, list[str]]:
-    """Splits a domain by document: val and test get HELD_OUT of the bytes each, train the rest.
+def deal_documents(domain: str, texts: Sequence[str]) -> dict[str, list[str]]:
+    """Divide a domain's documents among the splits. val and test get HELD_OUT of the bytes each.
 
-    Raises DemoError if a split gets less than SPLIT_BYTES.
+    Raises:
+        DemoError: a split gets less than SPLIT_BYTES.
     """
     total = sum(len(text.encode()) for text in texts)
     share = max(HELD_OUT * total, SPLIT_BYTES)
@@ -161,20 +163,25 @@ def deal(domain: str, texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Writes {folder}/{train,val,test}.jsonl, all or none of them."""
+    """Write {folder}/{train,val,test}.jsonl, all or none of them."""
     partial = folder.with_name(folder.name + ".partial")
     remove(partial)
     with written_whole(folder, partial):
         partial.mkdir(parents=True)
         for domain, texts in DOMAINS.items():
-            for split, dealt in deal(domain, documents(texts())).items():
+            for split, dealt in deal_documents(domain, choose_documents(texts())).items():
                 with (partial / f"{split}.jsonl").open("a", encoding="utf-8") as file:
                     for text in dealt:
                         file.write(json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n")
 
 
 def is_complete(output_dir: Path) -> bool:
-    """Whether all shards are there. DemoError if they are of something else, ShardError if damaged."""
+    """Return whether all shards exist.
+
+    Raises:
+        DemoError: they are not of the demo corpus.
+        ShardError: they are damaged.
+    """
     if not all((output_dir / split / MANIFEST).is_file() for split in SPLITS):
         return False
     for split in SPLITS:
@@ -188,7 +195,7 @@ def is_complete(output_dir: Path) -> bool:
 
 
 def make_demo(output_dir: Path) -> None:
-    """Makes the corpus and its shards; goes on after an interruption; does nothing if all is there."""
+    """Make the corpus and its shards, or resume after an interruption. Does nothing if all shards exist."""
     if is_complete(output_dir):
         log.info("the demo corpus in %s is complete: nothing to do", output_dir)
         return
@@ -224,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
         log.error("error: %s", error)
         return 1
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on from there")
+        log.error("interrupted; the same command resumes from there")
         return 130
     return 0
 

@@ -1,8 +1,8 @@
-"""Lists of domains on the command line: `ArXiv,"C4: news, en"`; with weights `ArXiv:2,Pile-CC:1`; after the
-name of a split `val:ArXiv,Pile-CC`.
+"""Parse and write lists of domains on the command line.
 
-A name is put in double quotes if it holds a comma or a colon, begins with a double quote, or begins or ends
-with a space; a double quote within these is written twice.
+They read `ArXiv,"C4: news, en"`; with weights `ArXiv:2,Pile-CC:1`; after a split `val:ArXiv,Pile-CC`. A name
+is quoted if it holds a comma or a colon, begins with a double quote, or begins or ends with a space. A double
+quote inside quotes is doubled.
 """
 
 import math
@@ -15,7 +15,7 @@ from foundation.errors import ConfigError
 
 QUOTING = "a name with a comma or a colon is put in double quotes: '\"C4: news, en\",ArXiv'"
 
-# One domain: "quoted" or bare; perhaps a weight; a comma or the end.
+# One entry: a name, quoted or bare; an optional weight; a comma or the end.
 ENTRY = re.compile(
     r'\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<bare>(?!")[^,:]*))\s*(?::(?P<weight>[^,]*))?(?P<end>,|\Z)'
 )
@@ -25,13 +25,13 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True)
 class Selection:
-    """What a flag selects: a split, or some of its domains. flag, value: as given, for messages."""
+    """A split, or some of its domains, as selected by a flag."""
 
-    flag: str
-    value: str
+    flag: str  # as given, for messages
+    value: str  # as given, for messages
     split: str
     domains: tuple[str, ...] | None  # None: all
-    weights: dict[str, float] | None = None  # of each of the domains
+    weights: dict[str, float] | None = None  # domain -> weight, for all of `domains`; None: no weights
 
     @property
     def given(self) -> str:
@@ -39,7 +39,7 @@ class Selection:
         return f"{self.flag} {self.value!r}"
 
     def only(self, domains: Iterable[str]) -> str:
-        """Return the flag with those of its domains that are among these, to be pasted into a shell."""
+        """Return the flag, restricted to these domains, quoted for a shell."""
         kept = set(domains)
         assert self.domains is not None
         entries = [
@@ -54,7 +54,8 @@ class Selection:
 def parse_set(flag: str, value: str) -> Selection:
     """Parse SPLIT or SPLIT:DOMAIN,DOMAIN.
 
-    Raises ConfigError for a split that cannot be a folder, for weights, and as `parse_domains`.
+    Raises:
+        ConfigError: the split cannot be a folder's name; there are weights; and as `parse_domains`.
     """
     split, colon, domains = value.partition(":")
     if split in ("", ".", "..") or "/" in split or (colon and not domains):
@@ -72,8 +73,9 @@ def parse_set(flag: str, value: str) -> Selection:
 def parse_domains(value: str, split: str) -> Selection:
     """Parse `--domains`: "ArXiv,Wikipedia (en)", or with weights "ArXiv:2,Pile-CC:1".
 
-    Raises ConfigError for an empty or repeated name, quotes that do not match, a weight that is not finite
-    and above 0, and weights for some names only.
+    Raises:
+        ConfigError: a name is empty or repeated; quotes do not match; a weight is not finite and above 0;
+            only some names have weights.
     """
     given = f"--domains {value!r}"
     names, weights = _parse(given, value)
@@ -84,7 +86,7 @@ def parse_domains(value: str, split: str) -> Selection:
 
 
 def _parse(given: str, text: str) -> tuple[tuple[str, ...], list[str | None]]:
-    """Return the names, and what stands after the colon of each; None without a colon."""
+    """Return the names, and the text after each one's colon; None without a colon."""
     names: list[str] = []
     weights: list[str | None] = []
     place, more = 0, True
@@ -125,7 +127,7 @@ def quoted(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """Return the name as an entry of a list in a message of one line: control characters as escapes."""
+    """Return the name as an entry of a list in a message, with control characters escaped."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], quoted(name))
 
 

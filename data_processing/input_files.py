@@ -1,4 +1,4 @@
-"""Which files `--input` names: the rule for names and folders, and what tells that a file has changed."""
+"""Find the files that `--input` names, and detect whether a file has changed."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ Compression = Literal["zstd", "gzip"]
 LINE_ENDINGS = (".jsonl", ".ndjson")
 COMPRESSED_ENDINGS: dict[str, Compression] = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
 ENDINGS = ".jsonl or .ndjson, or one of these and .zst, .zstd or .gz"
-SHOWN_NAMES = 3  # of what was left out for one reason
-SHOWN_REASONS = 6
+SHOWN_NAMES = 3  # of the files left out for one reason
+SHOWN_REASONS = 6  # for leaving files out
 log = logging.getLogger(__name__)
 
 
@@ -24,14 +24,12 @@ class PileError(UserError):
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input file, and what tells whether it is the same as at another time."""
+    """One input file. Equal objects stand for the same, unchanged file."""
 
     path: Path  # absolute, links followed
     size: int  # bytes on disk
     mtime_ns: int
-    compression: Compression | None = field(
-        compare=False
-    )  # by the name that was given, which may be a link's
+    compression: Compression | None = field(compare=False)  # by the given name, which may be a link's
 
     @classmethod
     def at(cls, path: Path) -> "InputFile":
@@ -43,13 +41,14 @@ class InputFile:
 
 
 def find_inputs(paths: Sequence[Path]) -> list[InputFile]:
-    """Return the input files in the order given; a folder stands for the files of a known ending below it.
+    """Return the input files in the order given. A folder stands for all files below it with a known ending.
 
-    Those are sorted. Names that begin with a dot are left out, links are followed, and what is reached by
-    several names is read once. One line of the log says how much was left out, and why.
+    The files of a folder are sorted. Names that begin with a dot are left out, links are followed, and a file
+    with several names is read once. One log line says how many were left out, and why.
 
     Raises:
-        PileError: a path is missing, unreadable, of another ending or given twice; a folder has no such file.
+        PileError: a path is missing, unreadable, has another ending or is given twice; a folder has no such
+            file.
     """
     found: dict[Path, InputFile] = {}
     left_out = _LeftOut()
@@ -82,7 +81,7 @@ def _has_known_ending(path: Path) -> bool:
 
 
 class _LeftOut:
-    """Files and folders that were left out, by the reason."""
+    """Files and folders that were left out, by reason."""
 
     def __init__(self) -> None:
         self.names: dict[str, list[Path]] = {}
@@ -91,7 +90,7 @@ class _LeftOut:
         self.names.setdefault(reason, []).append(path)
 
     def __str__(self) -> str:
-        """Say it in one line: counts, and the first names."""
+        """Return one line: for each reason the count and the first names."""
         reasons = sorted(self.names, key=lambda reason: (-len(self.names[reason]), reason))
         rest = sum(len(self.names[reason]) for reason in reasons[SHOWN_REASONS:])
         return ", ".join(map(self._count, reasons[:SHOWN_REASONS])) + f", and {rest} others" * (rest > 0)
@@ -103,14 +102,14 @@ class _LeftOut:
 
 
 def _printable(text: object) -> str:
-    """Return the text, or how Python would write it: names of files may hold line ends."""
+    """Return the text, or its repr if it has unprintable characters: file names may hold line ends."""
     return str(text) if str(text).isprintable() else repr(str(text))
 
 
 def _files_below(folder: Path, left_out: _LeftOut) -> list[Path]:
-    """Return the files to read below a folder, sorted. Adds all others to `left_out`."""
+    """Return the files to read below a folder, sorted, and add all others to `left_out`."""
     candidates: list[Path] = []
-    visited: set[str] = set()  # also ends a cycle of links
+    visited: set[str] = set()  # also stops at a cycle of links
     skipped = _LeftOut()
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real_parent = os.path.realpath(parent)

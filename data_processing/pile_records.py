@@ -1,52 +1,53 @@
-"""Reading the Pile's format: lines of JSON `{"text": ..., "meta": {"pile_set_name": ...}}`.
+"""Read the Pile's format: lines of JSON `{"text": ..., "meta": {"pile_set_name": ...}}`.
 
-`line_batches` walks over a file in bounded memory and looks at nothing but line ends; `parse_record` looks
-into one line, and can do so in another process. Lines of white space alone are no records.
+`read_line_batches` splits a file at line ends, in bounded memory. `parse_record` parses one line, possibly in
+another process. Lines of white space are no records.
 """
 
 import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from data_processing.decompression import decompressed
-from data_processing.deep_json import outer_values
+from data_processing.deep_json import read_outer_values
 from data_processing.input_files import InputFile, PileError
-from data_processing.shards import ShardError, domain_file_name
+from data_processing.shard_files import ShardError
+from data_processing.shards import domain_file_name
 from foundation.errors import file_errors
 
-BATCH_BYTES = 1 << 20  # of text lines: large against the cost of a message, small against memory
-MAX_LINE_BYTES = 256 << 20  # a longer line is a bad record, of which no more than this is ever held
+BATCH_BYTES = 1 << 20  # of lines: enough to outweigh the cost of a message to a worker, and little memory
+MAX_LINE_BYTES = 256 << 20  # a longer line is a bad record; no more of it than this is held in memory
 
 
 class BadRecord(ValueError):
-    """Why one line is not a record; whoever knows file and line adds them."""
+    """A line is not a record, with the reason. The caller adds file and line number."""
 
 
 @dataclass(frozen=True)
 class LineBatch:
-    """Whole lines of one file. The last batch of each file is marked, and may be empty."""
+    """Whole lines of one file."""
 
     source: InputFile
     first_line: int  # counted from 1
     data: bytes
     bytes_read: int  # of the file on disk, so far
-    is_last: bool
+    is_last: bool  # of its file; this batch may be empty
 
 
-def line_batches(source: InputFile) -> Iterator[LineBatch]:
-    """Read a file in batches of whole lines, of about BATCH_BYTES or one longer line.
+def read_line_batches(source: InputFile) -> Iterator[LineBatch]:
+    """Yield a file in batches of whole lines, of about BATCH_BYTES or one longer line.
 
-    A UTF-8 byte-order mark at its start is skipped.
+    A UTF-8 byte-order mark at the start is skipped.
 
     Raises:
         PileError: the file cannot be read, is not what its name says, is damaged, truncated or not UTF-8, or
-            changed since `source` was taken.
+            changed since `source` was made.
     """
     first_line = 1
-    pending: list[bytes] = []  # the beginning of a line whose end was not read yet
+    pending: list[bytes] = []  # the beginning of a line whose end is not read yet
     with file_errors(source.path, PileError), source.path.open("rb") as raw:
         with decompressed(raw, source) as stream:
             for chunk in _chunks(stream, source.path):
@@ -64,14 +65,15 @@ def line_batches(source: InputFile) -> Iterator[LineBatch]:
     yield LineBatch(source, first_line, b"".join(pending), source.size, is_last=True)
 
 
-def _chunks(stream: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a stream without a byte-order mark. PileError if they are UTF-16 or UTF-32."""
+def _chunks(stream: BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """Yield a stream's bytes without a byte-order mark. Raises PileError if they are UTF-16 or UTF-32."""
     start = stream.read(4)
     encoding = json.detect_encoding(start)
-    # Zeros alone are no text at all, and one before UTF-8 makes no UTF-16: JSON begins with ASCII.
+    # detect_encoding only looks at zero bytes. It is right about UTF-16 and UTF-32 only if the decoded start
+    # is ASCII, as of JSON, and not all zeros.
     if not encoding.startswith("utf-8") and any(start) and start.decode(encoding, "replace").isascii():
         raise PileError(
-            f"{path}: is {encoding.upper()} text, and has to be UTF-8; write it anew, as with "
+            f"{path}: is {encoding.upper()} text, and has to be UTF-8; convert it, as with "
             f"iconv --from-code {encoding.upper()} --to-code UTF-8"
         )
     chunk = start.removeprefix(codecs.BOM_UTF8) + stream.read(BATCH_BYTES)
@@ -81,22 +83,22 @@ def _chunks(stream: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _add(pending: list[bytes], data: bytes) -> None:
-    """Appends to an unfinished line; once that is too long only its end, so that it stays too long."""
+    """Append to an unfinished line. Once it is too long, only a line end is appended: it stays too long."""
     if sum(map(len, pending)) <= MAX_LINE_BYTES:
         pending.append(data)
     elif data.endswith(b"\n"):
         pending.append(b"\n")
 
 
-def numbered_lines(batch: LineBatch) -> Iterator[tuple[int, bytes]]:
-    """The lines of a batch with their numbers, without those of white space alone."""
+def number_lines(batch: LineBatch) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a batch with their numbers, without lines of white space."""
     for offset, line in enumerate(batch.data.split(b"\n")):
         if line and not line.isspace():
             yield batch.first_line + offset, line
 
 
 def parse_record(line: bytes) -> tuple[str, str]:
-    """One line -> (text, domain). Raises BadRecord, which says what is wrong."""
+    """Return (text, domain) of one line. Raises BadRecord if it is not a record."""
     if len(line) > MAX_LINE_BYTES:
         raise BadRecord(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
@@ -117,16 +119,13 @@ def parse_record(line: bytes) -> tuple[str, str]:
 
 
 def _parsed(line: str) -> object:
-    """Return the value of one line of JSON; JSONDecodeError if it is none."""
+    """Return the value of one line of JSON. Raises JSONDecodeError if it is not JSON."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except (
-        ValueError,
-        RecursionError,
-    ):  # limits of the parser: digits of a number, depth of arrays and objects
-        return outer_values(line, depth=2)  # of the record, and of its "meta"
+    except (ValueError, RecursionError):  # limits of the parser: a number's digits, the depth of nesting
+        return read_outer_values(line, depth=2)  # the members of the record and of its "meta"
 
 
 def _member(holder: object, name: str, *, of: str = "the record") -> object:
@@ -152,7 +151,7 @@ def _string(holder: object, name: str, *, of: str = "the record") -> str:
 
 
 def _kind(value: object) -> str:
-    """JSON's name for the type of a parsed value."""
+    """Return JSON's name for the type of a parsed value."""
     if value is None:
         return "null"
     return {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}[

@@ -1,36 +1,38 @@
-"""What a person sees of a tokenization on its way."""
+"""Show the progress of a tokenization: a bar in a terminal, lines in a log file."""
 
 import logging
 import time
 from contextlib import ExitStack
 from typing import Any, Self
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data_processing.batch_encoder import Counts, EncodedBatch
 from data_processing.pile_records import LineBatch
+from foundation.progress import progress_bar
 
-SHOWN_BAD_RECORDS = 10  # on the screen; the file lists all of them
+SHOWN_BAD_RECORDS = 10  # in the log; bad_records.txt lists all of them
 LOG_SECONDS = 60  # between two lines in a log file
 log = logging.getLogger(__name__)
 
 
-class Progress:
-    """A bar in bytes of the input files, with the rate in bytes of text behind it: more, if compressed.
+class TokenizationProgress:
+    """Show how much of the input files is read.
 
-    Where there is no terminal, a line in the log now and then.
+    The bar counts bytes on disk. The rate after it is of text, which is more if the files are compressed.
+    Without a terminal there is no bar, but a log line every LOG_SECONDS.
     """
 
     def __init__(self, name: str, total_bytes: int) -> None:
         self._name, self._total_bytes = name, total_bytes
         self._counts = Counts()
-        self._before = 0  # bytes of the files that are behind us
+        self._before = 0  # bytes of the finished files
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        options = {"unit": "B", "unit_scale": True, "disable": None}  # None: unless stderr is a terminal
-        self._bar = self._stack.enter_context(tqdm(desc=self._name, total=self._total_bytes, **options))
+        self._bar = self._stack.enter_context(
+            progress_bar(self._name, self._total_bytes, "B", at_once=True, terminal_only=True)
+        )
         self._stack.enter_context(logging_redirect_tqdm())
         self._started = self._logged = time.monotonic()
         return self
@@ -39,7 +41,7 @@ class Progress:
         self._stack.__exit__(*error)
 
     def show(self, batch: LineBatch, encoded: EncodedBatch) -> None:
-        """Adds one batch, in the order of the input."""
+        """Count one batch. Batches come in the order of the input."""
         for line, reason in encoded.bad_records[: max(0, SHOWN_BAD_RECORDS - self._counts.bad_records)]:
             log.warning("left out: %s:%d: %s", batch.source.path, line, reason)
         self._counts.add(encoded.counts)

@@ -1,8 +1,8 @@
-"""The files of hundreds of shards with few descriptors.
+"""Read and write the files of hundreds of shards with few open files.
 
-A file that is read is mapped when it is needed; of more than MAX_MAPPED maps the least recently used is
-closed. A file that is written is open during a write only. A map keeps a descriptor for as long as it lives,
-and many machines allow a process 256 or 1024 of them.
+Many machines allow a process 256 or 1024 open files, and a memory map counts as one. So files are mapped on
+demand, and beyond MAX_MAPPED maps the least recently used one is closed. Files that are written are open only
+during a write.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from foundation.errors import UserError, file_errors
 
-MAX_MAPPED = 32  # more than the Pile has domains, and few against the lowest limits in use
-BUFFER_BYTES = 1 << 17  # of a file that is written: 32 MiB for 256 domains
+MAX_MAPPED = 32  # more than the Pile has domains, far below 256
+BUFFER_BYTES = 1 << 17  # per written file: 32 MiB for 256 domains
 
 
 class ShardError(UserError):
@@ -27,10 +27,10 @@ class ShardError(UserError):
 
 
 class MappedFile:
-    """A file of numbers of one type, to be read from any thread."""
+    """A file of numbers of one type, mapped on demand. Any thread may read it."""
 
-    def __init__(self, path: Path, item_type: np.dtype, checksum: str) -> None:
-        """Take the file's size and time of change; read nothing.
+    def __init__(self, path: Path, item_type: np.dtype[Any], checksum: str) -> None:
+        """Note the file's size and time of change; read nothing.
 
         Args:
             checksum: the SHA-256 that the file should have, hexadecimal; see `verify`.
@@ -46,16 +46,16 @@ class MappedFile:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self._seen[0]
 
     def array(self) -> npt.NDArray[Any]:
-        """Return all of the file as a read-only array, of which only what is used is read.
+        """Return the whole file as a read-only array. Only the parts in use are read from the disk.
 
-        The array keeps a descriptor: hold it, or a slice of it, for a short time, and copy what stays.
+        The array and its slices keep the file open: hold them for a short time, and copy what you keep.
 
         Raises:
-            ShardError: the file is gone, cannot be read, or is another than when this object was made.
+            ShardError: the file cannot be read, or its content has changed since this object was made.
         """
         with _LOCK:
             _MAPPED.pop(self, None)
@@ -67,7 +67,7 @@ class MappedFile:
             return self._array
 
     def verify(self) -> None:
-        """Read the whole file. Raises ShardError if its checksum is not the one that it should have."""
+        """Read the whole file. Raises ShardError if its checksum is not the expected one."""
         with file_errors(self.path, ShardError), self.path.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         if actual != self._checksum:
@@ -85,13 +85,13 @@ class MappedFile:
         return np.frombuffer(data, self._item_type)
 
     def _unmap(self) -> None:
-        """Close the map, as soon as nobody has a slice of it."""
+        """Drop the map. It closes once no array refers to it."""
         self._array = None
         del _MAPPED[self]
 
 
-# In the order of use. Weak: the maps of a shard that nobody needs any more are closed at once, so that its
-# folder can be removed (NFS keeps files that are open).
+# Mapped files, the least recently used first. The keys are weak: a shard's maps close with its last
+# reference, so that its folder can be removed (NFS keeps open files).
 _MAPPED: WeakKeyDictionary[MappedFile, None] = WeakKeyDictionary()
 _LOCK = threading.RLock()
 
@@ -101,10 +101,10 @@ def _size_and_time(status: os.stat_result) -> tuple[int, int]:
 
 
 class AppendedFile:
-    """A new file that is written at its end, in pieces of BUFFER_BYTES or more; closed in between."""
+    """A new file that is appended to in pieces of at least BUFFER_BYTES, and closed in between."""
 
     def __init__(self, path: Path) -> None:
-        """Make the file, empty. Raises OSError; FileExistsError if it is there."""
+        """Create the file. Raises OSError; FileExistsError if it exists."""
         self._path = path
         self._buffer = bytearray()
         path.open("xb").close()
@@ -115,7 +115,7 @@ class AppendedFile:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is left in the buffer."""
+        """Write the buffer to the file."""
         with self._path.open("ab") as file:
             file.write(self._buffer)
         self._buffer.clear()

@@ -1,14 +1,15 @@
-"""The shard format: tokens of one domain of one split on disk, written once and memory-mapped when read.
+"""Write and read shards: the tokens of one domain of one split, memory-mapped.
 
     {data_dir}/{split}/{domain}.bin    uint16 little-endian token ids, END_OF_TEXT after every whole document
     {data_dir}/{split}/{domain}.idx    int64 little-endian, the position in .bin at which each document starts
     {data_dir}/{split}/{domain}.json   magic, format version, names, counts, largest id, checksums
 
-The JSON is renamed into place last, so a shard whose JSON is there is whole. File names are the
-percent-encoded domain, or of a long one the beginning of that and a hash; the true name stands in the JSON,
-so that no domain name can lead out of the folder. All files of a shard end in .bin, .idx or .json (while they
-are written, with .partial after it), whatever the domain; other files in the folder of a split must end
-otherwise. Names that begin with a dot are skipped: other systems leave such files beside those they copy.
+The JSON is renamed into place last, so a shard with a JSON is whole.
+
+The file name is the percent-encoded domain, so that no domain name can lead out of the folder; a long one is
+cut and gets a hash. The JSON has the true name. All files of a shard end in .bin, .idx or .json, with
+.partial after it while they are written. Other files in a split's folder must end otherwise. Names that begin
+with a dot are skipped, because some systems leave such files beside copied ones.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ MAGIC = "pile-token-shard"
 FORMAT_VERSION = 1
 EOT = 50256  # <|endoftext|>, the last id of GPT-2's vocabulary
 VOCAB = 50257
-MAX_DOMAIN = 1000  # characters of a domain's name; a longer one is a text in the wrong place
-MAX_FILE_NAME = 200  # characters of an encoded domain; file systems allow 255 with the suffixes
-KEPT = 100  # characters that the file name of a long one keeps
+MAX_DOMAIN = 1000  # characters of a domain's name; a longer one is surely no name
+MAX_FILE_NAME = 200  # characters of an encoded domain; file systems allow 255, suffixes included
+KEPT = 100  # characters of a longer encoded domain in its file name
 TOKEN_TYPE = np.dtype("<u2")
 INDEX_TYPE = np.dtype("<i8")
 
-# Every field of the JSON and its type; open_shard accepts nothing else.
+# Every field of the JSON and its type. open_shard checks them.
 FIELDS = {
     "magic": str,
     "format_version": int,
@@ -53,9 +54,9 @@ FIELDS = {
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One open shard. Its arrays are memory maps: opening costs nothing, whatever the size.
+    """One open shard. Opening is fast whatever its size: its arrays are mapped on demand.
 
-    They are mapped when they are needed, and hold no descriptor in between: see `MappedFile.array`.
+    Do not keep the arrays: see `MappedFile.array`.
     """
 
     path: Path  # the JSON
@@ -71,22 +72,23 @@ class Shard:
 
     @property
     def tokens(self) -> npt.NDArray[np.uint16]:
-        """(num_tokens,)"""
+        """(num_tokens,) token ids."""
         return self.token_file.array()
 
     @property
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """(num_documents,)"""
+        """(num_documents,) positions in `tokens`."""
         return self.start_file.array()
 
 
 def domain_file_name(domain: str) -> str:
-    """The file stem of a domain: percent-encoded, but for letters, digits and ` ()+,_.~-`; a first dot too.
+    """Return the file stem of a domain: its name, percent-encoded except letters, digits and ` ()+,_.~-`.
 
-    If that is longer than MAX_FILE_NAME, then its first KEPT characters, "%~", which no encoding has, and a
-    hash of the domain.
+    A dot at the beginning is encoded, too. If the result is longer than MAX_FILE_NAME, return its first KEPT
+    characters, "%~", which no encoding has, and a hash of the domain.
 
-    Raises ShardError for an empty name, and for one of more than MAX_DOMAIN characters.
+    Raises:
+        ShardError: the name is empty or longer than MAX_DOMAIN.
     """
     if not 0 < len(domain) <= MAX_DOMAIN:
         raise ShardError(
@@ -102,11 +104,13 @@ def domain_file_name(domain: str) -> str:
 
 
 class ShardWriter:
-    """Writes one shard: `with ShardWriter(...) as shard: shard.append(token_ids)`.
+    """Write one shard: `with ShardWriter(...) as shard: shard.append(token_ids)`.
 
-    Files have the suffix `.partial` until the block ends without an exception; after one they are removed.
-    They are open during a write only, so that there may be hundreds of writers. Memory does not grow with the
-    shard. Raises ShardError if the shard exists or is being written, or if nothing was appended.
+    Files have the suffix `.partial` until the block ends; after an exception they are removed. They are open
+    only during a write, so there can be hundreds of writers. Memory does not grow with the shard.
+
+    Raises:
+        ShardError: the shard exists or is being written, or nothing was appended.
     """
 
     def __init__(self, folder: Path, domain: str, *, split: str, tokenizer: str) -> None:
@@ -138,26 +142,29 @@ class ShardWriter:
             self._remove_partial_files()
 
     def _new_file(self, suffix: str) -> AppendedFile:
-        """Make a file that no other writer has: some file systems take the names of two domains for one."""
+        """Create a file that no other writer has: file systems may treat the names of two domains as one."""
         path = self._partial(suffix)
         try:
             return AppendedFile(path)
         except FileExistsError as error:
             raise ShardError(
-                f"{path}: is there already, left by a process that was killed, or of a domain whose name "
-                f"this file system does not tell from {self._names['domain']!r}; remove it, or rename the "
-                "domain"
+                f"{path}: is there already, left by a killed process, or of a domain whose name this file "
+                f"system does not distinguish from {self._names['domain']!r}; remove it, or rename the domain"
             ) from error
 
     def _remove_partial_files(self) -> None:
-        """Remove those that this writer made and did not commit."""
+        """Remove the files that this writer created and did not commit."""
         for suffix in self._files:
             self._partial(suffix).unlink(missing_ok=True)
 
     def append(self, token_ids: npt.ArrayLike) -> None:
-        """Adds one document: its token ids without END_OF_TEXT, which is added here.
+        """Append one document. END_OF_TEXT is added here.
 
-        Raises ShardError if the document is empty or an id is not in [0, EOT).
+        Args:
+            token_ids: (k,) integers, without END_OF_TEXT.
+
+        Raises:
+            ShardError: the document is empty or an id is not in [0, EOT).
         """
         ids = np.asarray(token_ids)
         if ids.ndim != 1 or ids.size == 0:
@@ -169,9 +176,9 @@ class ShardWriter:
         self.extend(np.append(ids.astype(TOKEN_TYPE), TOKEN_TYPE.type(EOT)))
 
     def extend(self, tokens: npt.NDArray[np.uint16]) -> None:
-        """Adds whole documents, each with its END_OF_TEXT: the fast way in, for token ids a tokenizer made.
+        """Append whole documents, each with its END_OF_TEXT. Faster than `append`.
 
-        The document starts follow from the END_OF_TEXTs, because ordinary encoding never makes that id.
+        The END_OF_TEXTs give the document starts, because tokenizers never make that id from text.
         """
         ends = np.flatnonzero(tokens == EOT) + 1
         starts = np.concatenate(([0], ends[:-1]))
@@ -181,11 +188,16 @@ class ShardWriter:
         self.extend_cut(tokens, starts)
 
     def extend_cut(self, tokens: npt.NDArray[np.uint16], starts: npt.NDArray[np.int64]) -> None:
-        """Adds tokens in which documents begin at `starts`, (k,) ascending: what is left after parts were
-        taken out. Such a document may lack its END_OF_TEXT, unless it is the shard's last, or be nothing but
-        that; it may go on in the next call.
+        """Append the tokens that are left after parts were cut out.
 
-        Raises ShardError for an id that is beyond the vocabulary.
+        A document may lack its END_OF_TEXT (except the shard's last one), may be END_OF_TEXT alone, and may
+        continue in the next call.
+
+        Args:
+            starts: (k,) ascending, where documents begin in `tokens`.
+
+        Raises:
+            ShardError: an id is beyond the vocabulary.
         """
         assert tokens.dtype == TOKEN_TYPE, tokens.dtype
         assert len(tokens) > 0, "no tokens"
@@ -229,15 +241,18 @@ class ShardWriter:
 
 
 def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object so that `path` never holds half of it."""
+    """Write a JSON object, so that `path` never holds part of it."""
     write_text(path, json.dumps(content, indent=1) + "\n", Path(f"{path}.partial"), durable=False)
 
 
 def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:
-    """Opens a shard, and checks magic, version, sizes, largest id and the ends of the index: a few reads.
+    """Open a shard, and check magic, version, sizes, largest id and the ends of the index. Needs few reads.
 
-    verify_checksum: also read everything and compare the checksums.
-    Raises ShardError, which names the file, what was seen and what to do.
+    Args:
+        verify_checksum: also read all of it and compare the checksums.
+
+    Raises:
+        ShardError: a check failed.
     """
     fields = _read_fields(json_path)
     if json_path.stem != domain_file_name(fields["domain"]):
@@ -263,7 +278,7 @@ def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:
 
 
 def _read_fields(json_path: Path) -> dict[str, Any]:
-    """The JSON's content, with every field there and of its type."""
+    """Return the JSON's fields. Raises ShardError if one is missing or of another type."""
     try:
         fields = json.loads(json_path.read_bytes())
     except FileNotFoundError as error:
@@ -287,8 +302,10 @@ def _read_fields(json_path: Path) -> dict[str, Any]:
     return {name: fields[name] for name in FIELDS}
 
 
-def _mapped_file(json_path: Path, suffix: str, item_type: np.dtype, count: int, checksum: str) -> MappedFile:
-    """A file of `count` > 0 items, after its size on disk was compared with that."""
+def _mapped_file(
+    json_path: Path, suffix: str, item_type: np.dtype[Any], count: int, checksum: str
+) -> MappedFile:
+    """Return a file of `count` items. Raises ShardError if it is missing or has another size."""
     path = json_path.with_suffix(f".{suffix}")
     if not path.is_file():
         raise ShardError(f"{json_path}: its {path.name} is missing; copy it there, or tokenize again")
@@ -301,15 +318,15 @@ def _mapped_file(json_path: Path, suffix: str, item_type: np.dtype, count: int, 
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """Those of the paths whose name does not begin with a dot."""
+    """Return the paths whose name does not begin with a dot."""
     return [path for path in paths if not path.name.startswith(".")]
 
 
 def list_shards(data_dir: Path, split: str) -> list[Shard]:
-    """Opens every shard of a split, sorted by domain; all of one tokenizer.
+    """Open every shard of a split, sorted by domain.
 
-    Raises ShardError if there is none (and names the commands that make some), or if one of them is damaged
-    or cannot be read.
+    Raises:
+        ShardError: there are none; one is damaged or cannot be read; their tokenizers differ.
     """
     folder = data_dir / split
     with file_errors(folder, ShardError):
@@ -329,9 +346,11 @@ def list_shards(data_dir: Path, split: str) -> list[Shard]:
 
 
 def _json_paths(folder: Path) -> list[Path]:
-    """Return the JSON of each shard in a folder; nothing if the folder is not there.
+    """Return the JSON path of each shard in a folder; none if the folder does not exist.
 
-    Raises ShardError for a shard without JSON, OSError if the folder cannot be read: a glob hides that.
+    Raises:
+        ShardError: a shard has no JSON.
+        OSError: the folder cannot be read. (A glob would hide that.)
     """
     try:
         paths = sorted(visible(folder.iterdir()))

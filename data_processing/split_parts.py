@@ -1,11 +1,11 @@
-"""A split in the making: a part for each finished input file, in a hidden folder beside the split's own.
+"""Write a split in parts, one per input file, in a hidden folder beside the split's own, and join them.
 
     {output_dir}/.{split}.work/{hash of the input's path}/   bad_records.txt; at the end part.manifest
     {output_dir}/.{split}.work/{hash of the input's path}/shards/
     {output_dir}/.{split}.work/joined/                       all parts joined; becomes {output_dir}/{split}
 
-So a split appears whole or not at all, and an input file that was finished before an interruption is not done
-again. While it is joined, a split takes twice its room on disk.
+So a split is there as a whole or not at all, and after an interruption finished input files are not
+tokenized again. While parts are joined, a split takes twice its space on the disk.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from data_processing.batch_encoder import Counts, EncodedBatch
-from data_processing.pile_records import InputFile, PileError
+from data_processing.input_files import InputFile, PileError
 from data_processing.shards import (
     FORMAT_VERSION,
     TOKEN_TYPE,
@@ -33,7 +33,7 @@ from data_processing.shards import (
 )
 from foundation.files import lock, sync
 
-MAX_DOMAINS = 256  # a writer with two buffers for each while a part is written
+MAX_DOMAINS = 256  # of a part; each has a writer with two buffers
 JOIN_TOKENS = 1 << 23  # read at a time when parts are joined
 # Beside shards in the finished split: no file of a shard ends like these, whatever the domain.
 BAD_RECORDS = "bad_records.txt"
@@ -43,9 +43,10 @@ PART = "part.manifest"  # of a finished part
 
 @contextmanager
 def work_folder(output_dir: Path, split: str) -> Iterator[Path]:
-    """The split's hidden folder, this process's while the block runs; without a finished part it goes again.
+    """Yield the split's hidden folder, locked by this process. Remove it at the end if no part is finished.
 
-    Raises PileError if another process has it, or if it cannot be made.
+    Raises:
+        PileError: another process has locked it, or it cannot be created.
     """
     folder = output_dir / f".{split}.work"
     try:
@@ -75,17 +76,18 @@ class Part:
     domains: list[str]
 
     def shard(self, domain: str) -> Shard:
-        return open_shard(shards_of(self.folder) / f"{domain_file_name(domain)}.json")
+        """Open the shard of one domain."""
+        return open_shard(shards_folder(self.folder) / f"{domain_file_name(domain)}.json")
 
 
-def shards_of(part: Path) -> Path:
-    """Where the shards of a part are: what domains are named must not meet the part's own files."""
+def shards_folder(part: Path) -> Path:
+    """Return the folder of a part's shards, where domain names cannot clash with the part's own files."""
     return part / "shards"
 
 
 @dataclass(frozen=True)
 class PartKey:
-    """What a part was made of and how: one that was made of anything else is made again."""
+    """The input and the settings that a part was made with. A part with another key is recomputed."""
 
     source: InputFile
     split: str
@@ -99,8 +101,8 @@ class PartKey:
         return work / hashlib.sha256(str(self.source.path).encode()).hexdigest()[:24]
 
 
-def finished_part(work: Path, key: PartKey) -> Part | None:
-    """The part of this key, if it is whole."""
+def find_finished_part(work: Path, key: PartKey) -> Part | None:
+    """Return the finished part with this key, or None."""
     folder = key.folder(work)
     path = folder / PART
     if not path.is_file():
@@ -112,7 +114,7 @@ def finished_part(work: Path, key: PartKey) -> Part | None:
 
 
 class PartWriter:
-    """Writes one part: a context manager that leaves a whole part, or after an exception none."""
+    """Write one part, as a context manager. After an exception there is no finished part."""
 
     def __init__(self, work: Path, key: PartKey) -> None:
         self.key = key
@@ -124,7 +126,7 @@ class PartWriter:
     def __enter__(self) -> Self:
         if self._folder.exists():
             shutil.rmtree(self._folder)
-        shards_of(self._folder).mkdir(parents=True)
+        shards_folder(self._folder).mkdir(parents=True)
         self._bad_records = self._stack.enter_context(
             (self._folder / BAD_RECORDS).open("w", encoding="utf-8")
         )
@@ -141,7 +143,7 @@ class PartWriter:
             write_json_atomically(self._folder / PART, content)
 
     def add(self, batch: EncodedBatch) -> None:
-        """Adds a batch of this input file; in the file's order. Raises PileError on too many domains."""
+        """Add a batch. Batches come in the order of the input file. Raises PileError on too many domains."""
         for domain, tokens in batch.tokens.items():
             if domain not in self._shards:
                 self._shards[domain] = self._open(domain)
@@ -157,15 +159,16 @@ class PartWriter:
                 "meta.pile_set_name is the name of a set of many documents"
             )
         shard = ShardWriter(
-            shards_of(self._folder), domain, split=self.key.split, tokenizer=self.key.tokenizer
+            shards_folder(self._folder), domain, split=self.key.split, tokenizer=self.key.tokenizer
         )
         return self._stack.enter_context(shard)
 
 
 def join_parts(work: Path, parts: Sequence[Part], *, split: str, tokenizer: str) -> Path:
-    """Joins parts, in their order, into one shard for each domain; returns the folder.
+    """Join parts, in order, into one shard per domain. Return the folder.
 
-    Raises PileError if there is no document in any of them.
+    Raises:
+        PileError: no part has a document.
     """
     folder = work / "joined"
     if folder.exists():
@@ -190,10 +193,11 @@ def join_parts(work: Path, parts: Sequence[Part], *, split: str, tokenizer: str)
 
 
 def _append_shard(joined: ShardWriter, shard: Shard) -> None:
-    """Copies a shard's documents, at a time those that start within JOIN_TOKENS."""
+    """Append a shard's documents, in pieces of documents that start within JOIN_TOKENS."""
     starts = shard.document_starts
     first = 0
-    with shard.path.with_suffix(".bin").open("rb") as file:  # not the map: what it read would stay in memory
+    # Read the file, not the memory map: its pages would stay in memory.
+    with shard.path.with_suffix(".bin").open("rb") as file:
         while first < shard.num_documents:
             last = int(np.searchsorted(starts, starts[first] + JOIN_TOKENS))
             stop = starts[last] if last < shard.num_documents else shard.num_tokens
@@ -202,9 +206,9 @@ def _append_shard(joined: ShardWriter, shard: Shard) -> None:
 
 
 def publish_split(joined: Path, work: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Makes the joined shards the split, in one rename, and removes the rest of the work."""
+    """Rename the joined shards to the split's folder, and remove the work folder."""
     write_json_atomically(joined / MANIFEST, manifest)
-    with ThreadPoolExecutor(8) as threads:  # file systems commit what is asked for at the same time at once
+    with ThreadPoolExecutor(8) as threads:  # file systems commit concurrent syncs together
         list(threads.map(sync, joined.iterdir()))
     joined.rename(target)
     shutil.rmtree(work)

@@ -1,15 +1,15 @@
-r"""Turns Pile records into the token shards of one split.
+r"""Turn Pile records into the token shards of one split.
 
     python -m data_processing.tokenize_pile --input train/ --split train --output_dir data/pile \
         --tokenizer gpt2
 
 Each `--input` is a file whose name ends in .jsonl or .ndjson, or one of these and .zst, .zstd or .gz, or a
-folder of such files. Below a folder, names that begin with a dot are skipped, links are followed, what is
-reached twice is read once, and the log says what was left out. Documents keep the order of the inputs,
+folder of such files. Below a folder, names that begin with a dot are skipped, links are followed, a file with
+several names is read once, and the log says what was left out. Documents keep the order of the inputs,
 whatever the number of workers. Memory does not depend on the size of the input, except that zstd needs the
-window of the file: up to 2 GiB after zstd --long=31. Run again after an interruption: the input files that
-were finished are not done again. Blank lines are ignored; a record whose text is "" is left out and counted;
-every other line that is not a Pile record is an error, unless --on_bad_record skip.
+window of the file: up to 2 GiB after zstd --long=31. After an interruption run the same command again: it
+skips the input files that were finished. Blank lines are ignored; a record whose text is "" is left out and
+counted; every other line that is not a Pile record is an error, unless --on_bad_record skip.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from typing import Any
 
 from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
 from data_processing.input_files import ENDINGS, InputFile, PileError, find_inputs
-from data_processing.pile_records import LineBatch, line_batches
-from data_processing.progress import Progress
+from data_processing.pile_records import LineBatch, read_line_batches
+from data_processing.progress import TokenizationProgress
 from data_processing.shards import FORMAT_VERSION, list_shards
 from data_processing.split_parts import (
     BAD_RECORDS,
@@ -34,7 +34,7 @@ from data_processing.split_parts import (
     Part,
     PartKey,
     PartWriter,
-    finished_part,
+    find_finished_part,
     join_parts,
     publish_split,
     work_folder,
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One split to be made of some input files."""
+    """One split to make from input files."""
 
     sources: list[InputFile]
     split: str
@@ -65,7 +65,7 @@ class Job:
         return self.output_dir / self.split
 
     def identity(self) -> dict[str, Any]:
-        """What a finished split must have been made of for this job to be done already."""
+        """Return the input and settings. A finished split with the same ones makes this job unnecessary."""
         names = {"format_version": FORMAT_VERSION, "split": self.split, "tokenizer": self.tokenizer}
         return names | {"inputs": [source.as_json() for source in self.sources]}
 
@@ -79,10 +79,11 @@ def tokenize(
     num_workers: int,
     on_bad_record: str = "error",
 ) -> Counts:
-    """Makes {output_dir}/{split}, unless it is done, and returns what became of the records.
+    """Make {output_dir}/{split}, unless it is finished, and return the counts of its records.
 
-    Raises PileError for bad input and for an output that is there and another; TokenizerError, ShardError,
-    WorkerError.
+    Raises:
+        PileError: the input is bad, or the output exists and was made with other input or settings.
+        TokenizerError, ShardError, WorkerError
     """
     if split not in SPLITS:
         raise PileError(f"--split {split}: choose one of {', '.join(SPLITS)}")
@@ -102,7 +103,7 @@ def tokenize(
     with work_folder(output_dir, split) as work:
         if job.target.exists() and any(job.target.iterdir()):
             counts = _finished_before(job)
-            shutil.rmtree(work)  # what an interruption after publishing left
+            shutil.rmtree(work)  # an earlier process was interrupted after publishing
             return counts
         parts = _make_parts(job, work)
         joined = join_parts(work, parts, split=split, tokenizer=tokenizer)
@@ -115,7 +116,7 @@ def tokenize(
 
 
 def _check_other_splits(job: Job) -> None:
-    """Splits of one folder are read by one model, so they have one tokenizer."""
+    """Check that the other splits of the folder have the same tokenizer: one model reads all of them."""
     for split in SPLITS:
         manifest = job.output_dir / split / MANIFEST
         if split == job.split or not manifest.is_file():
@@ -129,7 +130,11 @@ def _check_other_splits(job: Job) -> None:
 
 
 def _finished_before(job: Job) -> Counts:
-    """The counts of a split that is there and is the one asked for; anything else is a PileError."""
+    """Return the counts of the finished split.
+
+    Raises:
+        PileError: it was made from other input or with other settings.
+    """
     remedy = f"remove {job.target}, or choose another --output_dir"
     manifest = job.target / MANIFEST
     if not manifest.is_file():
@@ -152,7 +157,7 @@ def _finished_before(job: Job) -> Counts:
     if counts.bad_records and not job.skip_bad_records:
         raise PileError(
             f"{job.target}: was made without {counts.bad_records} bad records, listed in its {BAD_RECORDS}; "
-            f"say --on_bad_record skip if that is right, or mend the input and {remedy}"
+            f"say --on_bad_record skip if that is right, or correct the input and {remedy}"
         )
     list_shards(job.output_dir, job.split)
     log.info("%s: all done before, from the same inputs: nothing to do", job.target)
@@ -160,14 +165,14 @@ def _finished_before(job: Job) -> Counts:
 
 
 def _make_parts(job: Job, work: Path) -> list[Part]:
-    """One part for each input file, in their order; those that are missing are made."""
+    """Return the parts of all input files, in order. Missing ones are made."""
     keys = [PartKey(source, job.split, job.tokenizer) for source in job.sources]
-    missing = [key for key in keys if not _is_usable(finished_part(work, key), job)]
+    missing = [key for key in keys if not _is_usable(find_finished_part(work, key), job)]
     if len(missing) < len(keys):
         log.info("%d of %d input files were finished before", len(keys) - len(missing), len(keys))
     if missing:
         _encode(job, work, missing)
-    parts = [part for key in keys if (part := finished_part(work, key)) is not None]
+    parts = [part for key in keys if (part := find_finished_part(work, key)) is not None]
     assert len(parts) == len(keys), "a part was not finished"
     return parts
 
@@ -177,11 +182,14 @@ def _is_usable(part: Part | None, job: Job) -> bool:
 
 
 def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
-    """Reads the input files one after the other; workers encode their batches, which come back in order."""
+    """Write one part per key. Workers encode the batches; results come back in order."""
     encoder = BatchEncoder(get_tokenizer(job.tokenizer))
-    batches = (batch for key in keys for batch in line_batches(key.source))
+    batches = (batch for key in keys for batch in read_line_batches(key.source))
     total_bytes = sum(key.source.size for key in keys)
-    with WorkerPool(job.num_workers, encoder) as pool, Progress(job.split, total_bytes) as progress:
+    with (
+        WorkerPool(job.num_workers, encoder) as pool,
+        TokenizationProgress(job.split, total_bytes) as progress,
+    ):
         answers = pool.answers(batches)
         for key in keys:
             with PartWriter(work, key) as part:
@@ -198,7 +206,7 @@ def _check_records(job: Job, batch: LineBatch, encoded: EncodedBatch) -> None:
         line, reason = encoded.bad_records[0]
         raise PileError(
             f"{batch.source.path}:{line}: {reason}. "
-            "Mend the line, or leave out bad records with --on_bad_record skip"
+            "Correct the line, or leave out bad records with --on_bad_record skip"
         )
 
 
@@ -265,14 +273,14 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = parse_arguments(argv)
     try:
-        # Errors of reading the input are PileErrors; what is left is a full disk, or no right to write.
+        # Reading the input raises PileErrors, so an OSError here comes from writing the output.
         with file_errors(f"--output_dir {arguments.output_dir}", PileError):
             tokenize(**vars(arguments))
     except UserError as error:
         log.error("error: %s", error)
         return 1
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on from the input files that were finished")
+        log.error("interrupted; the same command resumes after the input files that were finished")
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""The two tokenizers. Both make ids of GPT-2's vocabulary, uint16, without special tokens.
+"""Encode and decode text with one of two tokenizers. Both use GPT-2's vocabulary, without special tokens.
 
 gpt2        byte-pair encoding by tiktoken; needs its vocabulary file (downloaded once, then cached)
 gpt2_bytes  one id a byte: the ids of GPT-2's 256 single-byte tokens; needs no download. About four times as
@@ -20,30 +20,33 @@ from foundation.errors import UserError
 from foundation.paths import expand_home
 
 TOKENIZERS = ("gpt2", "gpt2_bytes")
-CACHES = {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"}  # where tiktoken looks, taking `~` for a name
+CACHES = {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"}  # variables of tiktoken, which does not expand `~`
 
 
 class TokenizerError(UserError):
-    """A tokenizer is not known, or its vocabulary cannot be had."""
+    """A tokenizer is unknown, lacks an id, or cannot load its vocabulary."""
 
 
 class Tokenizer(Protocol):
-    """What get_tokenizer returns."""
+    """The interface of both tokenizers."""
 
     name: str
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
-        """The ids of a text, (tokens,); text that spells a special token is ordinary text."""
+        """Return the ids of a text, (tokens,). Names of special tokens are encoded as ordinary text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; a character that is cut shows as U+FFFD. TokenizerError for an unknown id."""
+        """Return the text of ids. Part of a character becomes U+FFFD.
+
+        Raises TokenizerError for an unknown id.
+        """
 
     def token_bytes(self) -> list[bytes]:
-        """(EOT,): the bytes of each id below END_OF_TEXT; empty for an id that this tokenizer never makes."""
+        """Return the bytes of each id below END_OF_TEXT; empty for an id that this tokenizer never makes."""
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name. Raises TokenizerError if there is none, or its vocabulary cannot be had."""
+    """Return a tokenizer by name. Raises TokenizerError if it is unknown or cannot load its vocabulary."""
     if name == "gpt2":
         return Gpt2.load()
     if name == "gpt2_bytes":
@@ -51,11 +54,10 @@ def get_tokenizer(name: str) -> Tokenizer:
     raise TokenizerError(f"unknown tokenizer {name!r}: choose one of {', '.join(TOKENIZERS)}")
 
 
-# GPT-2's pattern has `\s+(?!\S)`, which tiktoken's regular expressions match by backtracking, with a stack
-# of 10^6 steps: a longer run of white space before a word is an error there. The same pieces, and so the
-# same ids, come from cutting the text before the run's last character: the first part then ends in white
-# space, which `\s++$` takes at once. The class is Unicode's White_Space, which is Rust's \s; Python's has
-# four characters more.
+# tiktoken matches `\s+(?!\S)` of GPT-2's pattern by backtracking, at most 10^6 steps, and fails on a longer
+# run of white space before a word. So the text is cut before the last character of a long run. The first part
+# then ends in white space, which `\s++$` matches at once, and the pieces and ids are the same. The class
+# below is Unicode's White_Space, as Rust's \s; Python's \s has four more characters.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONGEST_RUN = 100_000
 _LONG_RUN = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{_LONGEST_RUN},}}+(?=[^{_WHITE}])")
@@ -64,7 +66,7 @@ _LONG_RUN = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{_LONGEST_RUN},}}+(?=[^{_WH
 class Gpt2:
     """GPT-2's byte-pair encoding (Radford et al. 2019), by tiktoken.
 
-    A pickled one has its vocabulary with it, so that other processes need no file and a fifth of the time.
+    Its pickle contains the vocabulary: worker processes need no file and start five times as fast.
     """
 
     name = "gpt2"
@@ -74,8 +76,12 @@ class Gpt2:
 
     @classmethod
     def load(cls) -> Self:
-        """Loads the vocabulary. Raises TokenizerError if that fails, UserError for a cache's `~user` that is
-        not there."""
+        """Load the vocabulary.
+
+        Raises:
+            TokenizerError: it cannot be loaded.
+            UserError: a cache variable names a `~user` who does not exist.
+        """
         for variable in CACHES & os.environ.keys():
             os.environ[variable] = expand_home(os.environ[variable], variable)
         try:
@@ -99,7 +105,7 @@ class Gpt2:
         return np.concatenate(parts)
 
     def _encode(self, text: str) -> npt.NDArray[np.uint16]:
-        # the ids of encode_ordinary, but faster and smaller: no Python integers are made
+        # the same ids as encode_ordinary, but without a Python integer per token
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -119,10 +125,10 @@ def _gpt2_from(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, 
 
 
 def byte_ids() -> npt.NDArray[np.uint16]:
-    """(256,): byte -> the id of GPT-2's token of that one byte.
+    """Return (256,) the id of GPT-2's single-byte token for each byte.
 
-    The first 256 ids are the bytes in the order of `bytes_to_unicode` in GPT-2's encoder.py: those that are
-    printable Latin-1 characters, then the rest.
+    Ids 0 to 255 are the bytes in the order of `bytes_to_unicode` in GPT-2's encoder.py: first the printable
+    Latin-1 characters, then the rest.
     """
     printable = [
         *range(ord("!"), ord("~") + 1),
@@ -136,7 +142,7 @@ def byte_ids() -> npt.NDArray[np.uint16]:
 
 
 class Gpt2Bytes:
-    """Every byte of the UTF-8 text by its own id in GPT-2's vocabulary."""
+    """Encode each byte of the UTF-8 text as one id of GPT-2's vocabulary."""
 
     name = "gpt2_bytes"
 

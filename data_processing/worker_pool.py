@@ -1,8 +1,7 @@
-"""A pool of worker processes that answers in the order of the questions.
+"""Run tasks in a pool of worker processes, and return answers in the order of the tasks.
 
-concurrent.futures would do, but for three things that a run of hours needs: workers end when the parent
-does, however it ends (their pipe closes); they can be stopped in the middle of a task; and Ctrl-C reaches
-the parent alone.
+concurrent.futures lacks three properties that are needed here: workers end whenever the parent ends, because
+their pipe closes; they can be stopped in the middle of a task; and Ctrl-C reaches only the parent.
 """
 
 import multiprocessing
@@ -27,7 +26,7 @@ class WorkerError(UserError):
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end. A process that is started inside never sees one."""
+    """Delay Ctrl-C until the end of the block. Processes started in the block ignore it for good."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -36,13 +35,13 @@ def interrupts_held() -> Iterator[None]:
 
 
 def _serve(connection: Connection) -> None:
-    """The life of a worker. Its first message is the handler, the others are tasks.
+    """Run a worker. Its first message is the handler, all others are tasks.
 
-    It ends when the parent hangs up, or by an exception of the handler, with the traceback on stderr.
+    It ends when the parent closes the pipe, or with an exception of the handler and a traceback on stderr.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     messages = _messages(connection)
-    handler: Any = next(messages, None)  # None: no task will come either
+    handler: Any = next(messages, None)  # None: the pipe is closed, so there are no tasks either
     for task in messages:
         answer = handler(task)
         with suppress(ConnectionError):
@@ -56,27 +55,32 @@ def _messages(connection: Connection) -> Iterator[Any]:
 
 
 class WorkerPool:
-    """`num_workers` processes, each with a copy of the handler: task -> answer; all three picklable."""
+    """A pool of worker processes, as a context manager."""
 
     def __init__(self, num_workers: int, handler: Callable[[Any], Any]) -> None:
+        """Configure the pool; `with` starts it.
+
+        Args:
+            handler: task -> answer; every worker has a copy. Handler, tasks and answers must be picklable.
+        """
         assert num_workers >= 1, num_workers
         self._num_workers = num_workers
         self._handler = handler
         self._workers: list[tuple[SpawnProcess, Connection]] = []
 
     def __enter__(self) -> Self:
-        # One thread waits for each worker. spawn: a forked copy of a process with threads may deadlock.
+        # One thread waits for each worker. spawn, because a fork of a process with threads may deadlock.
         context = multiprocessing.get_context("spawn")
         unbound: SimpleQueue[tuple[SpawnProcess, Connection]] = SimpleQueue()
         self._mine = threading.local()
         self._threads = ThreadPoolExecutor(self._num_workers, initializer=self._bind, initargs=(unbound,))
-        resource_tracker.ensure_running()  # the first process starts it, which would end the next line's hold
+        resource_tracker.ensure_running()  # else the first start() does it, and unblocks SIGINT
         with interrupts_held():
             for _ in range(self._num_workers):
                 connection, its_end = context.Pipe()
                 process = context.Process(target=_serve, args=(its_end,), daemon=True)
                 process.start()
-                its_end.close()  # the worker's copy is now the only one, so its death closes the pipe
+                its_end.close()  # the worker has the only copy now, so the pipe closes when it dies
                 self._workers.append((process, connection))
                 unbound.put((process, connection))
         return self
@@ -84,14 +88,14 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         with interrupts_held():
             for process, _connection in self._workers:
-                process.terminate()  # workers hold nothing that could be lost
+                process.terminate()  # safe: workers have no state
             self._threads.shutdown(cancel_futures=True)
             for process, connection in self._workers:
                 process.join()
                 connection.close()
 
     def answers(self, tasks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yields (task, answer) in the order of the tasks, of which it holds at most two a worker.
+        """Yield (task, answer) in the order of the tasks. At most two tasks per worker are taken in advance.
 
         Raises WorkerError if a worker dies.
         """
@@ -110,8 +114,8 @@ class WorkerPool:
 
     def _bind(self, unbound: SimpleQueue[tuple[SpawnProcess, Connection]]) -> None:
         self._mine.worker = _, connection = unbound.get()
-        # The handler is no argument of the process, because its start waits until those are read.
-        with suppress(ConnectionError):  # a worker that is dead already: the first task reports it
+        # Not an argument of the process: start() would block until the worker has read it.
+        with suppress(ConnectionError):  # the worker is dead already; the first task reports it
             connection.send(self._handler)
 
     def _ask(self, task: Any) -> Any:

@@ -1,10 +1,10 @@
-"""A small GPT written by hand, in nanoGPT's style, trained with a score for every sample.
+"""Train a small hand-written GPT, in nanoGPT's style, with a score for every sample.
 
-    PYTHONPATH=. python examples/nano_gpt.py                        # 30 steps on random text, and the dot products
-    python -m ghostEngines.verify examples/nano_gpt.py:build        # is the engine exact on this model?
+    PYTHONPATH=. python examples/nano_gpt.py                    # train 30 steps, print dot products
+    python -m ghostEngines.verify examples/nano_gpt.py:build    # check the engine on this model
 
-Nothing in the model knows of the engine: its own LayerNorm, biases that may be absent, positions that are looked up
-once for all rows, an output layer tied to the embedding.
+The model is ordinary PyTorch, unaware of the engine. It has its own LayerNorm, optional biases, position
+embeddings looked up once for all rows, and an output layer tied to the embedding.
 """
 
 import torch
@@ -17,7 +17,7 @@ VOCABULARY, BLOCK, WIDTH, HEADS, LAYERS = 65, 32, 64, 4, 2
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation whose bias may be absent."""
+    """Layer normalisation with an optional bias."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to what comes in."""
+    """Attention and MLP, each with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (N, T) -> logits (N, T, VOCABULARY)."""
+    """Map token ids (N, T) to logits (N, T, VOCABULARY)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class GPT(nn.Module):
 
 
 def rows(count: int) -> tuple[Tensor, Tensor]:
-    """Random text: x, y (count, BLOCK), y the token after x."""
+    """Return random text x and targets y, (count, BLOCK) each; y is the token after x."""
     tokens = torch.randint(VOCABULARY, (count, BLOCK + 1))
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -86,7 +86,7 @@ def main() -> None:
         losses = per_sample_losses(model, torch.cat([x, val_x]), torch.cat([y, val_y]))
         engine.joint_loss(losses).backward()
         engine.prepare_gradients()
-        dots = engine.dot_products()  # (8,): of each train row with the validation rows
+        dots = engine.dot_products()  # (8,) of each train row with the mean validation gradient
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 9:

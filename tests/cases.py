@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from ghostEngines import CrossEntropyHead, GradDotProdEngine, per_sample_losses
-from model_setup import CausalLM
+from models.gpt2 import CausalLM
 
 V, T, D = 17, 6, 8
 

@@ -23,7 +23,7 @@ import model_setup
 from benchmarks.launch import flags_of, fork, world_of
 from data_processing.shards import ShardWriter, domain_file_name
 from data_processing.tokenizers import get_tokenizer
-from model_setup import CausalLM
+from models.gpt2 import CausalLM
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("Alpha", "Beta [b]")

@@ -17,7 +17,7 @@ from attribution.curate import command as command
 from attribution.curate import curated_folder, cut_shards
 from attribution.curate.command import curate
 from attribution.curate.curated_folder import CutShard
-from attribution.curate.cut_shards import cut
+from attribution.curate.cut_shards import cut_shard
 from attribution.curate.drop_rule import DropRule, choose
 from attribution.database import ScoreDatabase
 from attribution.options import run_command
@@ -273,7 +273,7 @@ def test_cutting_in_windows_is_leaving_out_ranges(
     (tmp_path / "new").mkdir()
     pieces = iter([np.array(piece, np.int64).reshape(-1, 2) for piece in (ranges[:1], [], ranges[1:])])
     with ShardWriter(tmp_path / "new", "A", split="train", tokenizer="gpt2") as writer:
-        cut(shard, pieces, writer, progress_bar("cutting", 80, "B"))
+        cut_shard(shard, pieces, writer, progress_bar("cutting", 80, "B"))
     new = open_shard(tmp_path / "new" / "A.json", verify_checksum=True)
     assert new.tokens.tolist() == expected + [EOT] * (expected[-1] != EOT)
     assert new.document_starts.tolist() == starts
@@ -359,7 +359,7 @@ def test_hidden_files_are_not_copied(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "source")
     for name in ("val/._Alpha.json", "val/._Alpha.bin", "test/.DS_Store"):
         (tmp_path / "source" / name).write_bytes(b"\0\5\x16\7")
-    others = curated_folder.other_splits(tmp_path / "source", "train")
+    others = curated_folder.find_other_splits(tmp_path / "source", "train")
     assert [path.name for path in others] == ["test", "val"]
     (tmp_path / "target").mkdir()
     curated_folder.write_splits(tmp_path / "target", others, [], tmp_path / "none")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from data_processing.deep_json import outer_values
+from data_processing.deep_json import read_outer_values
 
 DEPTH = 3
 PIECES = [
@@ -40,7 +40,7 @@ def generated(draw: random.Random, level: int = 0) -> object:
 
 
 def outer(value: object, level: int = 1) -> object:
-    """The oracle's answer, cut as `outer_values` says."""
+    """The oracle's answer, cut as `read_outer_values` says."""
     if isinstance(value, list) or (isinstance(value, dict) and level > DEPTH):
         return type(value)()
     if isinstance(value, dict):
@@ -68,7 +68,7 @@ def test_it_reads_and_refuses_what_python_does() -> None:
             document = document[:place] + draw.choice(["", *PIECES]) + document[place + draw.randrange(3) :]
         want = answer(lambda text: outer(json.loads(text)), document)
         if not str(want).startswith("Illegal trailing comma"):  # the words of Python 3.13
-            assert answer(lambda text: outer_values(text, DEPTH), document) == want, document
+            assert answer(lambda text: read_outer_values(text, DEPTH), document) == want, document
         refused.add(str(want).partition(":")[0] if isinstance(want, Refusal) else None)
     assert len(refused) > 6
 
@@ -77,8 +77,8 @@ def test_it_has_no_limits() -> None:
     many, digits = 20_000, "7" * 10_000
     for deep in ("[" * many + "]" * many, '{"a":' * many + digits + "}" * many, f"[{digits}, -{digits}.0]"):
         document = f'{{"text": "x", "meta": {{"other": {deep}, "name": "A"}}, "more": {deep}}}'
-        found = outer_values(document, 2)
+        found = read_outer_values(document, 2)
         assert isinstance(found, dict) and found["text"] == "x" and found["meta"]["name"] == "A"
         with pytest.raises(json.JSONDecodeError, match="Expecting ',' delimiter") as error:
-            outer_values(document[:-1], 2)
+            read_outer_values(document[:-1], 2)
         assert error.value.pos == len(document) - 1

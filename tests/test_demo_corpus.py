@@ -14,11 +14,11 @@ from data_processing.demo_corpus import (
     DOMAINS,
     SPLIT_BYTES,
     DemoError,
-    deal,
-    documents,
+    choose_documents,
+    deal_documents,
     main,
     make_demo,
-    python_docs,
+    read_python_docs,
     write_corpus,
 )
 from data_processing.shards import list_shards
@@ -114,35 +114,37 @@ def test_shards_of_something_else_are_an_error(tmp_path: Path) -> None:
 
 
 def test_built_in_docstrings_suffice_without_the_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = sum(map(len, documents(python_docs())))
+    everything = sum(map(len, choose_documents(read_python_docs())))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    texts = documents(python_docs())
+    texts = choose_documents(read_python_docs())
     assert sum(map(len, texts)) < everything
-    assert all(deal("Python Docs", texts).values())
+    assert all(deal_documents("Python Docs", texts).values())
 
 
 def test_documents_are_distinct_limited_and_in_an_order_of_their_own() -> None:
     generator = random.Random(0)
     texts = [f"{number}\n" + "line é\n" * generator.randrange(2000) for number in range(500)]
     texts += [texts[0], "", " \n", "x" * 2 * DOCUMENT_BYTES, "line é\n" * DOCUMENT_BYTES]
-    kept = documents(iter(texts))
+    kept = choose_documents(iter(texts))
     assert len(set(kept)) == len(kept)
     assert all(text.strip() for text in kept)
     assert DOMAIN_BYTES - DOCUMENT_BYTES <= sum(len(text.encode()) for text in kept) <= DOMAIN_BYTES
     generator.shuffle(texts)
-    assert documents(iter(texts)) == kept
-    assert documents(iter(["x" * 2 * DOCUMENT_BYTES])) == ["x" * DOCUMENT_BYTES]
-    (cut,) = documents(iter(["line é\n" * DOCUMENT_BYTES]))
+    assert choose_documents(iter(texts)) == kept
+    assert choose_documents(iter(["x" * 2 * DOCUMENT_BYTES])) == ["x" * DOCUMENT_BYTES]
+    (cut,) = choose_documents(iter(["line é\n" * DOCUMENT_BYTES]))
     assert cut.endswith("line é\n")
     assert DOCUMENT_BYTES - 8 < len(cut.encode()) <= DOCUMENT_BYTES
-    (cut,) = documents(iter(["é" * DOCUMENT_BYTES + "x"]))
+    (cut,) = choose_documents(iter(["é" * DOCUMENT_BYTES + "x"]))
     assert set(cut) == {"é"}
 
 
 def test_too_little_text_is_an_error() -> None:
     with pytest.raises(DemoError, match=r"domain 'Licences': .* 40000 bytes of text"):
-        deal("Licences", ["x" * 1000] * 40)
-    dealt = deal("Licences", ["x" * 1000] * 500)
+        deal_documents("Licences", ["x" * 1000] * 40)
+    dealt = deal_documents("Licences", ["x" * 1000] * 500)
     sizes = {split: sum(map(len, texts)) for split, texts in dealt.items()}
     assert sizes == {"train": 400_000, "val": 50_000, "test": 50_000}
-    assert min(sum(map(len, texts)) for texts in deal("A", ["x" * 1000] * 60).values()) >= SPLIT_BYTES
+    assert (
+        min(sum(map(len, texts)) for texts in deal_documents("A", ["x" * 1000] * 60).values()) >= SPLIT_BYTES
+    )

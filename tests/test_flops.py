@@ -16,7 +16,7 @@ from ghostEngines.layer_rules import cross_entropy_head
 from ghostEngines.memory import Scratch
 from ghostEngines.sinks import DotProducts, Site
 from ghostEngines.strategies import STRATEGIES
-from model_setup import CausalLM, architecture_config
+from models.gpt2 import CausalLM, architecture_config
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp
 from transformers import PreTrainedModel
 
 from benchmarks.oracle import row_loss
-from model_setup import FrugalMLP
+from models.gpt2 import FrugalMLP
 
 NAMES = [
     "linear-3d", "conv1d", "layer-norm", "embedding", "positions-broadcast", "tied-linear", "fused-head",

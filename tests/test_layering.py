@@ -78,7 +78,7 @@ def test_rooms_name_types_of_the_root_for_the_type_checker_alone() -> None:
     for room in ROOMS:
         names = {name for path in files_of(room) for name in imports(path, types_too=True)}
         upward = {name for name in names if top(name) in LEVEL and LEVEL[top(name)] < LEVEL[room]}
-        allowed = {"config_file.TrainingConfig", "dataloader.TrainingData", "model_setup.CausalLM"}
+        allowed = {"config_file.TrainingConfig", "dataloader.TrainingData"}
         assert upward <= (allowed if room == "run" else set()), (room, upward)
 
 

@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ghostEngines import GradDotProdEngine
 from ghostEngines.passes import Pass
-from model_setup import CausalLM, set_up_blocks
+from model_setup import set_up_blocks
+from models.gpt2 import CausalLM
 
 N, M = 3, 2
 BLOCKS = 2

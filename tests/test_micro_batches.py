@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
-from model_setup import CausalLM
+from models.gpt2 import CausalLM
 
 N, MICRO = 2, 3  # train rows of a micro-batch, micro-batches
 SMALL = [case for case in CASES if "gpt2" in case.name or case.rules]

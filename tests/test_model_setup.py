@@ -16,14 +16,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.oracle import row_loss
 from config_file import TrainingConfig, resolve
 from model_setup import (
-    ARCHITECTURES,
-    CausalLM,
     Precision,
-    architecture_config,
     build_model,
     build_optimizer,
     load_model,
 )
+from models.gpt2 import ARCHITECTURES, CausalLM, architecture_config
 from training_loop import learning_rate
 
 PUBLISHED = {  # parameters of gpt2, gpt2-medium and gpt2-large, whose vocabulary has 50257 entries

@@ -16,8 +16,14 @@ from attribution.database import ScoreDatabase
 from attribution.options import run_command
 from attribution.query import command as query
 from attribution.query import text_search
-from attribution.query.history import Standing, blocks_of, document_uses, standing, uses
-from attribution.query.lookup import find_sample, find_text, pair_values, validation_row
+from attribution.query.history import (
+    Standing,
+    find_block_uses,
+    find_blocks,
+    find_document_uses,
+    find_standing,
+)
+from attribution.query.lookup import find_extreme_pairs, find_sample, find_text, find_validation_row
 from attribution.query.text_search import Place, find_documents
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.units import write_units
@@ -136,11 +142,11 @@ def test_the_uses_of_a_sample_are_the_rows_of_the_scores(
     twice = scores["block"].value_counts().idxmax()
     for block, count in ((twice, 2), (scores["block"].iloc[0], None)):
         expected = scores[scores["block"] == block].sort_values("step")
-        found = uses(database, shards, TRAINED, range(block, block + 1)).to_pandas()
+        found = find_block_uses(database, shards, TRAINED, range(block, block + 1)).to_pandas()
         assert count is None or len(found) == count
         for name in ("step", "train_loss", "lr", "dot_product", "value"):
             assert found[name].tolist() == expected[name].tolist()
-    assert len(uses(database, shards, DOMAINS[0], range(1000))) == 0, "never trained on"
+    assert len(find_block_uses(database, shards, DOMAINS[0], range(1000))) == 0, "never trained on"
 
 
 def test_a_sample_stands_where_pandas_ranks_it(
@@ -151,8 +157,8 @@ def test_a_sample_stands_where_pandas_ranks_it(
     for block in (values.idxmax(), values.idxmin(), values.index[5]):
         rank = int(values.rank(ascending=False, method="min")[block])
         expected = Standing(pytest.approx(values[block]), rank, len(values), (values < values[block]).mean())
-        assert standing(database, units, "samples", TRAINED, int(block)) == expected
-    assert standing(database, units, "samples", DOMAINS[0], 0) is None
+        assert find_standing(database, units, "samples", TRAINED, int(block)) == expected
+    assert find_standing(database, units, "samples", DOMAINS[0], 0) is None
 
 
 def test_a_document_has_its_part_of_each_block(
@@ -169,13 +175,13 @@ def test_a_document_has_its_part_of_each_block(
             ["step", "block"]
         )
         share = np.array([parts[block][document] for block in expected["block"]])
-        found = document_uses(database, shards, shard, document).to_pandas()
+        found = find_document_uses(database, shards, shard, document).to_pandas()
         assert found[["step", "block"]].to_numpy().tolist() == expected[["step", "block"]].to_numpy().tolist()
         np.testing.assert_allclose(found["share"], share, rtol=1e-12)
         np.testing.assert_allclose(found["value"], expected["value"] * share, rtol=1e-12)
-        blocks = blocks_of(shard, document, T)
+        blocks = find_blocks(shard, document, T)
         assert list(blocks) == [block for block, share in parts.items() if document in share]
-        own = standing(database, units, "documents", TRAINED, document)
+        own = find_standing(database, units, "documents", TRAINED, document)
         assert own is not None
         assert own.value == pytest.approx(found["value"].sum())
         assert own.count == shard.num_documents
@@ -187,13 +193,13 @@ def test_pairs_add_up_to_what_pandas_adds(trained: Run, database: ScoreDatabase)
         pair = scores["lr"] * scores["clip_factor"] / scores["global_batch_size"]
         pair *= [dots[number] for dots in scores["pairwise"]]
         expected = pair.groupby(scores["block"]).sum().sort_values(ascending=False)
-        helped, _ = pair_values(database, number, 5)
+        helped, _ = find_extreme_pairs(database, number, 5)
         assert helped["block"].to_pylist() == expected.index[:5].tolist()
         np.testing.assert_allclose(helped["value"], expected.iloc[:5], rtol=1e-12)
         database.connection.execute("DROP TABLE pairs")
     with ScoreDatabase(database.runs, normalise="absolute", steps=(1, 1)) as normalised:
         first = scores[scores["step"] == 1]
-        helped, hurt = pair_values(normalised, 0, 100)
+        helped, hurt = find_extreme_pairs(normalised, 0, 100)
         assert len(helped) + len(hurt) == len(first)
         dots = np.array([dots[0] for dots in first["pairwise"]])
         expected = first["lr"] * first["clip_factor"] * dots / 16 / first["value"].abs().sum()
@@ -253,7 +259,7 @@ def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask:
     find = {
         "text": lambda text: find_text(shards, text, 10),
         "sample": lambda sample: find_sample(run, shards, sample),
-        "validation": lambda number: validation_row(run, int(number)),
+        "validation": lambda number: find_validation_row(run, int(number)),
     }
     nowhere = f"none of the 12 training documents in {shards[0].path.parent} contains it"
     for option, value, message in (
@@ -271,7 +277,7 @@ def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask:
             find[option](value)
     total = replace(run, metadata={**run.metadata, "granularity": "total"})
     with pytest.raises(AttributionError, match="train with --score_granularity pairwise"):
-        validation_row(total, 0)
+        find_validation_row(total, 0)
     assert ask("--validation", "3", status=2).startswith("attribution.query: error: --validation 3: ")
 
 

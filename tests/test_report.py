@@ -25,9 +25,16 @@ from score_folders import scores_of, write_run
 from attribution.database import ScoreDatabase
 from attribution.options import run_command
 from attribution.report.command import NEEDED_SETTINGS, main, write_report
-from attribution.report.page import in_unit
-from attribution.report.plots import unit_for
-from attribution.report.tables import domain_bins, domain_spread, evaluations, histogram, means, totals
+from attribution.report.page import format_scaled
+from attribution.report.plots import choose_scale
+from attribution.report.tables import (
+    average_domains,
+    average_neighbours,
+    collect_evaluations,
+    count_by_value,
+    count_samples,
+    sum_domains_by_step,
+)
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
@@ -308,7 +315,7 @@ def test_the_check_says_what_the_scores_say(page: Element, run: Run) -> None:
     assert f"the loss fell by {measured:.3g} nats" in text
     correlation = f"{both.corr().iloc[0, 1]:+.2f}".replace("-", "−")
     assert f"the correlation of predicted and measured fall is {correlation} (" in text
-    assert "AdamW makes another" in text
+    assert "AdamW scales each entry" in text
 
 
 def test_validation_rows_and_settings_are_shown(page: Element, run: Run) -> None:
@@ -377,8 +384,8 @@ def test_tables_are_those_of_pandas(made: ScoredRun, tmp_path: Path) -> None:
     by_sample = scores.groupby("sample_id")["value"].sum(min_count=1)
     values = write_values([made], tmp_path / "values")
     with ScoreDatabase([made]) as database:
-        bins, spread = domain_bins(database), domain_spread(database, values)
-        bars, total = histogram(database, values), totals(database, values)
+        bins, spread = sum_domains_by_step(database), average_domains(database, values)
+        bars, total = count_by_value(database, values), count_samples(database, values)
     assert bins.edges.tolist() == [*range(0, 70, 3), 70]
     scores["bin"] = scores["step"] // 3
     for name, part in (("helpful", scores[scores["value"] > 0]), ("harmful", scores[scores["value"] < 0])):
@@ -456,13 +463,13 @@ def test_what_has_no_glyph_is_shown_by_its_number(text: str, shown: str) -> None
 def test_units_make_numbers_of_one_to_three_places(
     largest: float, value: float, unit: str, shown: str
 ) -> None:
-    found = unit_for(largest, "nats")
-    assert (found.name, in_unit(value, found)) == (unit, shown)
+    found = choose_scale(largest, "nats")
+    assert (found.name, format_scaled(value, found)) == (unit, shown)
 
 
 def test_curves_are_means_of_neighbours_and_evaluations_of_the_window() -> None:
-    assert means(np.arange(7), 3).tolist() == [1, 4, 6]
+    assert average_neighbours(np.arange(7), 3).tolist() == [1, 4, 6]
     records = [{"step": 1, "loss/val": 5.0}, {"step": 3, "loss/val": None}, {"step": 3, "train_loss": 1.0}]
-    steps, losses = evaluations(records, "loss/val", 2, 9)
+    steps, losses = collect_evaluations(records, "loss/val", 2, 9)
     assert steps.tolist() == [3]
     assert np.isnan(losses).all()

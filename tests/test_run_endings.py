@@ -33,6 +33,8 @@ from data_processing.shards import ShardWriter
 from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine
 from ghostEngines.engine_manager import GradDotProdManager
+from models import gpt2
+from models.gpt2 import CausalLM
 from run.log import RunLog
 from run.signals import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
 from score_store.writer import ScoreWriter
@@ -221,7 +223,7 @@ def test_splits_of_different_tokenizers(
 def test_an_id_beyond_the_models_vocabulary(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_setup, "VOCABULARY", 50256)
+    monkeypatch.setattr(gpt2, "VOCABULARY", 50256)
     message = refusal(command(data, tmp_path / "results"), tmp_path / "results", capsys)
     assert message.startswith("the train shards have token id 50256, the model's vocabulary ends at 50255")
 
@@ -325,7 +327,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable) -> list[d
         build(self, *args, **options | {"guard": False})
 
     monkeypatch.setattr(GradDotProdEngine, "__init__", unguarded)
-    forward, seen = model_setup.CausalLM.forward, []
+    forward, seen = CausalLM.forward, []
     calls = iter(range(1_000_000))
 
     def meddled(self, x, y):
@@ -335,7 +337,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable) -> list[d
         seen.append({name: parameter.detach().clone() for name, parameter in self.hf.named_parameters()})
         return action(losses)
 
-    monkeypatch.setattr(model_setup.CausalLM, "forward", meddled)
+    monkeypatch.setattr(CausalLM, "forward", meddled)
     return seen
 
 
@@ -427,9 +429,9 @@ def test_an_evaluation_that_is_not_finite(
     eval_only: bool, data: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    forward = model_setup.CausalLM.forward
+    forward = CausalLM.forward
     monkeypatch.setattr(
-        model_setup.CausalLM,
+        CausalLM,
         "forward",
         lambda *args: forward(*args) * (1 if torch.is_grad_enabled() else math.nan),
     )

@@ -169,7 +169,9 @@ def test_two_domains_never_write_into_one_file(tmp_path: Path) -> None:
     """As on a file system that takes "a" for "A"."""
     with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
         shard.append([1])
-        with pytest.raises(ShardError, match=r"A\.bin\.partial: is there already.*does not tell from 'A'"):
+        with pytest.raises(
+            ShardError, match=r"A\.bin\.partial: is there already.*does not distinguish from 'A'"
+        ):
             ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2").__enter__()
         shard.append([2])
     assert open_shard(tmp_path / "A.json", verify_checksum=True).num_documents == 2

@@ -20,7 +20,7 @@ import pytest
 from data_processing import pile_records, progress, split_parts, tokenize_pile
 from data_processing.batch_encoder import BatchEncoder, Counts
 from data_processing.input_files import InputFile, PileError, find_inputs
-from data_processing.pile_records import BadRecord, LineBatch, line_batches, numbered_lines, parse_record
+from data_processing.pile_records import BadRecord, LineBatch, number_lines, parse_record, read_line_batches
 from data_processing.shards import EOT, list_shards
 from data_processing.tokenize_pile import main, tokenize
 from data_processing.tokenizers import get_tokenizer
@@ -154,10 +154,10 @@ def test_batches_are_whole_lines_with_their_numbers(tmp_path: Path, monkeypatch:
     (source,) = find_inputs([tmp_path / "in.jsonl"])
     for size in (1, 7, 64, 1000):
         monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
-        batches = list(line_batches(source))
+        batches = list(read_line_batches(source))
         assert [batch.is_last for batch in batches] == [False] * (len(batches) - 1) + [True]
         assert b"".join(batch.data for batch in batches) == b"\n".join(lines)
-        numbered = [line for batch in batches for line in numbered_lines(batch)]
+        numbered = [line for batch in batches for line in number_lines(batch)]
         assert numbered == [(number, line) for number, line in enumerate(lines, 1) if line]
         assert max(len(batch.data) for batch in batches) < size + 202
 
@@ -171,9 +171,9 @@ def test_a_line_too_long_is_bad_but_the_others_are_not(
     monkeypatch.setattr(pile_records, "MAX_LINE_BYTES", 100)
     for size in (16, 101, 150):
         monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
-        batches = list(line_batches(source))
+        batches = list(read_line_batches(source))
         assert max(len(batch.data) for batch in batches) <= 100 + 2 * size  # the long lines are never held
-        read = dict(line for batch in batches for line in numbered_lines(batch))
+        read = dict(line for batch in batches for line in number_lines(batch))
         assert list(read) == [1, 2, 3, 4, 5, 6]
         assert [read[number] for number in (1, 3, 4, 6)] == [lines[0], lines[2], lines[3], lines[5]]
         for number in (2, 5):
@@ -219,7 +219,7 @@ def test_what_zstd_and_gzip_read_is_read(
     monkeypatch.setattr(pile_records, "BATCH_BYTES", batch_bytes)
     (tmp_path / name).write_bytes(data)
     (source,) = find_inputs([tmp_path])
-    assert b"".join(batch.data for batch in line_batches(source)) == TEXT
+    assert b"".join(batch.data for batch in read_line_batches(source)) == TEXT
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_file_that_cannot_be_read_is_an_error_with_the_true_reason(
 ) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(PileError, match=rf"{name}: .*{reason}"):
-        list(line_batches(InputFile.at(tmp_path / name)))
+        list(read_line_batches(InputFile.at(tmp_path / name)))
 
 
 def test_too_little_memory_for_a_long_window_is_said(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_too_little_memory_for_a_long_window_is_said(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
     try:
         with pytest.raises(PileError, match="not enough memory: it was packed with a long window"):
-            list(line_batches(InputFile.at(tmp_path / "a.jsonl.zst")))
+            list(read_line_batches(InputFile.at(tmp_path / "a.jsonl.zst")))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
@@ -348,7 +348,7 @@ def test_a_folder_stands_for_what_is_not_hidden_and_the_log_names_the_rest(
     want = [folder / "a.ndjson", elsewhere / "sub" / "c.jsonl", folder / "b.jsonl", elsewhere / "blob"]
     assert [source.path for source in sources] == [path.resolve() for path in want]
     for source in sources:
-        assert sum(batch.data.count(b'"text"') for batch in line_batches(source)) == len(RECORDS)
+        assert sum(batch.data.count(b'"text"') for batch in read_line_batches(source)) == len(RECORDS)
     assert [message.replace(f"{folder}/", "") for message in caplog.messages] == [
         "left out of --input: 5 *.json.gz (0.json.gz, 1.json.gz, 2.json.gz, ...), "
         "3 reached before by another name (linked/round, linked/sub, zz.jsonl.zst), "
@@ -379,7 +379,7 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> N
     source = InputFile.at(path)
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(PileError, match=r"a\.jsonl: changed while it was read"):
-        list(line_batches(source))
+        list(read_line_batches(source))
 
 
 # Bad records
@@ -500,9 +500,9 @@ def join(work: Path, path: Path) -> Path:
     key = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes")
     encoder = BatchEncoder(get_tokenizer("gpt2_bytes"))
     with split_parts.PartWriter(work, key) as writer:
-        for batch in line_batches(key.source):
+        for batch in read_line_batches(key.source):
             writer.add(encoder(batch))
-    part = split_parts.finished_part(work, key)
+    part = split_parts.find_finished_part(work, key)
     assert part is not None
     return split_parts.join_parts(work, [part], split="train", tokenizer="gpt2_bytes")
 
@@ -580,9 +580,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
         if source.path.name == name:
             raise KeyboardInterrupt
         read.append(source.path.name)
-        yield from line_batches(source)
+        yield from read_line_batches(source)
 
-    monkeypatch.setattr(tokenize_pile, "line_batches", interrupted)
+    monkeypatch.setattr(tokenize_pile, "read_line_batches", interrupted)
     return read
 
 
@@ -618,8 +618,8 @@ def test_a_part_of_another_tokenizer_or_with_bad_records_is_made_again(
         run(inputs, tmp_path / "out")
     key = split_parts.PartKey(InputFile.at(inputs[1]), "train", "gpt2_bytes")
     work = tmp_path / "out" / ".train.work"
-    assert split_parts.finished_part(work, key) is not None
-    assert split_parts.finished_part(work, split_parts.PartKey(key.source, "train", "gpt2")) is None
+    assert split_parts.find_finished_part(work, key) is not None
+    assert split_parts.find_finished_part(work, split_parts.PartKey(key.source, "train", "gpt2")) is None
 
 
 def live_processes(group: int) -> set[int]:
@@ -664,7 +664,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, name: str) -> None:
     assert live_processes(process.pid) == set()
     if name == "SIGINT":
         assert process.returncode == 130
-        assert errors.startswith("interrupted; the same command goes on")
+        assert errors.startswith("interrupted; the same command resumes")
         assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -22,7 +22,7 @@ from score_folders import T, scores_of, write_run
 import attribution.documents
 from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
-from attribution.efficiency import efficiency, steps_of_half
+from attribution.efficiency import count_steps_of_half, measure_efficiency
 from attribution.options import parse_steps, run_command
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
 from attribution.values import main, write_values
@@ -302,7 +302,7 @@ def test_efficiency_against_numpy() -> None:
         {"run": np.full(220, 7), "predicted": pa.array(predicted), "measured": pa.array(measured)}
     )
     both = np.delete(np.arange(220), [10, 219])
-    each, windows = efficiency(steps)
+    each, windows = measure_efficiency(steps)
     assert (each.run, each.window, each.count) == (7, 1, 218)
     assert each.correlation == pytest.approx(np.corrcoef(predicted[both], measured[both])[0, 1])
     assert each.ratio == pytest.approx(measured[both].sum() / predicted[both].sum())
@@ -323,15 +323,15 @@ def test_efficiency_of_too_little(predicted: list[float], shown: str) -> None:
     steps = pa.table(
         {"run": [0] * len(predicted), "predicted": predicted, "measured": [2 * each for each in predicted]}
     )
-    each, windows = efficiency(steps)
+    each, windows = measure_efficiency(steps)
     assert shown in str(each) and "fewer than 50 have" in str(windows)
 
 
 def test_steps_of_half() -> None:
     steps = pa.table({"absolute": [1.0, None, 5.0, 2.0, 0.0]})
-    assert steps_of_half(steps) == (1, 4)
-    assert steps_of_half(pa.table({"absolute": [1.0, 1.0, 1.0, 1.0]})) == (2, 4)
-    assert steps_of_half(pa.table({"absolute": pa.array([None], pa.float64())})) == (0, 0)
+    assert count_steps_of_half(steps) == (1, 4)
+    assert count_steps_of_half(pa.table({"absolute": [1.0, 1.0, 1.0, 1.0]})) == (2, 4)
+    assert count_steps_of_half(pa.table({"absolute": pa.array([None], pa.float64())})) == (0, 0)
 
 
 # ---- what is not as it should be
@@ -621,7 +621,7 @@ def test_the_table(
     want = [*samples.iloc[:3].itertuples(), *samples.iloc[:-4:-1].itertuples()]
     for row, line in zip(want, shown, strict=True):
         assert line.startswith(f"{row.value:+.3e}  {row.domain}, block {row.block}  ")
-    for each in efficiency(values.read("steps")):
+    for each in measure_efficiency(values.read("steps")):
         assert f"{folders[each.run].name}, {each}" in out
     for name in FILES:
         assert str(folder / f"{name}.parquet") in out

@@ -1,1 +1,1 @@
-"""A data folder without the samples that a run's values advise against."""
+"""Make a data folder without the samples or documents of low value."""

@@ -1,20 +1,21 @@
-"""A data folder without the training samples, or documents, whose value says so.
+"""Make a data folder without the training samples, or documents, of low value.
 
     python -m attribution.curate RESULT_DIR [RESULT_DIR ...] --drop negative|bottom:0.16|threshold:X
         [--unit samples|documents] --output SHARDS [flags as of attribution.values]
 
-`train.sh --pile_data_dir SHARDS` runs on it as on any other. The training split is written anew; a domain of
-which nothing was chosen, and all other splits, are the files of the source folder (hard links where the file
-system has them). SHARDS/dropped.parquet lists what was left out, SHARDS/curation.json says why and how much.
-What has no value, because the run did not use it, stays.
+Train on the result with `train.sh --pile_data_dir SHARDS`. Only the shards of the training split that lose
+tokens are written; all other files are hard links to the source folder, or copies where the file system has
+no links. SHARDS/dropped.parquet lists what was dropped, SHARDS/curation.json why and how much. Samples and
+documents without a value, because no step gave them one, are kept.
 
---unit samples: the first T tokens of every block that stays, one after the other, then the shard's tail that
-is no block. So each is a block again, with the same input; its number, and with it the sample id, is another.
-The last of its T targets is the next block's first token: where blocks were left out in between, another one
-than before. There a document begins without an END_OF_TEXT before it.
---unit documents: every document is there as a whole, or not at all; blocks are cut anew.
+--unit samples: the shard becomes the first T tokens of every kept block, in order, and then its tail that is
+no whole block. Each kept block has the same input as before, but a new number, and so a new sample id. The
+last of its T targets is the first token of the block that now follows. Where blocks were dropped in between,
+that target changes, and a document begins there without an END_OF_TEXT before it.
 
-A domain of which less than a block is left is left out as a whole.
+--unit documents: every document is kept or dropped as a whole, and blocks are cut anew.
+
+A domain with less than one block left is dropped as a whole.
 """
 
 import shlex
@@ -27,14 +28,20 @@ from rich.table import Table
 from rich.text import Text
 
 from attribution.completeness import Window
-from attribution.curate.curated_folder import check_output, other_splits, plan, whole_folder, write_splits
+from attribution.curate.curated_folder import (
+    check_output,
+    find_other_splits,
+    plan_cuts,
+    whole_folder,
+    write_splits,
+)
 from attribution.curate.drop_rule import Choice, DropRule, choose
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
-from attribution.options import argument_parser, run_options
+from attribution.options import make_argument_parser, read_options
 from attribution.scored_run import ScoredRun
 from attribution.screen import first_words, plain_console
 from attribution.units import Unit, write_units
-from attribution.values import description
+from attribution.values import describe_run
 from data_processing.shards import Shard, list_shards, write_json_atomically
 from foundation.paths import path_argument
 
@@ -54,26 +61,29 @@ def curate(
     memory_limit: str = MEMORY_LIMIT,
     pile_data_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes the data folder `output`, which appears whole or not at all, and returns its manifest.
+    """Write the data folder `output`, whole or not at all, and return its manifest.
 
-    drop: as of `DropRule.parse`; the rest as of `write_values`.
+    Args:
+        drop: a rule, as of `DropRule.parse`.
+        normalise, steps, memory_limit, pile_data_dir: as of `write_values`.
 
     Raises:
-        AttributionError: the output is there already, lies within the source folder or cannot be written; the
-        rule leaves nothing; and what `DropRule.parse`, `ScoreDatabase` and `ScoredRun.shards` raise.
+        AttributionError: the output exists, lies within the source folder or cannot be written; the rule
+            leaves nothing; and as `DropRule.parse`, `ScoreDatabase` and `ScoredRun.shards`.
         ShardError: a shard of the source folder is damaged.
     """
     rule = DropRule.parse(drop)
     shards, block_size, split = runs[0].shards(pile_data_dir), runs[0].block_size, runs[0].split
     source = shards[0].path.parent.parent
-    others = other_splits(source, split)
+    others = find_other_splits(source, split)
     check_output(output, source)
-    options = {"memory_limit": memory_limit, "steps": steps, "normalise": normalise}
     with whole_folder(output) as unfinished:
-        with ScoreDatabase(runs, **options, spill_folder=unfinished) as database:
+        with ScoreDatabase(
+            runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
+        ) as database:
             choice = choose_units(database, shards, unit, rule, unfinished / DROPPED)
             windows = database.windows
-        cuts = plan(shards, choice, unit, block_size)
+        cuts = plan_cuts(shards, choice, unit, block_size)
         write_splits(unfinished, others, cuts, unfinished / DROPPED)
         tokens = {shard.domain: shard.num_tokens for shard in list_shards(unfinished, split)}
         manifest = {
@@ -84,7 +94,7 @@ def curate(
             "highest_dropped_value": choice.highest_dropped,
             "lowest_kept_value": choice.lowest_kept,
             "normalise": normalise,
-            "runs": [description(run, window) for run, window in zip(runs, windows, strict=True)],
+            "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
             "source": str(source.resolve()),
             "split": split,
             "block_size": block_size,
@@ -97,14 +107,14 @@ def curate(
 def choose_units(
     database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, rule: DropRule, dropped: Path
 ) -> Choice:
-    """Writes the file `dropped`; the values that this takes are in a folder beside it for as long."""
+    """Write the file `dropped`. The values for it go to a temporary folder beside it."""
     with tempfile.TemporaryDirectory(prefix=".values-", dir=dropped.parent) as folder:
         units = write_units(database, shards, unit, Path(folder))
         return choose(database, units, unit, rule, database.runs[0].block_size, dropped)
 
 
 def print_curation(output: Path, manifest: dict[str, Any]) -> None:
-    """What became of each domain, and how to train on the result."""
+    """Print what was dropped from each domain, and how to train on the result."""
     screen, unit = plain_console(), manifest["unit"]
     screen.print(f"{unit} left out: {manifest['reason']}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
@@ -132,7 +142,9 @@ def print_curation(output: Path, manifest: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argument_parser("attribution.curate", "A data folder without the samples whose value says so.")
+    parser = make_argument_parser(
+        "attribution.curate", "Make a data folder without the samples of low value."
+    )
     parser.add_argument(
         "--drop", required=True, metavar="RULE", help="negative, bottom:SHARE or threshold:VALUE"
     )
@@ -143,7 +155,7 @@ def main(argv: list[str]) -> None:
         "--output", type=path_argument, required=True, metavar="SHARDS", help="the new data folder"
     )
     arguments = parser.parse_args(argv)
-    options = run_options(arguments)
+    options = read_options(arguments)
     chosen = {name: getattr(arguments, name) for name in ("output", "drop", "unit")}
     manifest = curate(**chosen, **vars(options))
     print_curation(arguments.output, manifest)

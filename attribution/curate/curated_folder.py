@@ -1,4 +1,4 @@
-"""A data folder made of another: of one split the shards cut, or left out; the other splits as they are."""
+"""Make a data folder from another one: cut or leave out shards of one split, and link the other splits."""
 
 import errno
 import os
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from attribution.curate.cut_shards import Ranges, cut
-from attribution.curate.drop_rule import Choice, dropped_numbers
-from attribution.documents import bounds
+from attribution.curate.cut_shards import Ranges, cut_shard
+from attribution.curate.drop_rule import Choice, read_dropped_numbers
+from attribution.documents import locate_documents
 from attribution.scored_run import AttributionError
 from attribution.units import Unit
 from attribution.values_folder import being_written
@@ -22,45 +22,49 @@ from foundation.files import sync
 from foundation.progress import progress_bar
 
 COPY_BYTES = 1 << 24
-# What os.link says where there are no links: to another file system, on one without, too many of one file.
+# Errors of os.link where a copy is needed: another file system, one without links, too many links to a file.
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
 SUFFIXES = (".bin", ".idx", ".json")
 
 
 @dataclass(frozen=True)
 class CutShard:
-    """What becomes of a shard of the source. unit: what it is cut by; with_value: how many units have one;
-    dropped, dropped_tokens: of those that were chosen."""
+    """A shard of the source, and how much of it is dropped."""
 
     shard: Shard
-    unit: Unit
+    unit: Unit  # what it is cut by
     block_size: int
-    with_value: int
-    dropped: int
+    with_value: int  # number of units that have a value
+    dropped: int  # number of units
     dropped_tokens: int
 
     @property
     def units(self) -> int:
+        """Number of units in the source shard."""
         documents = self.unit == "documents"
         return self.shard.num_documents if documents else (self.shard.num_tokens - 1) // self.block_size
 
     @property
     def state(self) -> str:
-        """unchanged, cut, or left out, if no block stays."""
+        """What becomes of the shard: "unchanged", "cut", or "left out" if no whole block stays."""
         if self.dropped == 0:
             return "unchanged"
         return "cut" if self.shard.num_tokens - self.dropped_tokens > self.block_size else "left out"
 
     def ranges(self, dropped: Path) -> Iterator[Ranges]:
-        """The tokens that go: of a block its first T, as the last is the next one's. dropped: as `choose`
-        wrote it."""
-        for numbers in dropped_numbers(dropped, self.unit, self.shard.domain):
+        """Yield the token ranges to drop. A block's are its first T tokens: the last is the next block's.
+
+        Args:
+            dropped: the file that `choose` wrote.
+        """
+        for numbers in read_dropped_numbers(dropped, self.unit, self.shard.domain):
             if self.unit == "documents":
-                yield np.stack(bounds(self.shard, numbers), axis=1)
+                yield np.stack(locate_documents(self.shard, numbers), axis=1)
             else:
                 yield np.stack([numbers * self.block_size, (numbers + 1) * self.block_size], axis=1)
 
     def describe(self, tokens_after: int) -> dict[str, Any]:
+        """Return the shard's entry in the manifest."""
         return {
             "state": self.state,
             "units": self.units,
@@ -72,8 +76,8 @@ class CutShard:
         }
 
 
-def plan(shards: Sequence[Shard], choice: Choice, unit: Unit, block_size: int) -> list[CutShard]:
-    """AttributionError if it leaves nothing of any shard."""
+def plan_cuts(shards: Sequence[Shard], choice: Choice, unit: Unit, block_size: int) -> list[CutShard]:
+    """Return what is cut from each shard. Raises AttributionError if nothing is left of any."""
     cuts = [
         CutShard(
             shard,
@@ -94,7 +98,11 @@ def plan(shards: Sequence[Shard], choice: Choice, unit: Unit, block_size: int) -
 
 
 def check_output(output: Path, source: Path) -> None:
-    """AttributionError if it is there, or if the source folder would take it for a split."""
+    """Check where the curated folder goes.
+
+    Raises:
+        AttributionError: it exists, or is within the source folder, which would take it for a split.
+    """
     if os.path.lexists(output):
         raise AttributionError(f"--output {output}: is there already; remove it, or name another folder")
     if output.resolve().is_relative_to(source.resolve()):
@@ -103,16 +111,18 @@ def check_output(output: Path, source: Path) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `output` at the end, safe from a power failure; after an exception it is
-    removed. AttributionError if it cannot be written."""
+    """Yield a hidden folder that becomes `output` when the block ends, synced to the disk.
+
+    After an exception it is removed. Raises AttributionError if it cannot be written.
+    """
     with being_written(output) as unfinished:
         yield unfinished
         for path in [unfinished, *unfinished.rglob("*")]:
             sync(path)
 
 
-def other_splits(source: Path, split: str) -> list[Path]:
-    """The folders of the splits but this one. ShardError if a shard of them is damaged."""
+def find_other_splits(source: Path, split: str) -> list[Path]:
+    """Return the folders of all splits but this one. Raises ShardError if one of their shards is damaged."""
     folders = [path for path in sorted(source.iterdir()) if visible(path.glob("*.bin"))]
     others = [path for path in visible(folders) if path.name != split]
     for path in others:
@@ -121,8 +131,12 @@ def other_splits(source: Path, split: str) -> list[Path]:
 
 
 def write_splits(target: Path, others: Sequence[Path], cuts: Sequence[CutShard], dropped: Path) -> None:
-    """Writes the splits of these folders, and the one that is cut, with a bar in bytes. dropped: as `choose`
-    wrote it."""
+    """Write the other splits and the split that is cut, with a progress bar in bytes.
+
+    Args:
+        others: folders of splits to link or copy.
+        dropped: the file that `choose` wrote.
+    """
     of_state = {state: [each for each in cuts if each.state == state] for state in ("unchanged", "cut")}
     copies = [path for folder in others for path in sorted(visible(folder.iterdir())) if path.is_file()]
     copies += [each.shard.path.with_suffix(end) for each in of_state["unchanged"] for end in SUFFIXES]
@@ -136,13 +150,16 @@ def write_splits(target: Path, others: Sequence[Path], cuts: Sequence[CutShard],
             shard, folder = each.shard, target / each.shard.split
             folder.mkdir(exist_ok=True)
             with ShardWriter(folder, shard.domain, split=shard.split, tokenizer=shard.tokenizer) as writer:
-                cut(shard, each.ranges(dropped), writer, bar)
+                cut_shard(shard, each.ranges(dropped), writer, bar)
 
 
 def copy_file(source: Path, target: Path, bar: tqdm) -> None:
-    """A hard link where the file system has them: shards are never changed in place. Else a copy."""
+    """Make a hard link, or a copy where links are impossible.
+
+    Links are safe: shards never change in place.
+    """
     try:
-        os.link(source.resolve(), target)  # the file, should the source be a symbolic link
+        os.link(source.resolve(), target)  # resolved: the source may be a symbolic link
     except OSError as error:
         if error.errno not in NO_LINK:
             raise

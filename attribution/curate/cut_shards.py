@@ -1,4 +1,4 @@
-"""A shard without some of its tokens, read and written in windows: memory does not grow with it."""
+"""Copy a shard without some of its tokens, in windows: memory does not grow with the shard."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,17 +10,18 @@ from data_processing.shards import EOT, TOKEN_TYPE, Shard, ShardWriter
 
 WINDOW_TOKENS = 1 << 22
 
-Ranges = npt.NDArray[np.int64]  # (k, 2) of token positions: start and stop, ascending and apart
+Ranges = npt.NDArray[np.int64]  # (k, 2) start and stop, in tokens; ascending, no two overlap
 
 
-def cut(shard: Shard, dropped: Iterable[Ranges], writer: ShardWriter, bar: tqdm) -> None:
-    """Writes the shard's tokens that are in none of the ranges, in their order.
+def cut_shard(shard: Shard, dropped: Iterable[Ranges], writer: ShardWriter, bar: tqdm) -> None:
+    """Write the shard's tokens outside of the ranges, in order. The bar advances by the bytes read.
 
-    A document of the result starts where one of the shard does, and at each gap: its first part is gone. The
-    last one gets an END_OF_TEXT if its own is gone. The bar advances by the bytes that were read.
+    A document of the result starts where a document of the shard does, and after each dropped range. The last
+    document gets an END_OF_TEXT if its own was dropped.
     """
     kept_before, last = True, EOT
-    with shard.path.with_suffix(".bin").open("rb") as file:  # what a map has read would stay in memory
+    # Read the file, not the memory map: its pages would stay in memory.
+    with shard.path.with_suffix(".bin").open("rb") as file:
         for first, ranges in _windows(dropped, shard.num_tokens):
             tokens = np.fromfile(file, TOKEN_TYPE, min(WINDOW_TOKENS, shard.num_tokens - first))
             keep = _kept(ranges - first, len(tokens))
@@ -38,7 +39,7 @@ def cut(shard: Shard, dropped: Iterable[Ranges], writer: ShardWriter, bar: tqdm)
 
 
 def _windows(dropped: Iterable[Ranges], num_tokens: int) -> Iterator[tuple[int, Ranges]]:
-    """The first position of each window, with the ranges that reach into it."""
+    """Yield the first position of each window, with the ranges that overlap it."""
     coming, more = iter(dropped), True
     waiting = np.empty((0, 2), np.int64)
     for first in range(0, num_tokens, WINDOW_TOKENS):
@@ -52,8 +53,9 @@ def _windows(dropped: Iterable[Ranges], num_tokens: int) -> Iterator[tuple[int, 
 
 
 def _kept(ranges: Ranges, length: int) -> npt.NDArray[np.bool_]:
-    """(length,): which positions are in none of the ranges, of which the first and the last may reach out."""
+    """Return (length,) bool, true outside of all ranges. The first and last range may exceed [0, length)."""
     change = np.zeros(length + 1, np.int8)
     change[np.maximum(ranges[:, 0], 0)] += 1
     change[np.minimum(ranges[:, 1], length)] -= 1
-    return np.cumsum(change[:-1], dtype=np.int8) == 0
+    kept: npt.NDArray[np.bool_] = np.cumsum(change[:-1], dtype=np.int8) == 0
+    return kept

@@ -1,4 +1,4 @@
-"""Which samples or documents to leave out: the rules of --drop, and the choice in the database."""
+"""Choose the samples or documents to drop: parse --drop and apply it in the database."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from attribution.database import ScoreDatabase, parquet, quoted
 from attribution.scored_run import AttributionError
 from attribution.units import NUMBER, Unit
 
-# The columns whose order decides between equal values.
+# The columns that order units of equal value.
 ORDER = {"samples": "sample_id", "documents": "domain, document"}
 COLUMNS = {
     "samples": "domain, sample_id, block, value",
@@ -25,16 +25,20 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class DropRule:
-    """`negative`: value < 0; `threshold:X`: value < X; `bottom:Q`: of the N units with a value the floor(Q·N)
-    lowest, equal ones in the order of their numbers. A unit without a value stays."""
+    """A rule of --drop. Units without a value are kept.
 
-    text: str
-    kind: str
-    number: Decimal
+    negative: value < 0
+    threshold:X: value < X
+    bottom:Q: the floor(Q·N) lowest of the N units with a value; the lower number first among equal values
+    """
+
+    text: str  # as given
+    kind: str  # negative, threshold or bottom
+    number: Decimal  # 0, X or Q
 
     @classmethod
     def parse(cls, text: str) -> "DropRule":
-        """Raises AttributionError for anything but those three."""
+        """Parse a rule. Raises AttributionError if it is none of the three."""
         kind, _, given = text.partition(":")
         if text == "negative":
             return cls(text, kind, Decimal(0))
@@ -52,11 +56,11 @@ class DropRule:
         )
 
     def count(self, with_value: int) -> int:
-        """floor(Q·N), in decimals: 0.29 of 100 are 29, and 28 by way of binary numbers."""
+        """Return floor(Q·N), in decimals: in binary floating point 0.29 of 100 would be 28."""
         return int(self.number * with_value)
 
     def reason(self, with_value: int) -> str:
-        """In words; with_value: N."""
+        """Return the rule in words. with_value: N."""
         if self.kind == "bottom":
             return f"among the {self.count(with_value)} lowest of {with_value} values"
         return f"value < {self.number}"
@@ -64,25 +68,28 @@ class DropRule:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rule chose. with_value, dropped, dropped_tokens: of each domain that has any; reason: in words;
-    highest_dropped, lowest_kept: values, None where there is none."""
+    """The units that a rule chose."""
 
-    with_value: dict[str, int]
-    dropped: dict[str, int]
-    dropped_tokens: dict[str, int]
-    reason: str
-    highest_dropped: float | None
-    lowest_kept: float | None
+    with_value: dict[str, int]  # domain -> number of units with a value
+    dropped: dict[str, int]  # domain -> number of dropped units; none: not a key
+    dropped_tokens: dict[str, int]  # domain -> their tokens
+    reason: str  # the rule in words
+    highest_dropped: float | None  # value; None if nothing is dropped
+    lowest_kept: float | None  # value; None if no unit with a value is kept
 
 
 def choose(
     database: ScoreDatabase, units: Path, unit: Unit, rule: DropRule, block_size: int, target: Path
 ) -> Choice:
-    """Writes the units that the rule drops, sorted, with the reason. units: samples.parquet or
-    documents.parquet; target: has the columns of COLUMNS, and `reason`."""
+    """Write the units that the rule drops, sorted.
+
+    Args:
+        units: samples.parquet or documents.parquet of a folder of values.
+        target: the Parquet file to write, with the columns of COLUMNS and `reason`.
+    """
     table, chosen = parquet(units), parquet(target)
     doing = f"choosing {unit}"
-    with_value = _of_domains(database, f"SELECT domain, count(value) FROM {table} GROUP BY domain")
+    with_value = _query_by_domain(database, f"SELECT domain, count(value) FROM {table} GROUP BY domain")
     condition = _condition(database, table, unit, rule, sum(with_value.values()))
     reason = rule.reason(sum(with_value.values()))
     database.write(
@@ -95,25 +102,29 @@ def choose(
     kept = f"SELECT min(value) FROM {table} WHERE NOT ({condition})"
     return Choice(
         with_value=with_value,
-        dropped=_of_domains(database, f"SELECT domain, count(*) FROM {chosen} GROUP BY domain"),
-        dropped_tokens=_of_domains(database, f"SELECT domain, {tokens} FROM {chosen} GROUP BY domain"),
+        dropped=_query_by_domain(database, f"SELECT domain, count(*) FROM {chosen} GROUP BY domain"),
+        dropped_tokens=_query_by_domain(database, f"SELECT domain, {tokens} FROM {chosen} GROUP BY domain"),
         reason=reason,
-        highest_dropped=_only(database.query(f"SELECT max(value) FROM {chosen}", doing)),
-        lowest_kept=_only(database.query(kept, doing)),
+        highest_dropped=_query_number(database.query(f"SELECT max(value) FROM {chosen}", doing)),
+        lowest_kept=_query_number(database.query(kept, doing)),
     )
 
 
-def _of_domains(database: ScoreDatabase, sql: str) -> dict[str, int]:
+def _query_by_domain(database: ScoreDatabase, sql: str) -> dict[str, int]:
     domains, numbers = database.query(f"{sql} ORDER BY domain", "counting").columns
     return dict(zip(domains.to_pylist(), numbers.to_pylist(), strict=True))
 
 
-def _only(table: pa.Table) -> float | None:
-    return table.column(0)[0].as_py()
+def _query_number(table: pa.Table) -> float | None:
+    number: float | None = table.column(0)[0].as_py()
+    return number
 
 
 def _condition(database: ScoreDatabase, table: str, unit: Unit, rule: DropRule, with_value: int) -> str:
-    """SQL. Numbers are written as strings: SQL takes 0.1 for a decimal, whose way to binary is another."""
+    """Return the rule as an SQL condition.
+
+    Numbers are cast from strings: SQL reads 0.1 as a decimal, which may convert to another double.
+    """
     if rule.kind != "bottom":
         return f"value < {quoted(float(rule.number))}::DOUBLE"
     count = rule.count(with_value)
@@ -128,8 +139,8 @@ def _condition(database: ScoreDatabase, table: str, unit: Unit, rule: DropRule, 
     return f"value IS NOT NULL AND ({keys}) <= ({shown})"
 
 
-def dropped_numbers(target: Path, unit: Unit, domain: str) -> Iterator[npt.NDArray[np.int64]]:
-    """The numbers of a domain's dropped units, ascending, in pieces."""
+def read_dropped_numbers(target: Path, unit: Unit, domain: str) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the numbers of a domain's dropped units, ascending, in pieces."""
     scanner = ds.dataset(target, format="parquet").scanner(
         columns=[NUMBER[unit]], filter=ds.field("domain") == domain
     )

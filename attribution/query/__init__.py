@@ -1,1 +1,1 @@
-"""What a text, a sample or a validation row has to do with a run's values."""
+"""Query the values of a run by text, sample or validation row."""

@@ -1,11 +1,11 @@
-"""What did this text do over the run? Which samples helped this validation row?
+"""Show the value of a text or sample over the run, or the samples that helped one validation row.
 
     python -m attribution.query RESULT_DIR --text "..."           the training documents that contain it
     python -m attribution.query RESULT_DIR --sample DOMAIN:BLOCK  one training sample
     python -m attribution.query RESULT_DIR --validation J         one validation row, counted from 0; of runs
                                                                   with --score_granularity pairwise
 
-A text is looked for in all training documents, byte by byte, whether the run used them or not. A value is the
+--text searches all training documents byte by byte, including those that the run did not use. A value is the
 predicted fall of the validation loss, summed over the steps; positive is helpful.
 """
 
@@ -17,10 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from attribution.database import ScoreDatabase
-from attribution.documents import bounds
-from attribution.options import RunOptions, argument_parser, run_options
-from attribution.query.history import Standing, blocks_of, document_uses, standing, uses
-from attribution.query.lookup import find_sample, find_text, pair_values, validation_row
+from attribution.documents import locate_document
+from attribution.options import RunOptions, make_argument_parser, read_options
+from attribution.query.history import (
+    Standing,
+    find_block_uses,
+    find_blocks,
+    find_document_uses,
+    find_standing,
+)
+from attribution.query.lookup import find_extreme_pairs, find_sample, find_text, find_validation_row
 from attribution.query.text_search import Place
 from attribution.screen import plain_console, print_samples, printable
 from attribution.units import Unit, write_units
@@ -35,8 +41,10 @@ FOUND_TOKENS = 100  # of the text itself
 
 
 def query_text(options: RunOptions, text: str) -> None:
-    """Prints which training documents contain the text, and what the first of them did. Raises as
-    `find_text`, `ScoredRun.shards` and `ScoreDatabase`."""
+    """Print the training documents that contain the text, and the values of the first of them.
+
+    Raises as `find_text`, `ScoredRun.shards` and `ScoreDatabase`.
+    """
     (run,), screen = options.runs, plain_console()
     shards = run.shards(options.pile_data_dir)
     by_name, tokenizer = {shard.domain: shard for shard in shards}, get_tokenizer(shards[0].tokenizer)
@@ -48,32 +56,34 @@ def query_text(options: RunOptions, text: str) -> None:
     screen.print("part: how much of a block's targets is the document's; value: that part of the block's")
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
         histories = [
-            document_uses(database, shards, by_name[place.domain], place.document) for place in places
+            find_document_uses(database, shards, by_name[place.domain], place.document) for place in places
         ]
         units = write_units(database, shards, "documents", Path(folder)) if any(map(len, histories)) else None
         for place, history in zip(places, histories, strict=True):
             shard = by_name[place.domain]
             screen.print()
-            print_place(screen, shard, place, blocks_of(shard, place.document, run.block_size), tokenizer)
-            own = (
-                standing(database, units, "documents", place.domain, place.document) if len(history) else None
-            )
+            print_place(screen, shard, place, find_blocks(shard, place.document, run.block_size), tokenizer)
+            own = None
+            if units is not None and len(history):
+                own = find_standing(database, units, "documents", place.domain, place.document)
             print_history(screen, database, "documents", place.domain, history, own)
 
 
 def query_sample(options: RunOptions, sample: str) -> None:
-    """Prints the text of a training sample, and what it did. Raises as `find_sample`, `ScoredRun.shards` and
-    `ScoreDatabase`."""
+    """Print a training sample's text, value and uses.
+
+    Raises as `find_sample`, `ScoredRun.shards` and `ScoreDatabase`.
+    """
     (run,), screen = options.runs, plain_console()
     shards = run.shards(options.pile_data_dir)
     shard, block = find_sample(run, shards, sample)
     first = block * run.block_size
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        history = uses(database, shards, shard.domain, range(block, block + 1))
+        history = find_block_uses(database, shards, shard.domain, range(block, block + 1))
         own = None
         if len(history):
             units = write_units(database, shards, "samples", Path(folder))
-            own = standing(database, units, "samples", shard.domain, block)
+            own = find_standing(database, units, "samples", shard.domain, block)
         text = get_tokenizer(shard.tokenizer).decode(
             shard.tokens[first : first + run.block_size + 1].tolist()
         )
@@ -85,12 +95,14 @@ def query_sample(options: RunOptions, sample: str) -> None:
 
 
 def query_validation(options: RunOptions, number: int) -> None:
-    """Prints a validation row, and the samples that helped and hurt it most. Raises as `validation_row`,
-    `ScoredRun.shards` and `ScoreDatabase`."""
+    """Print a validation row, and the samples that helped and hurt it most.
+
+    Raises as `find_validation_row`, `ScoredRun.shards` and `ScoreDatabase`.
+    """
     (run,), screen = options.runs, plain_console()
-    row, blocks = validation_row(run, number), run.blocks(options.pile_data_dir)
+    row, blocks = find_validation_row(run, number), run.blocks(options.pile_data_dir)
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        helped, hurt = pair_values(database, number, SHOWN_SAMPLES)
+        helped, hurt = find_extreme_pairs(database, number, SHOWN_SAMPLES)
     screen.print(f"validation row {number}: {printable(row['domain'])}, block {row['block']}")
     screen.print(printable(row["text"]), soft_wrap=True)
     for title, rows in (("helped", helped), ("hurt", hurt)):
@@ -112,8 +124,8 @@ def open_scores(options: RunOptions, folder: str) -> ScoreDatabase:
 
 
 def print_place(screen: Console, shard: Shard, place: Place, blocks: range, tokenizer: Tokenizer) -> None:
-    """Where a text was found, with what stands around it."""
-    first, stop = (int(end) for end in bounds(shard, place.document))
+    """Print where a text was found, with the text around it."""
+    first, stop = locate_document(shard, place.document)
     where = (
         f"blocks {blocks.start} to {blocks.stop - 1}" if blocks else "no block, as it is in the shard's tail"
     )
@@ -131,7 +143,12 @@ def print_place(screen: Console, shard: Shard, place: Place, blocks: range, toke
 def print_history(
     screen: Console, database: ScoreDatabase, unit: Unit, domain: str, history: pa.Table, own: Standing | None
 ) -> None:
-    """history: uses, by step; own: None without a value."""
+    """Print a unit's value, its rank and its uses.
+
+    Args:
+        history: its uses, by step.
+        own: None if it has no value.
+    """
     run, (first, last) = database.runs[0], database.windows[0]
     if len(history) == 0:
         elsewhere = (
@@ -151,7 +168,7 @@ def print_history(
 
 
 def print_uses(screen: Console, history: pa.Table) -> None:
-    """The first uses, a line each; of a document's blocks with the share of their targets."""
+    """Print the first uses, one line each. A document's uses show its share of the block's targets."""
     headings = {
         "step": "step", "block": "block", "share": "part", "train_loss": "train loss", "lr": "lr",
         "dot_product": "dot product", "value": "value",
@@ -173,17 +190,17 @@ def print_uses(screen: Console, history: pa.Table) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argument_parser(
-        "attribution.query", "What a text, a sample or a validation row has to do with a run.", several=False
+    parser = make_argument_parser(
+        "attribution.query", "Values of a run by text, sample or validation row.", several=False
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", help="the training documents that contain it, and what they did")
-    what.add_argument("--sample", metavar="DOMAIN:BLOCK", help="a training sample, and what it did")
+    what.add_argument("--text", help="the training documents that contain it, and their values")
+    what.add_argument("--sample", metavar="DOMAIN:BLOCK", help="a training sample, its value and its uses")
     what.add_argument(
         "--validation", type=int, metavar="J", help="a validation row, from 0: who helped it (pairwise runs)"
     )
     arguments = parser.parse_args(argv)
-    options = run_options(arguments)
+    options = read_options(arguments)
     if arguments.text is not None:
         query_text(options, arguments.text)
     elif arguments.sample is not None:

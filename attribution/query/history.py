@@ -1,14 +1,13 @@
-"""What a sample or a document did over a run: its uses, step by step, and its place among all."""
+"""Find the uses of a sample or document, step by step, and the rank of its value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from attribution.database import ScoreDatabase, parquet
-from attribution.documents import bounds, shares
+from attribution.documents import divide_blocks, locate_document
 from attribution.units import NUMBER, Unit
 from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import Shard
@@ -16,17 +15,18 @@ from data_processing.shards import Shard
 
 @dataclass(frozen=True)
 class Standing:
-    """A value among those of all samples, or all documents. rank: 1 is the highest, equal values have the
-    same; count: how many there are; lower: what share of them is lower."""
+    """A value among those of all samples, or all documents."""
 
     value: float
-    rank: int
-    count: int
-    lower: float
+    rank: int  # 1 is the highest; equal values share a rank
+    count: int  # number of values
+    lower: float  # share of the values that are lower
 
 
-def standing(database: ScoreDatabase, units: Path, unit: Unit, domain: str, number: int) -> Standing | None:
-    """units: as `write_units` wrote it. None for a unit without a value."""
+def find_standing(
+    database: ScoreDatabase, units: Path, unit: Unit, domain: str, number: int
+) -> Standing | None:
+    """Return the standing of a unit, or None if it has no value. units: the file that `write_units` wrote."""
     table = parquet(units)
     own = f"SELECT value FROM {table} WHERE domain = ? AND {NUMBER[unit]} = ? AND value IS NOT NULL"
     found = database.query(own, f"looking among {unit}", [domain, number])["value"].to_pylist()
@@ -42,10 +42,13 @@ def standing(database: ScoreDatabase, units: Path, unit: Unit, domain: str, numb
     return Standing(found[0], row["higher"] + 1, row["count"], row["lower"] / row["count"])
 
 
-def uses(database: ScoreDatabase, shards: Sequence[Shard], domain: str, blocks: range) -> pa.Table:
-    """The steps in which these blocks were used: step, block, train_loss, lr, dot_product, value; by step.
+def find_block_uses(database: ScoreDatabase, shards: Sequence[Shard], domain: str, blocks: range) -> pa.Table:
+    """Return the uses of these blocks by step: step, block, train_loss, lr, dot_product, value.
 
-    dot_product and value are null where the optimizer skipped the step. shards: those of the run's `domains`.
+    dot_product and value are null where the optimizer skipped the step.
+
+    Args:
+        shards: those of the run's `domains`, in that order.
     """
     first = [shard.domain for shard in shards].index(domain) << BLOCK_BITS
     return database.query(
@@ -56,20 +59,27 @@ def uses(database: ScoreDatabase, shards: Sequence[Shard], domain: str, blocks: 
     )
 
 
-def blocks_of(shard: Shard, document: int, block_size: int) -> range:
-    """The blocks with targets in a document. Block b's are tokens bT+1 to bT+T; what is after the last whole
-    block is in none, and so is a shard's first token."""
-    first, stop = (int(place) for place in bounds(shard, np.int64(document)))
+def find_blocks(shard: Shard, document: int, block_size: int) -> range:
+    """Return the blocks that have targets in a document.
+
+    Block b's targets are tokens bT+1 to bT+T. The shard's first token, and those after the last whole block,
+    are targets of no block.
+    """
+    first, stop = locate_document(shard, document)
     blocks = (shard.num_tokens - 1) // block_size
     return range(max(first - 1, 0) // block_size, min((stop - 2) // block_size + 1, blocks))
 
 
-def document_uses(database: ScoreDatabase, shards: Sequence[Shard], shard: Shard, document: int) -> pa.Table:
-    """As `uses`, with one more column, `share`: of the block's targets, those in the document. `value` is
-    that share of the block's value."""
+def find_document_uses(
+    database: ScoreDatabase, shards: Sequence[Shard], shard: Shard, document: int
+) -> pa.Table:
+    """Return the uses of a document's blocks, as `find_block_uses`, with one more column.
+
+    `share` is the document's share of the block's targets; `value` is that share of the block's value.
+    """
     block_size = database.runs[0].block_size
-    found = uses(database, shards, shard.domain, blocks_of(shard, document, block_size))
-    _, documents, parts = shares(shard, block_size, found["block"].to_numpy())
+    found = find_block_uses(database, shards, shard.domain, find_blocks(shard, document, block_size))
+    _, documents, parts = divide_blocks(shard, block_size, found["block"].to_numpy())
     share = parts[documents == document]  # a block has one part in the document
     value = pa.array(found["value"].to_numpy() * share, from_pandas=True)
     return found.set_column(found.schema.get_field_index("value"), "value", value).append_column(

@@ -1,4 +1,4 @@
-"""What a query names: a text, a training sample, a validation row; and which samples helped that row."""
+"""Find what a query names: a text, a training sample, or a validation row and the samples that helped it."""
 
 import re
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from data_processing.tokenizers import get_tokenizer
 
 
 def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Place], int]:
-    """Where the text stands, in the first `count` documents that contain it, and how many do.
+    """Return the text's place in the first `count` documents that contain it, and how many contain it.
 
-    Raises AttributionError if it is empty, no Unicode, or in none.
+    Raises:
+        AttributionError: the text is empty, not Unicode, or in no document.
     """
     if not text:
         raise AttributionError("--text '': is everywhere; give some words of a training document")
@@ -39,7 +40,7 @@ def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Plac
 
 
 def find_sample(run: ScoredRun, shards: Sequence[Shard], sample: str) -> tuple[Shard, int]:
-    """The shard and the block of DOMAIN:BLOCK. AttributionError if there is no such sample."""
+    """Return the shard and block of DOMAIN:BLOCK. Raises AttributionError if there is no such sample."""
     domain, _, number = sample.rpartition(":")
     if re.fullmatch(r"[0-9]+", number) is None:
         raise AttributionError(f"--sample {sample!r}: give DOMAIN:BLOCK, as in '{shards[0].domain}:0'")
@@ -57,9 +58,12 @@ def find_sample(run: ScoredRun, shards: Sequence[Shard], sample: str) -> tuple[S
     return by_name[domain], int(number)
 
 
-def validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
-    """A row of `ScoredRun.validation_rows`. AttributionError if there is none, or it has no scores of its
-    own."""
+def find_validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
+    """Return a row of `ScoredRun.validation_rows`.
+
+    Raises:
+        AttributionError: there is no such row, or the run has no scores for single rows.
+    """
     if run.granularity != "pairwise":
         raise AttributionError(
             f"--validation {number}: {run.folder} has scores of granularity {run.granularity}, of all "
@@ -70,13 +74,17 @@ def validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
         raise AttributionError(
             f"--validation {number}: {run.folder} has {len(rows)} validation rows, counted from 0"
         )
-    return rows.slice(number, 1).to_pylist()[0]
+    row: dict[str, Any] = rows.slice(number, 1).to_pylist()[0]
+    return row
 
 
-def pair_values(database: ScoreDatabase, number: int, count: int) -> tuple[pa.Table, pa.Table]:
-    """The `count` samples that helped a validation row most, and the `count` that hurt it most, as rows of
-    "samples" in a folder of values; value: of the pair, lr · clip factor · <∇ℓ_i, ∇ℓ_j> / global batch size,
-    summed over the steps. The mean over the validation rows is the sample's value."""
+def find_extreme_pairs(database: ScoreDatabase, number: int, count: int) -> tuple[pa.Table, pa.Table]:
+    """Return the `count` samples that helped a validation row most, and the `count` that hurt it most.
+
+    Both have the columns of "samples" in a folder of values. The value is the pair's: the sum over steps of
+    lr · clip factor · <∇ℓ_i, ∇ℓ_j> / global batch size. Its mean over the validation rows is the value of
+    the sample.
+    """
     sums = f"""
         SELECT
             sample_id, count(pairwise)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step,

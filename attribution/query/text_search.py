@@ -1,4 +1,4 @@
-"""Where a text stands in shards of tokens: exactly, byte by byte, however it would be tokenized by itself."""
+"""Find a text in shards of tokens, byte by byte, because its tokens depend on the text around it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,28 +7,28 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from attribution.documents import bounds
-from data_processing.shards import EOT, TOKEN_TYPE, Shard, ShardError
+from attribution.documents import locate_document
+from data_processing.shard_files import ShardError
+from data_processing.shards import EOT, TOKEN_TYPE, Shard
 from data_processing.tokenizers import Tokenizer
 from foundation.progress import progress_bar
 
-CHUNK_TOKENS = 1 << 20  # decoded at a time: some 4 MB of text, and ten times as much on the way there
-NO_TEXT = b"\xff"  # stands for END_OF_TEXT: no UTF-8 text has this byte, so nothing is found across it
+CHUNK_TOKENS = 1 << 20  # decoded at a time: about 4 MB of text, with ten times as much while decoding
+NO_TEXT = b"\xff"  # the bytes of END_OF_TEXT: UTF-8 never has this byte, so no match spans two documents
 
 
 @dataclass(frozen=True)
 class Place:
-    """The first occurrence of a text in a document, which is the `document`-th of its domain: it begins in
-    token `first_token` of the shard, and ends in the one before `stop_token`."""
+    """The first occurrence of a text in a document."""
 
     domain: str
-    document: int
-    first_token: int
-    stop_token: int
+    document: int  # number within the domain
+    first_token: int  # of the shard, in which the text begins
+    stop_token: int  # after the token in which it ends
 
 
 class TokenBytes:
-    """Token ids to the bytes of their text, by gather: no Python object for each token."""
+    """Decode token ids to bytes by array indexing, without a Python object per token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         table = [*tokenizer.token_bytes(), NO_TEXT]
@@ -39,9 +39,10 @@ class TokenBytes:
         self._pool = np.frombuffer(b"".join(table), np.uint8)
 
     def join(self, ids: npt.NDArray[np.uint16]) -> tuple[bytes, npt.NDArray[np.int64]]:
-        """The bytes of these tokens, and how many there are up to the end of each of them, (k,).
+        """Return the bytes of k tokens, and the position after each token's bytes, (k,).
 
-        Raises ShardError for an id that the tokenizer does not have."""
+        Raises ShardError for an id that the tokenizer does not have.
+        """
         lengths = self._lengths[ids]
         if not lengths.all():
             raise ShardError(f"token id {ids[lengths.argmin()]} is none of this tokenizer's: a damaged shard")
@@ -52,7 +53,7 @@ class TokenBytes:
 
 
 def find_documents(shards: Sequence[Shard], text: str, tokenizer: Tokenizer) -> Iterator[Place]:
-    """Every document that contains the text, once, in the order of the shards; with a progress bar.
+    """Yield each document that contains the text, in the order of the shards, with a progress bar.
 
     Memory does not grow with the shards. Raises ShardError for a damaged shard.
     """
@@ -68,19 +69,19 @@ def _find_in_shard(shard: Shard, pattern: bytes, table: TokenBytes, bar: tqdm) -
     step = max(CHUNK_TOKENS, len(pattern))
     done = -1  # the last document that was found
     for first, ids in _chunks(shard, step, step + len(pattern)):
-        # A token has at least one byte: what begins among the first `step` tokens ends within these.
+        # A token has at least one byte, so a match that begins in the first `step` tokens ends in this chunk.
         data, ends = table.join(ids)
         begin_before = ends[min(step, len(ends)) - 1]
         found = data.find(pattern)
         while 0 <= found < begin_before:
             begin, last = np.searchsorted(ends, [found, found + len(pattern) - 1], side="right").tolist()
-            document = np.searchsorted(shard.document_starts, first + begin, "right") - 1
-            document_stop = int(bounds(shard, document)[1]) - first
+            document = int(np.searchsorted(shard.document_starts, first + begin, "right")) - 1
+            document_stop = locate_document(shard, document)[1] - first
             # In curated shards a document can begin without an END_OF_TEXT before it.
             inside = last < document_stop
             if inside and document > done:
                 done = document
-                yield Place(shard.domain, int(document), first + begin, first + last + 1)
+                yield Place(shard.domain, document, first + begin, first + last + 1)
             if inside and document_stop > len(ends):
                 break
             found = data.find(pattern, int(ends[document_stop - 1]) if inside else found + 1)
@@ -88,8 +89,9 @@ def _find_in_shard(shard: Shard, pattern: bytes, table: TokenBytes, bar: tqdm) -
 
 
 def _chunks(shard: Shard, step: int, length: int) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
-    """Every `step` tokens, the position and the tokens that follow, `length` if there are so many."""
-    with shard.path.with_suffix(".bin").open("rb") as file:  # what a map has read would stay in memory
+    """Yield, every `step` tokens, the position and the next `length` tokens (fewer at the shard's end)."""
+    # Read the file, not the memory map: its pages would stay in memory.
+    with shard.path.with_suffix(".bin").open("rb") as file:
         for first in range(0, shard.num_tokens, step):
             file.seek(first * TOKEN_TYPE.itemsize)
             yield first, np.fromfile(file, TOKEN_TYPE, length)

@@ -1,1 +1,1 @@
-"""A run's values as one HTML page."""
+"""Write a run's values as one HTML page."""

@@ -1,10 +1,10 @@
-"""One HTML file about a run, or several, that a person understands without a manual and opens from the disk.
+"""Write a report on one or several runs: one HTML file that needs no server and no manual.
 
     python -m attribution.report RESULT_DIR [RESULT_DIR ...] [--normalise none|absolute|predicted]
         [--steps FIRST:LAST] [--output FILE.html] [--pile_data_dir D] [--memory_limit 4GB]
 
-The same runs and options give the same file but for its date. It has no scripts, and a policy that forbids
-them and the network.
+The same runs and options give the same file except for its date. The page has no scripts; its content policy
+forbids scripts and network access.
 """
 
 import os
@@ -18,15 +18,26 @@ import pyarrow as pa
 
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
-from attribution.options import argument_parser, run_options
+from attribution.options import make_argument_parser, read_options
 from attribution.report import texts
-from attribution.report.charts import distribution, losses
-from attribution.report.domain_charts import FEW_SAMPLES, domain_course, domain_means, domain_shares
-from attribution.report.efficiency_section import efficiency_section
-from attribution.report.excerpts import documents, samples, validation_rows
-from attribution.report.page import page
-from attribution.report.plots import Plot, Sketch, unit_for
-from attribution.report.tables import domain_bins, domain_spread, histogram, loss_curves, totals
+from attribution.report.charts import sketch_distribution, sketch_losses
+from attribution.report.domain_charts import (
+    FEW_SAMPLES,
+    sketch_domain_course,
+    sketch_domain_means,
+    sketch_domain_shares,
+)
+from attribution.report.efficiency_section import build_efficiency_section
+from attribution.report.excerpts import collect_documents, collect_samples, collect_validation_rows
+from attribution.report.page import render_page
+from attribution.report.plots import Plot, Sketch, choose_scale
+from attribution.report.tables import (
+    average_domains,
+    collect_loss_curves,
+    count_by_value,
+    count_samples,
+    sum_domains_by_step,
+)
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import plain_console
 from attribution.values import write_values
@@ -50,15 +61,18 @@ def write_report(
     pile_data_dir: Path | None = None,
     date: datetime | None = None,
 ) -> None:
-    """Writes the file, which appears whole and takes the place of an older one. Its values are made in a
-    hidden folder beside it, which is removed.
+    """Write the report. It replaces an older file, and is never there in part.
 
-    date: that it names; None: now. The other options are those of `write_values`.
+    The values for it are computed in a hidden folder beside it, which is removed.
+
+    Args:
+        normalise, steps, memory_limit, pile_data_dir: as of `write_values`.
+        date: shown on the page; None: now.
 
     Raises:
-        AttributionError: what `write_values` raises; no step of the runs has values; the output's folder is
-        not there, or the output is there and no plain file.
-        ShardError: what `ScoredRun.shards` raises.
+        AttributionError: as `write_values`; no step of the runs has values; the output's folder does not
+            exist, or the output exists and is no plain file.
+        ShardError: as `ScoredRun.shards`.
     """
     if not output.parent.is_dir() or (os.path.lexists(output) and not output.is_file()):
         raise AttributionError(f"--output {output}: name a plain file, in a folder that is there")
@@ -71,43 +85,46 @@ def write_report(
     ):
         values = write_values(runs, Path(folder) / "values", pile_data_dir=pile_data_dir, **options)
         with ScoreDatabase(runs, spill_folder=Path(folder), **options) as database:
-            content = report_content(database, values, normalise, pile_data_dir)
+            content = collect_content(database, values, normalise, pile_data_dir)
         shown_date = f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        html = page({**content, "plots": drawn(content), "date": shown_date})
+        html = render_page({**content, "plots": draw_plots(content), "date": shown_date})
         write_text(output, html, Path(folder) / "report.html")
 
 
-def report_content(
+def collect_content(
     database: ScoreDatabase, values: Values, normalise: Normalise, pile_data_dir: Path | None
 ) -> dict[str, Any]:
-    """All that the page shows but the date, with plots as sketches. values: of the database's runs, with the
-    same options."""
+    """Return the variables of the page's template, except the date, with plots as sketches.
+
+    Args:
+        values: of the database's runs, with the same options.
+    """
     runs = database.runs
     steps = values.read("steps")
     if steps["predicted"].null_count == len(steps):
         raise AttributionError(
             f"no step of {', '.join(str(run.folder) for run in runs)} has values: the optimizer made no "
-            "update in any of them, as with float16 gradients that overflow; there is nothing to report"
+            "update in any of them, as when float16 gradients overflow; there is nothing to report"
         )
-    unit_name = texts.UNITS[normalise]
+    value_unit = texts.VALUE_UNITS[normalise]
     blocks, shards = runs[0].blocks(pile_data_dir), runs[0].shards(pile_data_dir)
     tokenizer = get_tokenizer(blocks.tokenizer)
     return {
-        **texts.introduction(runs, database.windows, steps, normalise),
-        "totals": totals(database, values),
-        **loss_section(runs, steps),
-        **domain_section(database, values, unit_name),
-        "distribution": distribution(histogram(database, values), unit_name),
-        **samples(database, values, unit_name, blocks, tokenizer),
-        **documents(database, values, unit_name, shards, tokenizer),
-        **efficiency_section(runs, steps, normalise),
-        "validation": validation_rows(runs, tokenizer),
-        "settings": texts.settings([run.config for run in runs]),
+        **texts.describe_runs(runs, database.windows, steps, normalise),
+        "totals": count_samples(database, values),
+        **build_loss_section(runs, steps),
+        **build_domain_section(database, values, value_unit),
+        "distribution": sketch_distribution(count_by_value(database, values), value_unit),
+        **collect_samples(database, values, value_unit, blocks, tokenizer),
+        **collect_documents(database, values, value_unit, shards, tokenizer),
+        **build_efficiency_section(runs, steps, normalise),
+        "validation": collect_validation_rows(runs, tokenizer),
+        "settings": texts.list_settings([run.config for run in runs]),
     }
 
 
 def check_settings(run: ScoredRun) -> None:
-    """AttributionError if config.json lacks a setting that the report speaks of."""
+    """Raise AttributionError if config.json lacks a setting that the report shows."""
     missing = [name for name in NEEDED_SETTINGS if name not in run.config]
     if missing:
         raise AttributionError(
@@ -116,8 +133,8 @@ def check_settings(run: ScoredRun) -> None:
         )
 
 
-def drawn(content: dict[str, Any]) -> dict[str, Plot]:
-    """The plots of all sketches."""
+def draw_plots(content: dict[str, Any]) -> dict[str, Plot]:
+    """Draw all sketches of the content, with a progress bar."""
     sketches = {name: part for name, part in content.items() if isinstance(part, Sketch)}
     plots = {}
     with progress_bar("drawing", len(sketches), "plots") as bar:
@@ -127,35 +144,38 @@ def drawn(content: dict[str, Any]) -> dict[str, Plot]:
     return plots
 
 
-def loss_section(runs: Sequence[ScoredRun], steps: pa.Table) -> dict[str, Any]:
-    curves, per_point = loss_curves(steps, [run.metrics() for run in runs])
-    return {"losses": losses(curves), "losses_caption": texts.losses_caption(curves, per_point, len(runs))}
+def build_loss_section(runs: Sequence[ScoredRun], steps: pa.Table) -> dict[str, Any]:
+    curves, per_point = collect_loss_curves(steps, [run.metrics() for run in runs])
+    return {
+        "losses": sketch_losses(curves),
+        "losses_caption": texts.caption_losses(curves, per_point, len(runs)),
+    }
 
 
-def domain_section(database: ScoreDatabase, values: Values, unit_name: str) -> dict[str, Any]:
+def build_domain_section(database: ScoreDatabase, values: Values, value_unit: str) -> dict[str, Any]:
     rows = values.read("domains").to_pylist()
-    means = domain_spread(database, values)
+    means = average_domains(database, values)
     certain = [mean for mean in means if mean.samples >= FEW_SAMPLES]
-    bins = domain_bins(database)
+    bins = sum_domains_by_step(database)
     return {
         "domains": rows,
-        "mean_unit": unit_for(max(abs(row["mean_value"] or 0) for row in rows), unit_name),
-        "sum_unit": unit_for(max(abs(row["value"] or 0) for row in rows), unit_name),
+        "mean_scale": choose_scale(max(abs(row["mean_value"] or 0) for row in rows), value_unit),
+        "sum_scale": choose_scale(max(abs(row["value"] or 0) for row in rows), value_unit),
         "best_domain": max(certain, key=lambda mean: mean.mean).domain if certain else None,
-        "domain_means": domain_means(means, unit_name),
-        "domain_shares": domain_shares(bins),
-        "domain_course": domain_course(bins),
+        "domain_means": sketch_domain_means(means, value_unit),
+        "domain_shares": sketch_domain_shares(bins),
+        "domain_course": sketch_domain_course(bins),
         "bin_steps": int(bins.edges[1] - bins.edges[0]),
     }
 
 
 def main(argv: list[str]) -> None:
-    parser = argument_parser("attribution.report", "A report on a run's values, as one HTML file.")
+    parser = make_argument_parser("attribution.report", "A report on a run's values, as one HTML file.")
     parser.add_argument(
         "--output", type=path_argument, metavar="FILE", help="[RESULT_DIR/report.html, of the first run]"
     )
     arguments = parser.parse_args(argv)
-    options = run_options(arguments)
+    options = read_options(arguments)
     output = arguments.output or options.runs[0].folder / "report.html"
     write_report(
         options.runs,

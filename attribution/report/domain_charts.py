@@ -1,4 +1,4 @@
-"""The report's charts of domains, each a pure function from numbers to a `Sketch`."""
+"""Sketch the report's charts of domains. All functions are pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,46 +16,46 @@ from attribution.report.plots import (
     NOTHING,
     OTHERS,
     Sketch,
-    legend_below,
+    add_legend_below,
+    choose_scale,
+    label_step_axis,
     shortened,
-    step_axis,
-    unit_for,
 )
 
-MOST_DOMAINS = 40  # those with the most samples, where there are more
-FEW_SAMPLES = 10  # below, an interval says nothing
+MOST_DOMAINS = 40  # in a chart: those with the most samples
+FEW_SAMPLES = 10  # with fewer, a domain gets no confidence interval
 
 Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class DomainMean:
-    """samples: that have a value; error: the mean's standard error."""
+    """The mean value of a domain's samples."""
 
     domain: str
-    samples: int
+    samples: int  # that have a value
     mean: float
-    error: float
+    error: float  # standard error of the mean
 
 
-def domain_means(rows: Sequence[DomainMean], unit_name: str) -> Sketch:
-    """Mean value per sample, the highest first, with 95 % confidence intervals."""
+def sketch_domain_means(rows: Sequence[DomainMean], value_unit: str) -> Sketch:
+    """Return the chart of mean values per sample, the highest first, with 95 % confidence intervals."""
     rows = sorted(rows, key=lambda row: (-row.samples, row.domain))[:MOST_DOMAINS]
     rows = sorted(rows, key=lambda row: (row.mean, row.domain))
     means = np.array([row.mean for row in rows])
     errors = np.array([1.96 * row.error if row.samples >= FEW_SAMPLES else 0.0 for row in rows])
-    unit = unit_for(float(np.abs(means).max()), unit_name)
+    scale = choose_scale(float(np.abs(means).max()), value_unit)
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
         places = np.arange(len(rows))
         colours = [HELPFUL if mean >= 0 else HARMFUL for mean in means]
-        bars = axes.barh(places, means * unit.factor, color=colours, height=0.7)
+        bars = axes.barh(places, means * scale.factor, color=colours, height=0.7)
         for bar, row in zip(bars, rows, strict=True):
             bar.set_alpha(1.0 if row.samples >= FEW_SAMPLES else 0.35)
         known = errors > 0
         axes.errorbar(
-            means[known] * unit.factor, places[known], xerr=errors[known] * unit.factor, fmt="none",
+            means[known] * scale.factor, places[known], xerr=errors[known] * scale.factor, fmt="none",
             ecolor=INK, elinewidth=1.2, capsize=2.5,
         )  # fmt: skip
         length = 16 if narrow else 28
@@ -64,34 +64,36 @@ def domain_means(rows: Sequence[DomainMean], unit_name: str) -> Sketch:
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_xlabel(f"mean value ({unit.name})" if narrow else f"mean value per sample ({unit.name})")
+        axes.set_xlabel(f"mean value ({scale.name})" if narrow else f"mean value per sample ({scale.name})")
         axes.set_ylabel("domain (samples)")
 
-    ranking = ", ".join(f"{row.domain} {row.mean * unit.factor:+.3g}" for row in reversed(rows))
-    alt = f"Bar chart of the mean value per sample by domain, in {unit.name}, highest first: {ranking}."
+    ranking = ", ".join(f"{row.domain} {row.mean * scale.factor:+.3g}" for row in reversed(rows))
+    alt = f"Bar chart of the mean value per sample by domain, in {scale.name}, highest first: {ranking}."
     height = max(1.8, 0.9 + 0.27 * len(rows))
     return Sketch(draw, alt, height=height, narrow_height=height)
 
 
 @dataclass(frozen=True)
 class DomainBins:
-    """edges: (bins + 1,) steps; helpful, harmful: (domains, bins) sums of the positive and of the negative
-    values; uses: (domains, bins) how many values these are."""
+    """Sums of values by domain and bin of steps."""
 
     domains: Sequence[str]
-    edges: Numbers
-    helpful: Numbers
-    harmful: Numbers
-    uses: Numbers
+    edges: Numbers  # (bins + 1,) steps
+    helpful: Numbers  # (domains, bins) sums of the positive values
+    harmful: Numbers  # (domains, bins) sums of the negative values
+    uses: Numbers  # (domains, bins) number of values
 
     @property
     def absolute(self) -> Numbers:
-        """(domains, bins): Σ |values|"""
+        """(domains, bins) Σ |values|"""
         return self.helpful - self.harmful
 
 
-def domain_shares(bins: DomainBins) -> Sketch:
-    """Each domain's part of Σ|values| of a bin, helpful above zero and harmful below: together 100 %."""
+def sketch_domain_shares(bins: DomainBins) -> Sketch:
+    """Return the chart of each domain's share of a bin's Σ|values|, helpful above zero and harmful below.
+
+    All shares of a bin add up to 100 %.
+    """
     total = bins.absolute.sum(0)
     percent = 100 / np.where(total == 0, np.inf, total)  # (bins,)
     order = np.argsort(-bins.absolute.sum(1), kind="stable")
@@ -102,12 +104,12 @@ def domain_shares(bins: DomainBins) -> Sketch:
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
-        axes.use_sticky_edges = False  # a line along the frame would be cut
+        axes.use_sticky_edges = False  # leave a margin, so that a line at the edge is not cut off
         for values in (bins.helpful, bins.harmful):
             base = np.zeros(len(total))
             for (numbers, name), colour in zip(parts, (*COLOURS, OTHERS), strict=False):
                 height = values[numbers].sum(0) * percent
-                # matplotlib leaves out a label that begins with _
+                # a space first: matplotlib hides labels that begin with _
                 label = " " + shortened(name, 28) if values is bins.helpful else None
                 axes.bar(
                     bins.edges[:-1], height, np.diff(bins.edges), base, align="edge", color=colour,
@@ -121,8 +123,8 @@ def domain_shares(bins: DomainBins) -> Sketch:
         )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_ylabel("share of absolute value (%)")
-        step_axis(axes, narrow)
-        legend_below(figure, axes, columns=1 if narrow else 3)
+        label_step_axis(axes, narrow)
+        add_legend_below(figure, axes, columns=1 if narrow else 3)
 
     whole = bins.absolute.sum() or 1.0
     shares = [(bins.domains[number], bins.absolute[number].sum() / whole) for number in order]
@@ -131,8 +133,11 @@ def domain_shares(bins: DomainBins) -> Sketch:
     return Sketch(draw, alt, height=4.6, narrow_height=5.8)
 
 
-def domain_course(bins: DomainBins) -> Sketch:
-    """Mean value of a domain's samples, over the mean |value| of all samples of the same steps."""
+def sketch_domain_course(bins: DomainBins) -> Sketch:
+    """Return the heat map of each domain's mean value over training.
+
+    The mean is divided by the mean |value| of all samples of the same steps.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         typical = bins.absolute.sum(0) / bins.uses.sum(0)
         cells = (bins.helpful + bins.harmful) / bins.uses / typical  # nan: no sample
@@ -154,7 +159,7 @@ def domain_course(bins: DomainBins) -> Sketch:
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set_ylabel("domain")
-        step_axis(axes, narrow)
+        label_step_axis(axes, narrow)
         bar = figure.colorbar(mesh, ax=axes, location="bottom", extend="both", aspect=30)
         bar.set_label("mean value (× typical)" if narrow else "mean value (multiples of the typical value)")
 

@@ -1,4 +1,4 @@
-"""The report's check of the values against the measured loss, in sentences and charts."""
+"""Build the report's check of predicted against measured falls of the loss, in sentences and charts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,34 +8,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attribution.database import Normalise
-from attribution.efficiency import WINDOWS, Efficiency, efficiency, falls, window_sums
-from attribution.report.charts import Falls, efficiency_course, efficiency_scatter
+from attribution.efficiency import WINDOWS, Efficiency, measure_efficiency, select_falls, sum_windows
+from attribution.report.charts import Falls, sketch_fall_course, sketch_falls
 from attribution.scored_run import ScoredRun
 
-STRENGTHS = {0.8: "strong", 0.5: "moderate", 0.2: "weak"}  # from that absolute correlation on
+STRENGTHS = {0.8: "strong", 0.5: "moderate", 0.2: "weak"}  # lowest absolute correlation -> word
+# (optimizer, direction) -> how to read the values
 ADVICE = {
-    (
-        "SGD",
-        "gradient",
-    ): "Values assume a small step along the gradient. SGD makes such steps; what differs is "
-    "that they are not small, and weight decay.",
-    ("AdamW", "gradient"): "Values assume a small step along the gradient. AdamW makes another, often "
-    "far longer one, for which it scales each entry of the gradient: read the values as a ranking of the "
-    "samples, not as amounts of loss. (Those of a run with “direction” set to “adamw” follow it.)",
-    (
-        "AdamW",
-        "adamw",
-    ): "The values follow AdamW’s scaling of the gradient’s entries (“direction” is “adamw”), but "
-    "not its momentum and weight decay. That scaling is extreme in the first steps, and for tokens that were "
-    "not seen for long: leave the first steps out (--steps), or let each step count the same (--normalise "
-    "absolute).",
+    ("SGD", "gradient"): (
+        "Values assume a small step along the gradient. SGD steps along the gradient, but its steps are not "
+        "always small, and weight decay adds to them."
+    ),
+    ("AdamW", "gradient"): (
+        "Values assume a small step along the gradient. AdamW scales each entry of the gradient, and its steps "
+        "are often far longer: read the values as a ranking of the samples, not as amounts of loss. (A run "
+        "with “direction” set to “adamw” takes this scaling into account.)"
+    ),
+    ("AdamW", "adamw"): (
+        "The values follow AdamW’s scaling of the gradient’s entries (“direction” is “adamw”), but not its "
+        "momentum and weight decay. The scaling is extreme in the first steps, and for tokens that have not "
+        "been seen for many steps: leave the first steps out (--steps), or let each step count the same "
+        "(--normalise absolute)."
+    ),
 }
 NOTHING_TO_COMPARE = (
     "No step has a prediction and a loss both before and after it: there is nothing to compare."
 )
 SCATTER_CAPTION = (
     "A point is the fall of the validation loss in a step, or in a window of steps. The closer the points "
-    "are to one rising line, the better do the values tell them apart."
+    "are to one rising line, the better the values predict which steps lower the loss more."
 )
 COURSE_CAPTION = (
     "Both falls, added up over the steps. The prediction is stretched to the same height, so that the shapes "
@@ -43,17 +44,21 @@ COURSE_CAPTION = (
 )
 
 
-def efficiency_section(runs: Sequence[ScoredRun], steps: pa.Table, normalise: Normalise) -> dict[str, Any]:
-    """steps: as in a folder of values."""
+def build_efficiency_section(
+    runs: Sequence[ScoredRun], steps: pa.Table, normalise: Normalise
+) -> dict[str, Any]:
+    """Return the template variables of the section. steps: as in a folder of values."""
     finite = pc.and_(pc.is_finite(steps["predicted"]), pc.is_finite(steps["measured"]))
-    both = steps.filter(finite)  # a row without one of them is left out, too
-    found = efficiency(both)
+    both = steps.filter(finite)  # this drops nulls, too
+    found = measure_efficiency(both)
     names = [run.folder.resolve().name for run in runs]
     shown = [
         {
             "name": name,
             "folder": str(run.folder),
-            "check": sentences([each for each in found if each.run == number], *_totals(both, number)),
+            "check": describe_efficiency(
+                [each for each in found if each.run == number], *_totals(both, number)
+            ),
         }
         for number, (name, run) in enumerate(zip(names, runs, strict=True))
     ]
@@ -73,8 +78,13 @@ def _totals(both: pa.Table, run: int) -> tuple[float, float]:
     return float(rows["predicted"].to_numpy().sum()), float(rows["measured"].to_numpy().sum())
 
 
-def sentences(found: Sequence[Efficiency], predicted: float, measured: float) -> list[str]:
-    """found: of one run; predicted, measured: its sums, in nats."""
+def describe_efficiency(found: Sequence[Efficiency], predicted: float, measured: float) -> list[str]:
+    """Return sentences on one run.
+
+    Args:
+        found: of the run, one for each of WINDOWS; empty if there is nothing to compare.
+        predicted, measured: the run's sums, in nats.
+    """
     if not found:
         return [NOTHING_TO_COMPARE]
     per_step, windows = found
@@ -98,7 +108,7 @@ def _times(ratio: float) -> str:
 def _correlation(found: Efficiency) -> str:
     if found.correlation is None:
         reason = (
-            f"less than three pairs ({found.count})" if found.count < 3 else "one of the two never changes"
+            f"fewer than three pairs ({found.count})" if found.count < 3 else "one of the two never changes"
         )
         return f"there is no correlation to compute: {reason}."
     size = abs(found.correlation)
@@ -108,19 +118,19 @@ def _correlation(found: Efficiency) -> str:
 
 
 def _charts(both: pa.Table, names: Sequence[str]) -> dict[str, Any]:
-    """The sketches by their names, and, as "checks", these names in order, each with a caption."""
+    """Return the sketches by name, and under "checks" the names in order, each with its caption."""
     panels = {}
     for window in WINDOWS:
-        sums = [[window_sums(each, window) for each in pair] for _, *pair in falls(both)]
+        sums = [[sum_windows(each, window) for each in pair] for _, *pair in select_falls(both)]
         if any(len(predicted) for predicted, _ in sums):
             title = "single steps" if window == 1 else f"windows of {window} steps"
             panels[title] = Falls(*(np.concatenate(side) for side in zip(*sums, strict=True)))
     if not panels:
         return {"checks": []}
-    sketches = {"check": efficiency_scatter(panels)}
+    sketches = {"check": sketch_falls(panels)}
     captions = {"check": SCATTER_CAPTION}
-    for run, predicted, measured in falls(both):
+    for run, predicted, measured in select_falls(both):
         steps = both.filter(pc.equal(both["run"], run))["step"].to_numpy()
-        sketches[f"check_{run}"] = efficiency_course(steps, Falls(predicted, measured))
+        sketches[f"check_{run}"] = sketch_fall_course(steps, Falls(predicted, measured))
         captions[f"check_{run}"] = f"{names[run]}: {COURSE_CAPTION}" if len(names) > 1 else COURSE_CAPTION
     return {**sketches, "checks": list(captions.items())}

@@ -1,12 +1,15 @@
-"""The texts that the report shows: of the most extreme samples and documents, and of the validation rows."""
+"""Collect the texts that the report shows: of extreme samples and documents, and of the validation rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from attribution.database import ScoreDatabase
-from attribution.report.plots import Unit, unit_for
-from attribution.report.tables import samples_of_document, uses_of
+from attribution.report.plots import Scale, choose_scale
+from attribution.report.tables import count_document_uses, find_sample_uses
 from attribution.scored_run import ScoredRun
 from attribution.values_folder import Values
 from data_processing.blocks import BlockDataset
@@ -20,65 +23,69 @@ SHOWN_USES = 12  # of a sample
 
 @dataclass(frozen=True)
 class Extremes:
-    """One end of a table: its rows, the most extreme first, and the unit for their values."""
+    """One end of a table of values."""
 
-    rows: list[dict[str, Any]]
-    unit: Unit
+    rows: list[dict[str, Any]]  # the most extreme first
+    scale: Scale  # for their values
 
 
-def samples(
-    database: ScoreDatabase, values: Values, unit_name: str, blocks: BlockDataset, tokenizer: Tokenizer
+def collect_samples(
+    database: ScoreDatabase, values: Values, value_unit: str, blocks: BlockDataset, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Samples with their texts, and the steps in which they were used."""
-    helpful, harmful = excerpts_of(values, "samples", unit_name)
+    """Return the most extreme samples, with their texts and the steps in which they were used."""
+    helpful, harmful = find_extremes(values, "samples", value_unit)
     rows = helpful.rows + harmful.rows
-    uses = uses_of(database, [row["sample_id"] for row in rows])
+    uses = find_sample_uses(database, [row["sample_id"] for row in rows])
     for row in rows:
         row |= {"uses": uses[row["sample_id"]]}
-        row |= excerpt(tokenizer, blocks.tokens(row["domain"], row["block"]))
+        row |= decode_excerpt(tokenizer, blocks.tokens(row["domain"], row["block"]))
     return {"helpful_samples": helpful, "harmful_samples": harmful, "shown_uses": SHOWN_USES}
 
 
-def documents(
-    database: ScoreDatabase, values: Values, unit_name: str, shards: Sequence[Shard], tokenizer: Tokenizer
+def collect_documents(
+    database: ScoreDatabase, values: Values, value_unit: str, shards: Sequence[Shard], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Documents with the beginnings of their texts, and when their samples were used."""
-    helpful, harmful = excerpts_of(values, "documents", unit_name)
+    """Return the most extreme documents, with the beginnings of their texts and the uses of their samples."""
+    helpful, harmful = find_extremes(values, "documents", value_unit)
     by_name = {shard.domain: shard for shard in shards}
     for row in helpful.rows + harmful.rows:
-        row |= samples_of_document(database, values, row)
+        row |= count_document_uses(database, values, row)
         end = row["first_token"] + row["tokens"]
-        row |= excerpt(tokenizer, by_name[row["domain"]].tokens[row["first_token"] : end])
+        row |= decode_excerpt(tokenizer, by_name[row["domain"]].tokens[row["first_token"] : end])
     return {"helpful_documents": helpful, "harmful_documents": harmful}
 
 
-def excerpts_of(values: Values, name: str, unit_name: str) -> tuple[Extremes, Extremes]:
-    """Of "samples" or "documents": the most helpful with a value above zero, the most harmful below."""
+def find_extremes(values: Values, name: str, value_unit: str) -> tuple[Extremes, Extremes]:
+    """Return the most helpful rows, with values above zero, and the most harmful ones, below zero.
+
+    Args:
+        name: "samples" or "documents".
+    """
     highest, lowest = (table.to_pylist() for table in values.extremes(name, EXTREMES))
     helpful = [row for row in highest if row["value"] > 0]
     harmful = [row for row in lowest if row["value"] < 0]
-    units = [
-        unit_for(max((abs(row["value"]) for row in rows), default=0.0), unit_name)
+    scales = [
+        choose_scale(max((abs(row["value"]) for row in rows), default=0.0), value_unit)
         for rows in (helpful, harmful)
     ]
-    return Extremes(helpful, units[0]), Extremes(harmful, units[1])
+    return Extremes(helpful, scales[0]), Extremes(harmful, scales[1])
 
 
-def validation_rows(runs: Sequence[ScoredRun], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The validation rows, once for all runs that have the same ones: rows, and the runs' names."""
+def collect_validation_rows(runs: Sequence[ScoredRun], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return groups of runs with the same validation rows: "rows" with their texts, "runs" with the names."""
     groups: dict[str, dict[str, Any]] = {}
     for run in runs:
         digest = run.metadata["validation_sha256"]
         if digest not in groups:
             rows = run.validation_rows().to_pylist()
             for row in rows:
-                row |= excerpt(tokenizer, row["tokens"])
+                row |= decode_excerpt(tokenizer, row["tokens"])
             groups[digest] = {"rows": rows, "runs": []}
         groups[digest]["runs"].append(run.folder.resolve().name)
     return list(groups.values())
 
 
-def excerpt(tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[str, Any]:
-    """The text of the first SHOWN_TOKENS tokens, and how many there are."""
+def decode_excerpt(tokenizer: Tokenizer, tokens: Sequence[int] | npt.NDArray[np.uint16]) -> dict[str, Any]:
+    """Return the text of the first SHOWN_TOKENS tokens, the number of all tokens and of those shown."""
     shown = [int(token) for token in tokens[:SHOWN_TOKENS]]
     return {"text": tokenizer.decode(shown), "tokens": len(tokens), "shown_tokens": len(shown)}

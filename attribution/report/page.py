@@ -1,7 +1,7 @@
-"""The report's page: numbers and texts into HTML, by the template report.html.jinja.
+"""Render the report's HTML page from the template report.html.jinja.
 
-The texts are training data, and so are the domains' names: whoever wrote them may have meant them for this
-page. Jinja escapes every one of them; `visible` shows what would hide or turn round what stands beside it.
+Texts and domain names are training data and may be hostile. Jinja escapes all of them, and `visible` shows
+characters that would hide or reverse the text around them.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from attribution.report.plots import Unit
+from attribution.report.plots import Scale
 from attribution.screen import FIRST_CHARACTERS, first_words
 from attribution.visible_text import visible
 
 
-def page(content: Mapping[str, Any]) -> str:
-    """The whole HTML file. content: what the template names; a name that is not there is an error."""
+def render_page(content: Mapping[str, Any]) -> str:
+    """Return the HTML file. content: the template's variables; a missing one raises an error."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -24,16 +24,16 @@ def page(content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"visible": visible, "beginning": beginning, "in_unit": in_unit}
+    templates.filters |= {"visible": visible, "beginning": beginning, "scaled": format_scaled}
     return templates.get_template("report.html.jinja").render(content)
 
 
-def in_unit(value: float, unit: Unit) -> str:
-    """Three digits and the sign."""
-    return f"{value * unit.factor:+#.3g}".removesuffix(".").replace("-", "−")
+def format_scaled(value: float, scale: Scale) -> str:
+    """Return the value on that scale, with its sign and three digits."""
+    return f"{value * scale.factor:+#.3g}".removesuffix(".").replace("-", "−")
 
 
 def beginning(text: str) -> str:
-    """The first words, in a line."""
+    """Return a text's first words, on one line."""
     words = first_words(text)
     return words if len(words) < FIRST_CHARACTERS else words + "…"

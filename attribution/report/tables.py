@@ -1,4 +1,4 @@
-"""The small tables that the report shows, made by the database of far larger ones."""
+"""Reduce the tables of scores and values to the small tables that the report shows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from data_processing.blocks import BLOCK_BITS
 
 STEP_BINS = 30
 VALUE_BINS = 30  # on either side of zero
-WITHIN = 0.99  # of the samples are in the histogram's range
+WITHIN = 0.99  # share of the samples in the histogram's range
 CURVE_POINTS = 500
 
 Numbers = npt.NDArray[np.float64]
@@ -24,17 +24,17 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Totals:
-    """Of all samples. valued: those that have a value; uses: how many values theirs are sums of."""
+    """Counts and shares over all samples."""
 
     samples: int
-    valued: int
-    uses: int
-    share_negative: float
+    valued: int  # samples with a value
+    uses: int  # that gave a value
+    share_negative: float  # of the valued samples
     negative_part: float  # of Σ |values of samples|
 
 
-def totals(database: ScoreDatabase, values: Values) -> Totals:
-    """At least one sample has a value. values: of the database's runs."""
+def count_samples(database: ScoreDatabase, values: Values) -> Totals:
+    """Return the totals. At least one sample must have a value. values: of the database's runs."""
     rows = database.query(
         f"""
         SELECT count(*) AS samples, count(value) AS valued, sum(steps)::BIGINT AS uses,
@@ -47,8 +47,8 @@ def totals(database: ScoreDatabase, values: Values) -> Totals:
     return Totals(**rows.to_pylist()[0])
 
 
-def domain_spread(database: ScoreDatabase, values: Values) -> list[DomainMean]:
-    """Of the domains that have values."""
+def average_domains(database: ScoreDatabase, values: Values) -> list[DomainMean]:
+    """Return the mean value of each domain that has values, sorted by name."""
     rows = database.query(
         f"""
         SELECT domain, count(value) AS samples, favg(value) AS mean,
@@ -60,10 +60,13 @@ def domain_spread(database: ScoreDatabase, values: Values) -> list[DomainMean]:
     return [DomainMean(**row) for row in rows.to_pylist()]
 
 
-def histogram(database: ScoreDatabase, values: Values) -> Histogram:
-    """In bins of one width, as far as the most extreme sample but 1 %: the tails are long."""
+def count_by_value(database: ScoreDatabase, values: Values) -> Histogram:
+    """Return the histogram of values, in bins of equal width.
+
+    At most 1 % of the samples, the most extreme ones, lie outside of its range.
+    """
     samples = parquet(values.path("samples"))
-    # Eighths of a power of two: a quantile near enough, without sorting all samples.
+    # Count by eighths of a power of two: this gives an approximate quantile without sorting all samples.
     sizes = database.query(
         f"""
         SELECT floor(log2(abs(value)) * 8)::INTEGER AS size, count(*) AS samples FROM {samples}
@@ -86,13 +89,13 @@ def histogram(database: ScoreDatabase, values: Values) -> Histogram:
     for row in rows:
         counts[row["place"]] = row["samples"]
     first, last = min(rows[0]["place"], VALUE_BINS), max(rows[-1]["place"], VALUE_BINS - 1)
-    edges = np.arange(-VALUE_BINS, VALUE_BINS + 1) * width
-    share_negative = counts[:VALUE_BINS].sum() / counts.sum()
+    edges = np.arange(-VALUE_BINS, VALUE_BINS + 1, dtype=np.float64) * width
+    share_negative = float(counts[:VALUE_BINS].sum() / counts.sum())
     return Histogram(edges[first : last + 2], counts[first : last + 1], share_negative)
 
 
 def _limit(sizes: Sequence[Mapping[str, int]]) -> float:
-    """The absolute value that WITHIN of the samples do not reach."""
+    """Return the absolute value below which WITHIN of the samples lie."""
     if not sizes:
         return 1.0  # all are zero
     counts = np.array([row["samples"] for row in sizes])
@@ -100,8 +103,8 @@ def _limit(sizes: Sequence[Mapping[str, int]]) -> float:
     return float(2.0 ** ((sizes[place]["size"] + 1) / 8))
 
 
-def domain_bins(database: ScoreDatabase) -> DomainBins:
-    """Of the domains that were used, in the order of their names. Sums are means over the runs."""
+def sum_domains_by_step(database: ScoreDatabase) -> DomainBins:
+    """Return sums by bin of steps for the domains that were used, sorted by name, as means over the runs."""
     first = min(window[0] for window in database.windows)
     last = max(window[1] for window in database.windows)
     width = -(-(last + 1 - first) // STEP_BINS)
@@ -124,9 +127,11 @@ def domain_bins(database: ScoreDatabase) -> DomainBins:
     return DomainBins([database.runs[0].domains[number] for number in numbers], edges, **tables)
 
 
-def uses_of(database: ScoreDatabase, sample_ids: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-    """Of each of these samples, the steps that gave it a value: run, step, value. Values are weighted; their
-    sum over the number of runs is the sample's."""
+def find_sample_uses(database: ScoreDatabase, sample_ids: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """Return, for each of these samples, the uses that gave it a value: run, step, value.
+
+    Values are weighted. Their sum, divided by the number of runs, is the sample's value.
+    """
     found: dict[int, list[dict[str, Any]]] = {sample_id: [] for sample_id in sample_ids}
     rows = database.query(
         """
@@ -141,10 +146,14 @@ def uses_of(database: ScoreDatabase, sample_ids: Sequence[int]) -> dict[int, lis
     return found
 
 
-def samples_of_document(
+def count_document_uses(
     database: ScoreDatabase, values: Values, document: Mapping[str, Any]
 ) -> dict[str, int]:
-    """How many uses gave its samples values, the first step and the last. document: a row of "documents"."""
+    """Return how many uses gave values to a document's samples, and the first and last step of these.
+
+    Args:
+        document: a row of "documents".
+    """
     run = database.runs[0]
     first = (document["first_token"] - 1) // run.block_size  # the block in which its first token is a target
     last = (document["first_token"] + document["tokens"] - 2) // run.block_size
@@ -157,38 +166,47 @@ def samples_of_document(
         """,
         "looking for the samples of the documents shown",
     )
-    return rows.to_pylist()[0]
+    counts: dict[str, int] = rows.to_pylist()[0]
+    return counts
 
 
-def loss_curves(steps: pa.Table, metrics: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[Curve], int]:
-    """Training and validation rows' losses, and those of the evaluations; how many steps make one point.
+def collect_loss_curves(
+    steps: pa.Table, metrics: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[list[Curve], int]:
+    """Return the losses of training batches, validation rows and evaluations, and the steps per point.
 
-    steps: as in a folder of values; metrics: of each run."""
+    Args:
+        steps: as in a folder of values.
+        metrics: the records of each run.
+    """
     run, step = steps["run"].to_numpy(), steps["step"].to_numpy()
     per_point = -(-int(np.bincount(run).max()) // CURVE_POINTS)
     curves = []
     for name, label in (("train_loss", "training batch"), ("val_loss", "validation rows")):
         losses = steps[name].to_numpy(zero_copy_only=False)
         chosen = [run == number for number in range(len(metrics))]
-        lines = [(means(step[rows], per_point), means(losses[rows], per_point)) for rows in chosen]
+        lines = [
+            (average_neighbours(step[rows], per_point), average_neighbours(losses[rows], per_point))
+            for rows in chosen
+        ]
         curves.append(Curve(label, lines, evaluated=False))
     for name in ("train", "val", "test"):
-        lines = [evaluations(records, f"loss/{name}", step.min(), step.max()) for records in metrics]
+        lines = [collect_evaluations(records, f"loss/{name}", step.min(), step.max()) for records in metrics]
         if any(len(line[0]) for line in lines):
             curves.append(Curve(f"evaluation on {name}", lines, evaluated=True))
     return curves, per_point
 
 
-def means(numbers: npt.NDArray[Any], count: int) -> Numbers:
-    """Of `count` neighbours each, fewer at the end."""
+def average_neighbours(numbers: npt.NDArray[Any], count: int) -> Numbers:
+    """Return the means of `count` neighbours each; the last may have fewer."""
     starts = np.arange(0, len(numbers), count)
     return np.add.reduceat(numbers.astype(float), starts) / np.diff(np.append(starts, len(numbers)))
 
 
-def evaluations(
+def collect_evaluations(
     records: Sequence[Mapping[str, Any]], name: str, first: int, last: int
 ) -> tuple[Numbers, Numbers]:
-    """Steps and losses, nan for one that is not finite."""
+    """Return steps and losses of the evaluations in a range of steps. NaN: a non-finite loss."""
     found = [(record["step"], record[name]) for record in records if name in record]
     found = [(step, np.nan if loss is None else loss) for step, loss in found if first <= step <= last]
     return np.array([step for step, _ in found], float), np.array([loss for _, loss in found], float)

@@ -1,4 +1,4 @@
-"""What the report says in words: plain facts, put together from a run's settings and numbers."""
+"""Word the report's sentences from the runs' settings and numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from attribution.database import Normalise
 from attribution.report.charts import Curve
 from attribution.scored_run import ScoredRun
 
-UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step changes"}
-UNIT_SENTENCES: dict[Normalise, str] = {
+VALUE_UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step changes"}
+VALUE_UNIT_SENTENCES: dict[Normalise, str] = {
     "none": "Values are in nats, the unit of the loss itself: a value of 0.001 nats predicts that the loss "
     "falls by 0.001 because of this sample.",
     "absolute": "Values are normalised: those of each step are divided by the sum of their absolute values, "
@@ -25,19 +25,19 @@ UNIT_SENTENCES: dict[Normalise, str] = {
 ABSENT = "(this run has no such setting)"
 
 
-def introduction(
+def describe_runs(
     runs: Sequence[ScoredRun], windows: Sequence[tuple[int, int]], steps: pa.Table, normalise: Normalise
 ) -> dict[str, Any]:
-    """What the first paragraphs name. windows: first and last step of each run."""
+    """Return the template variables of the first paragraphs. windows: first and last step of each run."""
     directions = {run.config["direction"] for run in runs}
-    reason = "the optimizer made no update there, as with float16 gradients that overflow"
+    reason = "the optimizer made no update there, as when float16 gradients overflow"
     if "adamw" in directions:
         reason += "; the first step of a run with “direction” set to “adamw” has none either"
     return {
         "title": ", ".join(run.folder.resolve().name for run in runs),
         "block_size": runs[0].block_size,
         "rows_shown": _rows_shown(runs),
-        "unit_sentence": UNIT_SENTENCES[normalise],
+        "unit_sentence": VALUE_UNIT_SENTENCES[normalise],
         "steps_shown": _steps_shown(windows),
         "validation_loss": _validation_loss(steps),
         "skipped": steps["predicted"].null_count,
@@ -59,24 +59,25 @@ def _steps_shown(windows: Sequence[tuple[int, int]]) -> str:
 
 
 def _validation_loss(steps: pa.Table) -> str:
-    """Before the first and before the last step, the mean of the runs."""
+    """Return the loss before the first step and before the last, each the mean over the runs."""
     run, loss = steps["run"].to_numpy(), steps["val_loss"].to_numpy(zero_copy_only=False)
     of_runs = [loss[run == number] for number in np.unique(run)]
     first, last = (np.mean([losses[place] for losses in of_runs]) for place in (0, -1))
     return f"{first:.3f}" if max(map(len, of_runs)) == 1 else f"{first:.3f} → {last:.3f}"
 
 
-def losses_caption(curves: Sequence[Curve], per_point: int, runs: int) -> str:
+def caption_losses(curves: Sequence[Curve], per_point: int, runs: int) -> str:
+    """Return the caption of the chart of losses."""
     caption = "Mean loss of each training batch, and of the validation rows before each step."
     if per_point > 1:
         caption += f" A point is the mean of {per_point:,} steps."
     if any(curve.evaluated for curve in curves):
-        caption += " Evaluations are made now and then, on other batches of each split."
+        caption += " Evaluations run in some steps only, on other batches of each split."
     return caption + (f" One line for each of the {runs} runs." if runs > 1 else "")
 
 
-def settings(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Of each setting its name and its values: one if all runs have the same, else one for each run."""
+def list_settings(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return each setting's name and values: one value if all runs have the same, else one per run."""
     names = dict.fromkeys(name for config in configs for name in config)
     rows = []
     for name in names:
