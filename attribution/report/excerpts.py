@@ -64,11 +64,9 @@ def find_extremes(values: Values, name: str, value_unit: str) -> tuple[Extremes,
     highest, lowest = (table.to_pylist() for table in values.extremes(name, EXTREMES))
     helpful = [row for row in highest if row["value"] > 0]
     harmful = [row for row in lowest if row["value"] < 0]
-    scales = [
-        choose_scale(max((abs(row["value"]) for row in rows), default=0.0), value_unit)
-        for rows in (helpful, harmful)
-    ]
-    return Extremes(helpful, scales[0]), Extremes(harmful, scales[1])
+    # One scale for both ends, so that their numbers can be compared.
+    scale = choose_scale(max((abs(row["value"]) for row in helpful + harmful), default=0.0), value_unit)
+    return Extremes(helpful, scale), Extremes(harmful, scale)
 
 
 def collect_validation_rows(runs: Sequence[ScoredRun], tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from attribution.scored_run import ScoredRun
 VALUE_UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step changes"}
 VALUE_UNIT_SENTENCES: dict[Normalise, str] = {
     "none": "Values are in nats, the unit of the loss itself: a value of 0.001 nats predicts that the loss "
-    "falls by 0.001 because of this sample.",
+    "falls by 0.001 because of this sample. Small ones are written in thousandths of a nat (10⁻³ nats) or in "
+    "millionths (10⁻⁶ nats).",
     "absolute": "Values are normalised: those of each step are divided by the sum of their absolute values, "
     "so that late steps, in which the loss changes little, count as much as early ones. Their unit is the "
     "step total: 0.01 is one hundredth of a step’s sum of absolute values.",
