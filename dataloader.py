@@ -52,8 +52,10 @@ class BatchLoader:
         self._rank, self._world_size, self.micro_batches = rank, world_size, micro_batches
 
     def batch(self, step: int, micro_batch: int = 0) -> Batch:
-        """The b rows from (rank*G + micro_batch) * b on of global step `step`, with G micro-batches; all
-        counted from 0."""
+        """Return this process's rows of global step `step`.
+
+        They begin at row (rank·G + micro_batch)·b of the step, with G micro-batches of b rows; all are counted from 0.
+        """
         assert 0 <= micro_batch < self.micro_batches, micro_batch
         process = step * self._world_size + self._rank
         start = (process * self.micro_batches + micro_batch) * self._batch_size
@@ -73,7 +75,7 @@ class Prefetch:
         self._coming: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def batch(self, step: int, micro_batch: int = 0) -> Batch:
-        """As of `BatchLoader`: in any order, but only the one after the last is there already."""
+        """Return a batch as `BatchLoader` does, in any order; only the one after the last is read ahead."""
         place = step, micro_batch
         if self._coming is None or self._coming[0] != place:
             self._coming = place, self._reader.submit(self._read, *place)
@@ -88,12 +90,15 @@ class Prefetch:
         return replace(batch, x=batch.x.pin_memory(), y=batch.y.pin_memory()) if self._pin else batch
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """End the reading thread."""
         self._reader.shutdown(cancel_futures=True)
 
 
 def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
-    """m distinct blocks, all equally likely, chosen by the seed alone. ConfigError if there are fewer."""
+    """Return m distinct blocks, all equally likely, chosen by the seed alone.
+
+    Raises ConfigError if there are fewer.
+    """
     if not 1 <= m <= dataset.num_blocks:
         raise ConfigError(
             f"--val_batch_size {m}: there are {dataset.num_blocks} validation blocks of {dataset.block_size} "
@@ -115,11 +120,13 @@ class TrainingData:
 
     @classmethod
     def open(cls, config: TrainingConfig, world: World) -> "TrainingData":
-        """Opens the shards that the configuration names, and logs which domains have no whole block.
+        """Open the shards that the configuration names, and log which domains have no complete block.
 
-        Raises ShardError for shards that are missing or damaged, ConfigError for a domain that was named and
-        is not there or has no whole block, a split without a whole block, too few validation blocks, or
-        shards of different tokenizers."""
+        Raises:
+            ShardError: shards are missing or damaged.
+            ConfigError: a domain that was named does not exist or has no complete block, a split has none,
+                there are too few validation blocks, or the shards are of different tokenizers.
+        """
         assert config.pile_data_dir is not None
         data_dir, selections = Path(config.pile_data_dir), config.selections()
         blocks = {
@@ -173,14 +180,14 @@ def log_short_domains(
 
 
 def check_tokenizers(blocks: dict[str, BlockDataset]) -> None:
-    """ConfigError for splits of different tokenizers."""
+    """Raise ConfigError for splits of different tokenizers."""
     tokenizers = {name: part.tokenizer for name, part in blocks.items()}
     if len(set(tokenizers.values())) > 1:
         raise ConfigError(f"the splits were made by different tokenizers, {tokenizers}: make them with one")
 
 
 def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
-    """ConfigError for token ids that the model has no row for."""
+    """Raise ConfigError for token ids that the model has no row for."""
     for name, part in blocks.items():
         if part.max_token_id >= vocabulary:
             raise ConfigError(

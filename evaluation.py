@@ -28,8 +28,13 @@ def evaluate(
     world: World,
     between: Callable[[], None],
 ) -> dict[str, float]:
-    """Mean loss in nats per token on train, val and test: --eval_iter batches of --eval_bs rows, the same
-    ones every time, divided among the processes. between: called before each batch."""
+    """Return the mean losses on train, val and test, in nats per token.
+
+    They are over --eval_iter batches of --eval_bs rows, the same ones every time, divided among the processes.
+
+    Args:
+        between: called before each batch.
+    """
     try:
         return {
             name: mean_loss(model, loader, config, precision, world, between)
@@ -48,7 +53,7 @@ def mean_loss(
     world: World,
     between: Callable[[], None],
 ) -> float:
-    """Over one split."""
+    """Return the mean loss over one split."""
     total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # sum of losses, rows
     for first in range(0, config.eval_iter, world.size):
         between()
@@ -61,11 +66,12 @@ def mean_loss(
         if index < config.eval_iter:
             total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
     losses_sum, rows = world.sum(total).tolist()
-    return losses_sum / rows
+    mean: float = losses_sum / rows
+    return mean
 
 
 def check_evaluation(losses: dict[str, float]) -> None:
-    """NonFiniteLoss unless all losses are finite."""
+    """Raise NonFiniteLoss unless all losses are finite."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise NonFiniteLoss(

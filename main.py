@@ -3,6 +3,7 @@
 python main.py --batch_size 2 --max_steps 20    (--help lists all flags)
 """
 
+import io
 import logging
 import os
 import sys
@@ -82,5 +83,6 @@ def run(argv: list[str], resources: ExitStack) -> int:
 
 
 if __name__ == "__main__":
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="replace")  # the table shows texts of any language
     sys.exit(main(sys.argv[1:]))

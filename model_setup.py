@@ -164,7 +164,7 @@ def gradient_sync(parallel: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, fused, with weight decay on matrices only (neither biases nor norms)."""
+    """Return AdamW or SGD, fused, with weight decay on matrices only (neither biases nor norms)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

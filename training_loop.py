@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up over warmup_step steps, then a cosine from learning_rate to min_lr at lr_decay_steps."""
+    """Return the learning rate of a step.
+
+    It warms up linearly over warmup_step steps, then follows a cosine from learning_rate to min_lr at lr_decay_steps.
+    """
     assert config.min_lr is not None and config.lr_decay_steps is not None
     if step < config.warmup_step:
         return config.learning_rate * (step + 1) / (config.warmup_step + 1)
@@ -36,11 +39,30 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Trainer:
-    """Trains the model on its data, with whatever the manager's method adds to a step.
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients together (scalar), gathered where the model is divided among processes."""
+    norm: Tensor = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    parallel: what is called in the model's place (model_setup.parallelise). stop: the signals that have come,
-    where several processes must agree on when to stop. checkpoints: writes one after so many steps."""
+
+def clip(gradients: list[Tensor], norm: Tensor, largest: float) -> Tensor:
+    """Scale the gradients in place to a norm of at most `largest` and return the factor (scalar).
+
+    norm: theirs (scalar). largest: 0 for no clipping."""
+    if largest == 0:
+        return torch.ones_like(norm)
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+    return factor
+
+
+class Trainer:
+    """Train a model on its data, with what the manager's method adds to a step.
+
+    Args:
+        parallel: what is called in the model's place (model_setup.parallelise).
+        stop: the signals that arrived, where several processes must agree on when to stop.
+    """
 
     def __init__(
         self,
@@ -87,11 +109,13 @@ class Trainer:
         return OK
 
     def run(self) -> None:
-        """All steps that are left. However it ends, the scores so far are on the disk; unless by an error, so
-        is a checkpoint.
+        """Make all steps that are left.
 
-        Raises NonFiniteLoss, and whatever happens in a step; KeyboardInterrupt after Ctrl-C and other signals
-        to stop.
+        However it ends, the scores so far are on the disk; unless it ends by an error, so is a checkpoint.
+
+        Raises:
+            NonFiniteLoss: a loss or gradient is not finite.
+            KeyboardInterrupt: after Ctrl-C and other signals to stop.
         """
         good = False  # after an error the parameters may be anything
         try:
@@ -132,7 +156,7 @@ class Trainer:
                     self._write_checkpoint()
 
     def _stop_if_told(self) -> None:
-        """Interrupted in all processes once a signal has come to one of them."""
+        """Raise Interrupted in all processes once a signal has come to one of them."""
         if self.world.size > 1 and (number := self.world.largest(self.stop.received or 0)):
             raise Interrupted(number)
 
@@ -148,7 +172,7 @@ class Trainer:
         check_evaluation(progress.evaluation)
 
     def _write_checkpoint(self) -> None:
-        """All scores before it are on the disk of every process by then."""
+        """Write a checkpoint, once all scores before it are on the disk of every process."""
         self.log.sync()
         self.world.wait()
         self.state.save(self.config, self.world, checkpoint_facts(self.config, self.world, self.data))
@@ -165,7 +189,7 @@ class Trainer:
         return (step + 1) % self.config.log_interval == 0
 
     def _waits(self, step: int) -> bool:
-        """Whether this step reads what is on the device, which on a GPU means waiting for it."""
+        """Return whether this step reads values from the device, which on a GPU is a device sync."""
         must = self._logs(step) or self._evaluates_after(step) or self._saves_after(step)
         return must or self.precision.device.type == "cpu"
 
@@ -187,11 +211,17 @@ class Trainer:
             train_losses.append(manager.train_losses(micro_losses))
 
         with interrupt_deferred():
-            norm, clip_factor, skipped = self._clip(step, batches, torch.cat(losses))
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            all_losses = torch.cat(losses)
+            signals = self.guard.spoil(gradients[0], all_losses, manager.dot_products())
+            self.scaler.unscale_(self.optimizer)
+            norm = total_norm(gradients)
+            skipped = self.guard.record(step, batches, all_losses, signals, norm)
+            clip_factor = clip(gradients, norm, self.config.grad_clip)
             if self._waits(step):
                 self.guard.check()
-            if not self.scaler.is_enabled():  # as a gradient scaler tells fused optimizers to do nothing
-                self.optimizer.found_inf = skipped.float()
+            if not self.scaler.is_enabled():  # how a gradient scaler makes fused optimizers skip a step
+                self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -207,7 +237,7 @@ class Trainer:
             self._record(step, batches, lr, norm, clip_factor, start)
 
     def _forward_backward(self, batch: Batch) -> Tensor:
-        """One micro-batch. Returns the losses of its rows, without gradient."""
+        """Run one micro-batch forward and backward, and return the losses of its rows, without gradient."""
         manager = self.manager
         x, y = batch.to(self.precision.device)
         manager.attach_train_batch(
@@ -215,26 +245,10 @@ class Trainer:
         )
         x, y = manager.prepare_forward_input()  # (n+m, T)
         with self.precision.autocast():
-            losses = self.parallel(x, y)  # (n+m,)
+            losses: Tensor = self.parallel(x, y)  # (n+m,)
         self.scaler.scale(manager.joint_loss(losses)).backward()
         manager.prepare_gradients(losses)
         return losses.detach()
-
-    def _clip(self, step: int, batches: list[Batch], losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unscales the gradients and shortens them to --grad_clip. Returns their norm () before it, the
-        factor (), and whether the step must be left out ()."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        signals = self.guard.spoil(gradients[0], losses, self.manager.dot_products())
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):  # of a model that is divided among processes
-            norm = norm.full_tensor()
-        skipped = self.guard.record(step, batches, losses, signals, norm)
-        if self.config.grad_clip == 0:
-            return norm, torch.ones_like(norm), skipped
-        factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
-        return norm, factor, skipped
 
     def _record(
         self,
@@ -267,7 +281,11 @@ class Trainer:
         self.log.advance(f"loss {progress.loss_shown:.4f}, {progress.tokens / progress.seconds:.0f} tokens/s")
 
     def _dot_statistics(self, batches: list[Batch], factor: float) -> dict[str, float]:
-        """factor: of the gradient in the update, learning rate times clip factor."""
+        """Return the step's statistics of dot products and of the validation rows' loss.
+
+        Args:
+            factor: of the gradient in the update, learning rate times clip factor.
+        """
         if self.manager.val_loss is None:
             return {}
         statistics = {"validation_rows/loss": self.manager.val_loss.item()}
@@ -281,7 +299,7 @@ class Trainer:
 
 
 def dot_statistics(values: list[float], domains: list[str]) -> dict[str, float]:
-    """Mean, extremes and per-domain means of a step's dot products, for the log."""
+    """Return mean, extremes and per-domain means of a step's dot products, for the log."""
     by_domain: dict[str, list[float]] = defaultdict(list)
     for domain, value in zip(domains, values, strict=True):
         by_domain[domain].append(value)

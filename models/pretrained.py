@@ -38,7 +38,7 @@ SHOWN = 3  # names in a message
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """The config.json of a saved GPT-2. ConfigError naming the file and what is wrong in it."""
+    """Return the configuration of a saved GPT-2. Raises ConfigError, naming the file and what is wrong in it."""
     path = folder / "config.json"
     with file_errors(path, ConfigError):
         there = path.is_file()
@@ -64,12 +64,7 @@ def read_config(folder: Path) -> GPT2Config:
 
 
 def read_model(folder: Path, config: GPT2Config, dtype: torch.dtype) -> GPT2LMHeadModel:
-    """The model with the folder's weights, its parameters of this dtype.
-
-    Raises:
-        ConfigError: weights that are missing, damaged, of another shape or too many; the message names the
-        file.
-    """
+    """Return the model with the folder's weights, in this dtype."""
     with file_errors(folder, ConfigError):
         path, weights = _read_weights(folder)
     if not any(name.startswith(PREFIX) for name in weights):  # as the published GPT-2 has them
@@ -111,7 +106,7 @@ def _check_weights(path: Path, weights: dict[str, Tensor], model: GPT2LMHeadMode
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that was read, or the index of several, and the weights by name."""
+    """Return the file that was read, or the index of several, and the weights by name."""
     for name in WEIGHT_FILES:
         path = folder / name
         if path.is_file():

@@ -52,7 +52,7 @@ class CheckpointError(ConfigError):
 
 
 def checkpoint_name(step: int) -> str:
-    """step: how many optimizer steps were made."""
+    """Return the name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:06d}"
 
 
@@ -61,15 +61,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in {result_dir}/checkpoints, by step. CheckpointError if it cannot be read."""
+    """Return the complete checkpoints in {result_dir}/checkpoints, by step.
+
+    Raises CheckpointError if the folder cannot be read.
+    """
     with file_errors(folder, CheckpointError):
         found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
 def find_checkpoint(folder: Path, name: str | None) -> Path:
-    """The newest checkpoint in {result_dir}/checkpoints, or the one of this name. CheckpointError if it is
-    not there."""
+    """Return the newest checkpoint in {result_dir}/checkpoints, or the one of this name.
+
+    Raises CheckpointError if it does not exist.
+    """
     there = list_checkpoints(folder)
     names = ", ".join(path.name for path in there) or "none"
     if name is None:
@@ -85,10 +90,11 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, all files of which are what was written.
+    """Return the manifest of a checkpoint, after comparing all its files with their checksums.
 
-    Raises CheckpointError otherwise, naming the file and the checkpoint before this one; and for a checkpoint
-    that may not be read, or is of another version of this program.
+    Raises:
+        CheckpointError: a file is missing or damaged (the message names it and the checkpoint before this one), may not
+            be read, or was written by another version of this program.
     """
     try:
         manifest = _verified(checkpoint)
@@ -110,8 +116,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """The manifest in a folder. Raises ValueError, OSError, ... unless it and its files are what was
-    written."""
+    """Return the manifest in a folder. Raises ValueError, OSError, ... unless it and its files are as written."""
     manifest = _parsed((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest.pop("sha256") != _hash_of_manifest(manifest):
         raise ValueError(f"the checksum of {MANIFEST} is not that of what was written")
@@ -144,10 +149,15 @@ def _hash_of_manifest(manifest: dict[str, Any]) -> str:
 def write_checkpoint(
     folder: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any], keep: int
 ) -> Path:
-    """Makes the checkpoint of a step in {result_dir}/checkpoints: `write` puts its files into an empty
-    folder, `facts` go into the manifest; then all but the newest `keep` are removed.
+    """Write the checkpoint of a step to {result_dir}/checkpoints, then remove all but the newest `keep`.
 
-    Raises CheckpointError if it cannot be written (disk full, ...); earlier checkpoints are whole."""
+    Args:
+        write: puts its files into an empty folder.
+        facts: go into the manifest.
+
+    Raises:
+        CheckpointError: it cannot be written (disk full, ...); earlier checkpoints are complete.
+    """
     final = folder / checkpoint_name(step)
     folder.mkdir(exist_ok=True)
     _clear(folder)
@@ -174,8 +184,10 @@ def write_checkpoint(
 
 
 def remove_after(checkpoint: Path) -> None:
-    """Removes the checkpoints of later steps: the run goes on from this one, and makes them again; and what a
-    run left that was killed as it wrote or removed one. Raises as `check_model_link`."""
+    """Remove the checkpoints of later steps, which a run that resumes from this one writes again.
+
+    What a killed run left unfinished is removed, too. Raises as `check_model_link`.
+    """
     _clear(checkpoint.parent)
     _point_to(checkpoint)
     for path in list_checkpoints(checkpoint.parent):
@@ -185,22 +197,23 @@ def remove_after(checkpoint: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what is neither a whole checkpoint any more, nor one yet."""
+    """Remove checkpoints that are unfinished, or whose removal was interrupted."""
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: what has a checkpoint's name is whole."""
+    """Rename a checkpoint, then delete it: a folder with a checkpoint's name is complete at any moment."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def _point_to(checkpoint: Path) -> None:
-    """{result_dir}/model -> checkpoints/step_NNNNNN, also in the place of a copy of a checkpoint.
+    """Make {result_dir}/model a link to a checkpoint, also where a copy of a checkpoint stands.
 
-    Raises CheckpointError if that cannot be done; what was there before stays."""
+    Raises CheckpointError if that fails; what stood there before stays.
+    """
     link = RunFolder(checkpoint.parent.parent).model
     new, copy = link.with_name(".model.tmp"), link.with_name(COPIED_MODEL)
     if copy.exists():  # of a run that was killed in here
@@ -224,8 +237,10 @@ def _point_to(checkpoint: Path) -> None:
 
 
 def find_saved_model(link: Path) -> Path:
-    """{result_dir}/model. CheckpointError if it leads nowhere, although there are checkpoints: a copy without
-    symbolic links may leave them out."""
+    """Return {result_dir}/model.
+
+    Raises CheckpointError if it leads nowhere although there are checkpoints, as in a copy without links.
+    """
     there = list_checkpoints(RunFolder(link.parent).checkpoints)
     with file_errors(link, CheckpointError):
         led = link.is_dir()
@@ -238,15 +253,18 @@ def find_saved_model(link: Path) -> Path:
 
 
 def check_model_link(link: Path) -> None:
-    """CheckpointError unless it may be replaced by a link: it is one, or not there, or what a copy without
-    symbolic links makes of one: a copy of a checkpoint, or a file with the link's text."""
+    """Raise CheckpointError unless `link` may be replaced by a link.
+
+    It may if it is a link, does not exist, or is what a copy without symbolic links makes of one: a copy of
+    a checkpoint, or a file with the link's text.
+    """
     if link.is_symlink() or not link.exists():
         return
     if link.is_file():
         with link.open("rb") as file:
             if file.read(100).startswith(b"checkpoints/step_"):
                 return
-        reason = "it is a file"
+        reason: str | None = "it is a file"
     else:
         reason = _no_copy(link)
         if reason is None:
@@ -258,7 +276,7 @@ def check_model_link(link: Path) -> None:
 
 
 def _no_copy(folder: Path) -> str | None:
-    """Why a folder is not a copy of one of the run's checkpoints, file by file; None if it is."""
+    """Return why a folder is no copy of one of the run's checkpoints, file by file; None if it is one."""
     try:
         files = _verified(folder)["files"]
         manifest = (folder / MANIFEST).read_bytes()
@@ -275,20 +293,22 @@ def _no_copy(folder: Path) -> str | None:
 
 
 def model_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
-    """All of the model's parameters by name; of a sharded model gathered on rank 0, and called by all
-    processes."""
+    """Return all parameters of the model by name.
+
+    Those of a sharded model are gathered on rank 0; every process must call this.
+    """
     return get_model_state_dict(model, options=_options(sharded))
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool) -> dict[str, Any]:
-    """Likewise the optimizer's state."""
+    """Return the optimizer's state by parameter name, gathered as in `model_state`."""
     return get_optimizer_state_dict(model, optimizer, options=_options(sharded))
 
 
 def load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, sharded: bool
 ) -> None:
-    """state: the whole one, on every process."""
+    """Load an optimizer's state, which every process has in full."""
     set_optimizer_state_dict(model, optimizer, state, options=_options(sharded))
 
 
@@ -297,8 +317,9 @@ def _options(sharded: bool) -> StateDictOptions:
 
 
 def random_state() -> dict[str, Any]:
-    """Of all generators. Training draws no random number so far; what it may draw one day is continued."""
-    kind, keys, *rest = np.random.get_state()
+    """Return the states of all random generators. Training draws no random numbers; a later version may."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -308,7 +329,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Those of GPUs only where there are as many."""
+    """Set the states of all random generators; those of GPUs only if there are as many as before."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(state["cuda"])

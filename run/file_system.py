@@ -56,7 +56,7 @@ def check_file_system(folder: Path, space: Space, freed: int = 0, *, named: Path
 
 
 def bytes_below(folder: Path) -> int:
-    """The size of all files in a folder and its subfolders; links count as themselves."""
+    """Return the size of all files in a folder and its subfolders; a link counts as itself."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_symlink() or path.is_file())
 
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run, without a look at the device in every step."""
+"""Stop a run at the first non-finite loss or gradient, without a device sync in every step."""
 
 import torch
 from torch import Tensor
@@ -8,34 +8,34 @@ from run.processes import World
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the parameters are those before that step.
-
-    step: which one, None for an evaluation."""
+    """A loss or its gradient is NaN or infinite; the parameters are those before that step."""
 
     def __init__(self, message: str, step: int | None = None) -> None:
         super().__init__(message)
-        self.step = step
+        self.step = step  # None for an evaluation
 
 
 class FiniteGuard:
-    """Keeps the parameters as they were before the first step that is not finite, until somebody looks.
+    """Skip every update from the first non-finite step on, without a device sync; `check` syncs and raises.
 
-    From that step on it makes every gradient NaN, and the optimizer leaves such a step out; all of this
-    happens on the device. `check` reads the outcome, which waits for the device, and raises.
-
-    scaling: whether a gradient scaler is at work, under which a gradient may overflow and only its step is
-    left out."""
+    From that step on every gradient is made NaN, and the optimizer skips a step with such a gradient.
+    """
 
     def __init__(self, device: torch.device, world: World, scaling: bool) -> None:
+        """scaling: a gradient scaler is active, so that a gradient may overflow and only its step is skipped."""
         self.world, self.scaling = world, scaling
         self._poison = torch.zeros((), device=device)  # NaN from the first bad step on
         self._pending: list[tuple[int, list[int], list[str], Tensor, Tensor, Tensor]] = []
         # step, samples, domains, losses, whether dot products are finite, norm
 
     def spoil(self, gradient: Tensor, losses: Tensor, dots: Tensor | None) -> Tensor:
-        """Makes one of the step's gradients NaN if losses or dot products of any process are not finite
-        (validation rows may overflow where train rows do not), or those of an earlier step were not. Returns
-        two sums (2,) that are not finite if a loss, or a dot product, is not."""
+        """Make one of the step's gradients NaN if a loss or dot product of this or an earlier step is non-finite.
+
+        Those of all processes count. Validation rows may overflow where train rows do not.
+
+        Returns:
+            (2,): a sum that is non-finite if a loss is, and one that is if a dot product is.
+        """
         of_losses = losses.detach().float().sum() * 0
         of_dots = torch.zeros_like(of_losses) if dots is None else dots.float().sum() * 0
         signals = self.world.sum(torch.stack([of_losses, of_dots]))
@@ -45,8 +45,13 @@ class FiniteGuard:
     def record(
         self, step: int, batches: list[Batch], losses: Tensor, signals: Tensor, norm: Tensor
     ) -> Tensor:
-        """losses: of all rows of this process; signals: what `spoil` returned; norm (): of the gradient.
-        Returns whether the step must be left out, ()."""
+        """Note what `check` will report of a step, and return whether the optimizer must skip it (scalar).
+
+        Args:
+            losses: of all rows of this process.
+            signals: what `spoil` returned.
+            norm: of the gradient (scalar).
+        """
         skipped = ~norm.isfinite()
         bad = ~signals[0].isfinite()
         if not self.scaling:
@@ -58,7 +63,7 @@ class FiniteGuard:
         return skipped
 
     def check(self) -> None:
-        """NonFiniteLoss if a step since the last check was not finite."""
+        """Raise NonFiniteLoss if a step since the last check was non-finite. Waits for the device."""
         if self._poison.isnan():
             for step, samples, domains, losses, of_dots, norm in self._pending:
                 of_all = self.world.gather(None if losses.isfinite().all() else losses.tolist())

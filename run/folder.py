@@ -43,11 +43,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_result_dir(config: "TrainingConfig") -> None:
-    """What can be said before anything is loaded or made.
+    """Check a run's folder before anything is loaded or made.
 
     Raises:
-        ConfigError: the name is taken; --eval_only of a run that is not there, or that has another
-        architecture.
+        ConfigError: the name is taken; --eval_only of a run that does not exist, or has another architecture.
     """
     if config.eval_only:
         if config.saved_model is not None:
@@ -69,8 +68,10 @@ def check_result_dir(config: "TrainingConfig") -> None:
 
 
 def settle_resume(config: "TrainingConfig") -> "TrainingConfig":
-    """Return the configuration with --resume auto settled: always, if the run has a checkpoint. Otherwise it
-    stays auto, and the run begins."""
+    """Return the configuration with --resume auto settled: "always" if the run has a checkpoint.
+
+    Otherwise it stays "auto", and the run begins.
+    """
     if config.resume != "auto" or not os.path.lexists(config.result_dir):
         return config
     if not list_checkpoints(config.folder.checkpoints):
@@ -80,11 +81,12 @@ def settle_resume(config: "TrainingConfig") -> "TrainingConfig":
 
 
 def try_result_dir(config: "TrainingConfig") -> None:
-    """Ask the file system, for a run's folder that is to be made, what it would refuse later: its name, the
-    right to write, locks, links, renames. Leave nothing behind.
+    """Check that the file system accepts a run's folder that does not exist yet.
+
+    It tries the name, writing, locks, links and renames, and leaves nothing behind.
 
     Raises:
-        ConfigError: it refuses.
+        ConfigError: the file system refuses.
     """
     folder = config.result_dir
     if os.path.lexists(folder):
@@ -124,7 +126,7 @@ def _lock(file: IO[str], config: "TrainingConfig") -> None:
 
 
 def differences(config: "TrainingConfig") -> list[str]:
-    """In what the evaluation of a saved run differs from that run, of what its losses depend on."""
+    """Return the settings that affect the losses and differ from the trained run's, as lines."""
     if config.saved_model is None:
         return []
     values = _read_run(config.result_dir)
@@ -150,11 +152,12 @@ def differences(config: "TrainingConfig") -> list[str]:
 
 @contextmanager
 def locked(config: "TrainingConfig") -> Iterator[None]:
-    """Within it no other process works in the run's folder, which is there. The lock goes with the process,
-    however it ends.
+    """Hold the lock of a run's folder, which exists, so that no other process works in it.
+
+    The lock ends with the process, however that ends.
 
     Raises:
-        ConfigError: another process works there; it cannot be written, or has no locks.
+        ConfigError: another process holds it; the folder cannot be written, or has no locks.
     """
     with file_errors(config.folder.lock, ConfigError):
         file = (config.folder.lock).open("a")
@@ -164,8 +167,10 @@ def locked(config: "TrainingConfig") -> Iterator[None]:
 
 
 def changes(config: "TrainingConfig", checkpoint_config: Path) -> list[str]:
-    """In what a run that is resumed differs from what it was when the checkpoint was made, of what must not
-    change. ConfigError for the configuration of another version of this program."""
+    """Return the settings that must not change and differ from those of a checkpoint, as lines.
+
+    Raises ConfigError if another version of this program wrote the checkpoint's configuration.
+    """
     values = _read_config(config, checkpoint_config)
     found = []
     for spec in flags_of(config):
@@ -177,8 +182,10 @@ def changes(config: "TrainingConfig", checkpoint_config: Path) -> list[str]:
 
 
 def _read_config(config: "TrainingConfig", path: Path) -> dict[str, Any]:
-    """The configuration of a run. ConfigError if a field that must not change is missing, whose value would
-    have to be guessed, or if there is one that this version of the program does not know."""
+    """Return the configuration of a run.
+
+    Raises ConfigError if it lacks a field that must not change, or has a field that this version does not know.
+    """
     with file_errors(path, ConfigError):
         text = path.read_text(encoding="utf-8")
     try:
@@ -201,7 +208,7 @@ def _read_config(config: "TrainingConfig", path: Path) -> dict[str, Any]:
 
 
 def lasting(config: "TrainingConfig") -> dict[str, Any]:
-    """The settings that stay as they are when the run is resumed."""
+    """Return the settings that cannot change when a run resumes."""
     return {
         spec.name: getattr(config, spec.name) for spec in flags_of(config) if not spec.metadata["may_change"]
     }
@@ -270,7 +277,7 @@ def save(config: "TrainingConfig", path: Path, extra: Mapping[str, Any]) -> None
 
 
 def provenance(checkout: Path) -> dict[str, Any]:
-    """What a run depends on besides its configuration. Version None: the package is not installed."""
+    """Return what a run depends on besides its configuration. A version is None where the package is not installed."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -287,7 +294,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit(folder: Path) -> str | None:
-    """Hash of the commit that is checked out, with "-dirty" after it where tracked files differ from it."""
+    """Return the hash of the commit that is checked out, with "-dirty" after it where tracked files differ from it."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -300,8 +307,10 @@ def _git_commit(folder: Path) -> str | None:
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:
-    """The config.json of a run; None where there is none, or another's (a saved model has one, too).
-    ConfigError if it cannot be read."""
+    """Return the config.json of a run; None if there is none, or it is of something else, as of a saved model.
+
+    Raises ConfigError if it cannot be read.
+    """
     path = RunFolder(folder).config
     with file_errors(path, ConfigError):
         try:

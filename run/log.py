@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class SilentLog:
-    """What the processes other than the first tell: nothing."""
+    """The log of all processes but rank 0, which records nothing."""
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         pass
@@ -47,7 +47,9 @@ class SilentLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         pass
 
 
@@ -73,8 +75,7 @@ class RunLog(SilentLog):
             self._resources = opened.pop_all()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, and the same to Weights & Biases. JSON has no NaN and no infinity: null stands for
-        them."""
+        """Write one line, and send it to Weights & Biases. JSON has neither NaN nor infinity: null stands for them."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False)
         # Opened for each record: what could not be written would be tried, and fail, again at the file's end.
@@ -84,17 +85,17 @@ class RunLog(SilentLog):
             self._wandb.log(dict(values), step=max(step, self._first))
 
     def advance(self, shown: str) -> None:
-        """One step further on the bar, with what to show beside it."""
+        """Advance the bar by one step and show a text behind it."""
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
 
     def sync(self) -> None:
-        """The records so far survive a power failure, as the checkpoint does that follows."""
+        """Make the records survive a power failure, as the checkpoint does that is written next."""
         with file_errors(self._path):
             sync(self._path)
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """A line on the screen, and a record."""
+        """Log the losses of an evaluation on the screen, and record them."""
         text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         logger.info("after step %d: loss %s", step, text)
         self.record(step, {f"loss/{name}": loss for name, loss in losses.items()})
@@ -119,8 +120,7 @@ def open_log(config: "TrainingConfig", world: World, start: Path | None) -> Sile
 
 
 def records_before(path: Path, step: int) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl with records of steps before this one, and the records. A last line that is
-    not whole is left out.
+    """Return the lines and records of metrics.jsonl of steps before this one; an unfinished last line is left out.
 
     Raises:
         UserError: the file cannot be read, or a line is no record.
@@ -157,8 +157,7 @@ def keep_records_before(path: Path, step: int, evaluation_due: bool) -> None:
 
 
 def progress_bar(steps: int, done: int) -> tqdm:
-    """Steps done, time left, and a postfix. In a file, where nothing is overwritten, a line every 10
-    seconds."""
+    """Return a bar of steps with a text behind it; in a file, where lines stay, a line every 10 seconds."""
     in_terminal = sys.stderr.isatty()
     return tqdm(
         total=steps,
@@ -209,9 +208,10 @@ def wandb_errors(what: str, advice: str, *more: type[Exception]) -> Iterator[Non
 
 
 def start_wandb(config: "TrainingConfig") -> Any:
-    """The run at Weights & Biases (a folder of the result_dir when offline); when it is resumed, the same
-    one: of steps that it has had already, which are computed again to the same numbers, it keeps the first
-    record."""
+    """Start, or resume, the run at Weights & Biases; when offline, in a folder of the run's folder.
+
+    Of steps that a resumed run computes again, to the same numbers, Weights & Biases keeps the first record.
+    """
     import wandb  # takes a second to import, which a run without it is spared
 
     memory = config.folder.wandb_id

@@ -45,18 +45,18 @@ class World:
     host: Any = None
 
     def wait(self) -> None:
-        """For all processes."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier(group=self.host)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place and on the tensor's device, without waiting for it there."""
+        """Sum a tensor over the processes, in place on its device, without a device sync."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the largest of the processes' numbers."""
         if self.size == 1:
             return number
         value = torch.tensor(number)
@@ -102,7 +102,7 @@ class World:
         return cast(T, outcome)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank."""
+        """Return every process's value, by rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -170,11 +170,11 @@ def _malformed(name: str, text: str, must: str) -> ConfigError:
 
 
 def first_of_machine(environ: Mapping[str, str] = os.environ) -> bool:
-    """True on the process that reports errors which all of a machine meet before they know of each other:
-    they have one command line and one environment. Of tasks that do not know of each other it is the first.
+    """Return whether this process reports errors raised before the process group exists: local rank 0 alone does.
 
-    A process is silent only if a whole environment says that there is another one to speak for it: what a
-    launcher of before left behind hides no message.
+    Every process of a machine raises those errors, since all have one command line and environment. Of
+    tasks that are in no group the first one reports. A process is silent only if a complete environment
+    names another one that reports: left-over variables hide no message.
     """
     try:
         place = launched(environ)
@@ -220,11 +220,13 @@ def check_tasks(place: Place | None, environ: Mapping[str, str]) -> None:
 
 @contextmanager
 def distributed_world(config: "TrainingConfig", environ: Mapping[str, str] = os.environ) -> Iterator[World]:
-    """The set-up and tear-down of the run's processes, for a configuration whose device is resolved: one
-    process, or those that torchrun has started, with NCCL on GPUs and gloo on CPUs.
+    """Set up the run's processes, and tear them down: one process, or those that torchrun has started.
 
-    Raises ConfigError for what `launched` and `check_tasks` raise, for more processes on a machine than it
-    has GPUs, and for --parallel fsdp with one process.
+    They communicate with NCCL on GPUs and gloo on CPUs. The configuration's device is resolved.
+
+    Raises:
+        ConfigError: as `launched` and `check_tasks`; more processes on a machine than GPUs; --parallel fsdp with one
+            process.
     """
     place = launched(environ)
     check_tasks(place, environ)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import Any
 
 # Ctrl-C; what kill, torchrun and schedulers send; what schedulers can be told to send some time before; the
 # terminal was closed.
@@ -31,8 +32,10 @@ class StopSignals:
 
 @contextmanager
 def stop_signals(*, wait: bool) -> Iterator[StopSignals]:
-    """Within it each of SIGNALS raises Interrupted; or, with `wait`, is noted only: of several processes none
-    may stop where the others would wait for it. A signal that the process ignores goes on being ignored."""
+    """Raise Interrupted at each of SIGNALS while the block runs, or with `wait` note the signal only.
+
+    Of several processes none may stop while the others would wait for it. An ignored signal stays ignored.
+    """
     stop = StopSignals()
 
     def arrived(number: int, frame: FrameType | None) -> None:
@@ -42,7 +45,7 @@ def stop_signals(*, wait: bool) -> Iterator[StopSignals]:
             raise Interrupted(number)
         stop.received = stop.received or number
 
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:
@@ -55,11 +58,11 @@ def stop_signals(*, wait: bool) -> Iterator[StopSignals]:
 
 @contextmanager
 def interrupt_deferred() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """A signal that comes inside is handled at the end: the update of the parameters and the record of its
-    scores are both done, or neither is.
+    """Handle a signal that arrives in the block at its end.
 
-    Gives a context manager for a part of it where a signal is handled at once after all. Concerns those of
-    SIGNALS that have a handler, not those that are ignored or end the process."""
+    So the update of the parameters and the record of its scores are both made, or neither. The block gets a function
+    that returns a context in which signals interrupt at once.
+    """
     pending: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -83,7 +86,7 @@ def interrupt_deferred() -> Iterator[Callable[[], AbstractContextManager[None]]]
                 signal.signal(number, remember)
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    previous = {number: handler for number, handler in handlers.items() if callable(handler)}
+    previous: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in previous:
         signal.signal(number, remember)
     try:

@@ -54,8 +54,14 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
 
     def save(self, config: "TrainingConfig", world: World, facts: dict[str, object]) -> None:
-        """A checkpoint of the state after the step that was last recorded. Called by all processes; rank 0
-        writes it. facts: see `checkpoint_facts`. Raises CheckpointError if it cannot be written."""
+        """Write a checkpoint of the state after the last recorded step. Every process must call this; rank 0 writes.
+
+        Args:
+            facts: see `checkpoint_facts`.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         sharded = isinstance(self.parallel, FSDPModule)
         if world.rank > 0 and not sharded:
             return  # rank 0 has all of it; else the parts of all come together
@@ -84,15 +90,20 @@ class TrainingState:
             checkpoint.write_checkpoint(folder, progress.steps, write, facts, config.keep_checkpoints)
 
     def _optimizer_state(self, sharded: bool) -> dict[str, Any] | None:
-        """None before the first step, and for plain SGD: PyTorch would make a step, though of length zero, to
-        have something to save or to load into."""
+        """Return the optimizer's state; None if it has none, before the first step and for plain SGD.
+
+        PyTorch would make a step of length zero to have a state to save or to load into.
+        """
         if not self.optimizer.state:
             return None
         return checkpoint.optimizer_state(self.model, self.optimizer, sharded=sharded)
 
     def load(self, folder: Path) -> None:
-        """Everything but the weights, which the model was made with. Called by all processes. Raises
-        CheckpointError for a checkpoint of another version of this program."""
+        """Load everything but the weights, which the model has already. Every process must call this.
+
+        Raises:
+            CheckpointError: another version of this program wrote the checkpoint.
+        """
         path = folder / checkpoint.TRAINER_STATE
         state = torch.load(path, map_location="cpu", weights_only=True)
         if missing := [name for name in self.KEYS if name not in state]:
@@ -133,12 +144,12 @@ def space_needed(config: "TrainingConfig", world: World, model: nn.Module, start
 
 
 def global_batch_size(config: "TrainingConfig", world: World) -> int:
-    """Samples in one optimizer step."""
+    """Return the number of samples in one optimizer step."""
     return world.size * config.gradient_accumulation_steps * config.batch_size
 
 
 def checkpoint_facts(config: "TrainingConfig", world: World, data: "TrainingData") -> dict[str, object]:
-    """What must be the same when a run is resumed, besides its settings."""
+    """Return what must be the same when a run resumes, besides its settings."""
     return {
         "global batch (processes x --batch_size x --gradient_accumulation_steps)": global_batch_size(
             config, world

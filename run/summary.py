@@ -21,7 +21,7 @@ EXTREMES = 3  # samples shown at either end
 
 
 def print_summary(config: "TrainingConfig", progress: Progress, data: "TrainingData") -> None:
-    """Prints the table of a run that has made at least one step, to standard output."""
+    """Print the table of a run that has made at least one step, to standard output."""
     console = plain_console()
     idle = progress.steps == progress.resumed_at  # what is shown is of the process before
     nothing_left = idle and progress.steps == config.max_steps
@@ -43,12 +43,12 @@ def print_summary(config: "TrainingConfig", progress: Progress, data: "TrainingD
 
 
 def last_loss(progress: Progress) -> dict[str, str]:
-    """The training loss of the last step, which this process made."""
+    """Return the training loss of the last step, which this process made."""
     return {"train loss, last step": f"{progress.train_loss.item():.4f}"}
 
 
 def recorded_loss(config: "TrainingConfig", progress: Progress) -> dict[str, str]:
-    """The training loss that metrics.jsonl recorded last, where this process made no step."""
+    """Return the last training loss in metrics.jsonl, where this process made no step."""
     lines = records_before(config.folder.metrics, progress.steps)
     losses = [(record["step"], record["train_loss"]) for _, record in lines if "train_loss" in record]
     if not losses:
@@ -58,14 +58,14 @@ def recorded_loss(config: "TrainingConfig", progress: Progress) -> dict[str, str
 
 
 def evaluation_lines(progress: Progress, data: "TrainingData") -> dict[str, str]:
-    """The losses of the last evaluation, if there was one."""
+    """Return the losses of the last evaluation, if there was one."""
     if progress.evaluation is None:
         return dict.fromkeys([f"loss on {name}" for name in data.evaluation], "not evaluated yet")
     return {f"loss on {name}": f"{loss:.4f}" for name, loss in progress.evaluation.items()}
 
 
 def print_extreme_samples(console: Console, config: "TrainingConfig", data: "TrainingData") -> None:
-    """The samples with the highest and the lowest summed value, with their first words, a line each."""
+    """Print the samples with the highest and the lowest summed value, one line each, with their first words."""
     with ScoreDatabase([ScoredRun.open(config.result_dir)]) as database:
         database.create("sums", samples_sql(database, sample_sums(database)), "summing samples")
         highest, lowest = highest_and_lowest(database.connection, "sums", "sample_id", EXTREMES)

@@ -67,7 +67,10 @@ def score_file(folder: Path, first: int, last: int, rank: int) -> ScoreFile:
 
 
 def list_files(folder: Path) -> list[ScoreFile]:
-    """Every score file, sorted by step, then rank. ScoreError for anything else that a reader would open."""
+    """Return every score file, sorted by step, then rank.
+
+    Raises ScoreError for anything else that a reader would open.
+    """
     files = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith((".", "_")) or MARKER_NAME.fullmatch(path.name):
@@ -82,10 +85,10 @@ def list_files(folder: Path) -> list[ScoreFile]:
 
 
 def superseded(files: Iterable[ScoreFile]) -> set[ScoreFile]:
-    """The files whose rows another file of their rank holds, too: what an interrupted replacement left.
+    """Return the files whose rows another file of their rank has, too: left by an interrupted replacement.
 
-    The wider range of steps counts. A merged file contains those it was made of. A file that is being
-    shortened contains its shortened copy, and counts until it is gone: the shortening has not happened yet.
+    The file with the wider range of steps counts. A merged file contains those it was made of. A file that is being
+    shortened contains its shortened copy, and counts until it is removed: the shortening has not happened yet.
     """
     found = set()
     covers: dict[int, ScoreFile] = {}  # rank -> the file that reaches furthest so far
@@ -112,7 +115,7 @@ def read_origin(path: Path) -> dict[str, str]:
 
 
 def check_origin(path: Path, want: Mapping[str, str]) -> None:
-    """ScoreError unless the file's metadata is exactly `want`."""
+    """Raise ScoreError unless the file's metadata is exactly `want`."""
     got = read_origin(path)
     for key in sorted(got.keys() | want.keys()):
         if got.get(key) != want.get(key):

@@ -16,9 +16,11 @@ class ScoreError(UserError):
 
 
 def score_schema(granularity: str = "total") -> pa.Schema:
-    """The columns. Every row has one dot product over all parameters and all validation rows; "pairwise" adds
-    a list of m, one for each validation row, whose mean it is, and "per_layer" a list of L, one for each
-    layer, whose sum it is."""
+    """Return the columns of score files.
+
+    Every row has one dot product over all parameters and all validation rows. "pairwise" adds a list of m, one for each
+    validation row, whose mean it is. "per_layer" adds one for each layer, whose sum it is.
+    """
     if granularity not in GRANULARITIES:
         raise ScoreError(f"granularity {granularity!r}: there are {', '.join(GRANULARITIES)}")
     columns = {

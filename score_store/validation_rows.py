@@ -14,13 +14,12 @@ from foundation.errors import file_errors
 
 
 def tokens_of(batch: Batch) -> torch.Tensor:
-    """(m, T+1)"""
+    """Return the tokens of each row with its last target (m, T+1)."""
     return torch.cat([batch.x, batch.y[:, -1:]], dim=1)
 
 
 def hash_of_rows(batch: Batch) -> str:
-    """The SHA-256 of the tokens, which the scores carry: scores with another hash are of other validation
-    rows."""
+    """Return the SHA-256 of the tokens. The scores carry it: another hash means other validation rows."""
     return hashlib.sha256(tokens_of(batch).numpy().astype("<u2").tobytes()).hexdigest()
 
 

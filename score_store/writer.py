@@ -216,7 +216,7 @@ class ScoreWriter:
         self._small_rows = sum(count for count in rows if count < self.rows_per_file)
 
     def _groups(self, files: Iterable[ScoreFile]) -> Iterator[list[ScoreFile]]:
-        """Two or more neighbouring small files each, no more of them than make `rows_per_file` rows."""
+        """Yield groups of two or more neighbouring small files, of at most `rows_per_file` rows in all."""
         group: list[ScoreFile] = []
         rows = 0
         for file in files:
@@ -232,7 +232,7 @@ class ScoreWriter:
             yield group
 
     def _table(self) -> pa.Table:
-        """The buffered rows, on the CPU, with their values (Wang et al., arXiv 2406.11011, Theorem 3)."""
+        """Return the buffered rows, on the CPU, with their values (Wang et al., arXiv 2406.11011, Theorem 3)."""
         steps = self._buffer
         counts = [len(step.domains) for step in steps]
         scores = _numbers([step.dot_products for step in steps])  # (rows,), or (rows, m or L)
@@ -277,7 +277,7 @@ def drop_rows_from(
 
 
 def _copy(value: Tensor) -> Tensor:
-    """A tensor of its own: the caller may reuse the buffer in the next step."""
+    """Return a copy of a tensor, whose buffer the caller may reuse in the next step."""
     return value.detach().clone()
 
 
@@ -287,14 +287,14 @@ def _numbers(tensors: list[Tensor]) -> npt.NDArray[np.float64]:
 
 
 def _lists(scores: npt.NDArray[np.float64], null: npt.NDArray[np.bool_]) -> pa.Array:
-    """(rows, c) -> one list of c numbers for each row, null where the row has no scores."""
+    """Return one list of c numbers for each of the rows (rows, c), null where a row has no scores."""
     lengths = np.where(null, 0, scores.shape[1])
     offsets = pa.array(np.append(0, lengths.cumsum()), pa.int32(), mask=np.append(null, False))
     return pa.ListArray.from_arrays(offsets, scores[~null].ravel())
 
 
 def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
-    """The scores of a run, for reading; `.schema.metadata` describes the run.
+    """Open the scores of a run for reading; `.schema.metadata` describes the run.
 
     Raises:
         ScoreError: there are none, another version of this program wrote them, or they are of several runs.
