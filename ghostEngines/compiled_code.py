@@ -1,4 +1,4 @@
-"""torch.compile: the guard cannot look into compiled code, and some rules cannot run in it."""
+"""torch.compile: the guard cannot see into compiled code, and some rules cannot run in it."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from .errors import AttachError
 from .tapped import TappedLayer
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether any module of the model was compiled in place."""
+    """Return True if any module of the model was compiled in place."""
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
@@ -20,10 +21,19 @@ def eager() -> AbstractContextManager[None]:
     return context
 
 
-def check_layers_outside(model: nn.Module, layers: Iterable[TappedLayer]) -> None:
-    """Raise RuntimeError for a layer in compiled code whose gradient can be computed in uncompiled code only.
+def check_samples_in_uncompiled_code(model: nn.Module) -> None:
+    """Raise AttachError for a compiled model whose samples are not its rows."""
+    if is_compiled(model):
+        raise AttachError(
+            "samples that are not the model's rows can be followed in uncompiled code only: leave torch.compile out"
+        )
 
-    Called at the first step, which runs uncompiled, so that the error does not come at the second."""
+
+def check_layers_in_uncompiled_code(model: nn.Module, layers: Iterable[TappedLayer]) -> None:
+    """Raise RuntimeError for a layer in compiled code whose rule needs uncompiled code.
+
+    The first step runs uncompiled. Without this check the error would appear at the second.
+    """
     compiled = [name for name, each in model.named_modules() if each._compiled_call_impl is not None]
     for tapped in layers:
         inside = [name for name in compiled if not name or f"{tapped.name}.".startswith(f"{name}.")]

@@ -1,9 +1,8 @@
-"""What all contractions share: the division of a joint batch, products, tiles, and what train rows are
-contracted with.
+"""What all contraction strategies share: the division of a joint batch, products, tiles, and the direction.
 
-A matrix parameter has, for sample i, the gradient  G_i = left_iᵀ right_i  of shape (p, d). The step needs
-Σ_i G_i over the train rows anyway; attribution wants <G_i, D> as well, where D is the direction, by default
-the validation gradient. The ways to compute both stand in strategies/, one file each.
+The gradient of a matrix parameter for sample i is  G_i = left_iᵀ right_i  of shape (p, d). Training needs Σ_i
+G_i over the train rows. Attribution also needs <G_i, D>, where D is the direction, by default the validation
+gradient. The ways to compute both are in strategies/, one file each.
 
 Index letters: n train rows, m validation rows, T positions, k directions (1, or m for pairwise scores), p and
 d the two sides of the weight.
@@ -18,9 +17,9 @@ from torch import Tensor
 from .memory import Scratch
 from .preconditioner import Preconditioner
 
-# `instantiate` walks the weight in tiles of about this many numbers, so that a tile of the gradient, of the
-# direction and of the sum stay in a CPU's third-level cache together. Smaller ones would stay in a faster
-# cache, but make the matrix products slower by more than that saves, as would a shorter side than SIDE
+# `instantiate` processes the weight in tiles of about this many numbers, so that a tile of the gradient, of
+# the direction and of the sum fit into a CPU's third-level cache together. Smaller tiles would fit into a
+# faster cache, but slow down the matrix products by more than that saves. So would a side shorter than SIDE
 # (benchmarks/RESULTS.md).
 TILE_NUMEL = 1 << 21
 SIDE = 128
@@ -28,24 +27,23 @@ SIDE = 128
 
 @dataclass(frozen=True)
 class Split:
-    """How a joint batch is divided, and what is asked of it.
+    """How a joint batch is divided, and which scores are needed."""
 
-    n: train rows, which come first. m: validation rows. pairwise: one score for each (train, validation)
-    pair, not one for the mean validation gradient."""
-
-    n: int
-    m: int
-    pairwise: bool = False
+    n: int  # train rows, which come first
+    m: int  # validation rows
+    pairwise: bool = False  # one score per (train, validation) pair, not one for the mean validation gradient
 
     @property
     def directions(self) -> int:
-        """k: how many validation gradients are kept apart."""
+        """Return k: how many validation gradients are kept apart."""
         return self.m if self.pairwise else 1
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of dots and running sums: never below float32 (a bfloat16 sum over 50 layers is off by
-    1 %)."""
+    """Return the dtype of dots and running sums: float32, or float64 for float64.
+
+    A bfloat16 sum over 50 layers would be off by 1 %.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -53,8 +51,10 @@ Tile = tuple[slice, slice]
 
 
 def tiles(p: int, d: int, numel: int) -> Iterator[Tile]:
-    """Yield rows and columns of the tiles of a (p, d) weight, about `numel` numbers each: cut along its
-    longer side, so that the matrix products have two long ones."""
+    """Yield the rows and columns of the tiles of a (p, d) weight, of about `numel` numbers each.
+
+    The weight is cut along its longer side, so that the matrix products have two long sides.
+    """
     longer, shorter = max(p, d), min(p, d)
     count = -(-longer // max(SIDE, numel // shorter))
     side, everything = -(-longer // count), slice(None)
@@ -64,19 +64,23 @@ def tiles(p: int, d: int, numel: int) -> Iterator[Tile]:
 
 
 def products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """Set out (b, r, c) to each left (b, T, r)ᵀ right (b, T, c), which is rounded to their dtype before it is
-    widened."""
+    """Set out (b, r, c) to each left_iᵀ right_i, for left (b, T, r) and right (b, T, c), and return it.
+
+    The product is rounded to the dtype of left and right before it is widened.
+    """
     if left.dtype == out.dtype:
         return torch.bmm(left.mT, right, out=out)
     return out.copy_(left.mT @ right)
 
 
 def add_gradient(left: Tensor, right: Tensor, total: Tensor, fresh: bool) -> None:
-    """Add Σ_i left_iᵀ right_i to total (p, d), or write it there if fresh: one product over all rows and
-    positions."""
+    """Add Σ_i left_iᵀ right_i to total (p, d), or write it there if fresh.
+
+    It is one product over all rows and positions.
+    """
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     if left.dtype == total.dtype:
-        total.addmm_(left.mT, right, beta=0 if fresh else 1)  # beta=0: whatever was in there is not read
+        total.addmm_(left.mT, right, beta=0 if fresh else 1)  # beta=0: the old content is not read
     elif fresh:
         total.copy_(left.mT @ right)
     else:
@@ -84,17 +88,22 @@ def add_gradient(left: Tensor, right: Tensor, total: Tensor, fresh: bool) -> Non
 
 
 def direction_of(left: Tensor, right: Tensor, split: Split) -> Tensor:
-    """Return the validation gradient(s) of one weight.
+    """Return the validation gradient of one weight, or with pairwise that of each validation row.
 
-    left (m, T, p), right (m, T, d): the validation rows. Returns (k, p, d) in the accumulation dtype: Σ_j
-    left_jᵀ right_j, never (Σ_j left_j)ᵀ(Σ_j right_j), or with pairwise each left_jᵀ right_j."""
+    Args:
+        left, right: (m, T, p) and (m, T, d), of the validation rows.
+
+    Returns:
+        (k, p, d) in the accumulation dtype: Σ_j left_jᵀ right_j, never (Σ_j left_j)ᵀ(Σ_j right_j); with
+        pairwise each left_jᵀ right_j.
+    """
     left, right = validation_factors(left, right, split)
     shape = (len(left), left.shape[2], right.shape[2])
     return products(left, right, left.new_empty(shape, dtype=accumulation_dtype(left.dtype)))
 
 
 def validation_factors(left: Tensor, right: Tensor, split: Split) -> tuple[Tensor, Tensor]:
-    """(m, T, ...) -> (k, ...), whose products left_kᵀ right_k are the directions."""
+    """Reshape (m, T, ...) to (k, ...), so that the products left_kᵀ right_k are the directions."""
     if split.pairwise:
         return left, right
     return left.flatten(0, 1)[None], right.flatten(0, 1)[None]
@@ -111,7 +120,7 @@ def precondition_tiles(direction: Tensor, preconditioner: Preconditioner | None,
 
 
 class Whole:
-    """A direction that is there: (k, p, d)."""
+    """A direction (k, p, d) that is in memory."""
 
     def __init__(self, direction: Tensor) -> None:
         self.direction = direction
@@ -121,16 +130,16 @@ class Whole:
         return len(self.direction)
 
     def whole(self) -> Tensor:
+        """Return the direction, (k, p, d)."""
         return self.direction
 
     def tile(self, tile: Tile) -> Tensor:
-        """Return the directions' part in a tile, (k, r, c)."""
+        """Return the direction's part in a tile, (k, r, c)."""
         return self.direction[:, tile[0], tile[1]]
 
 
 class Validation:
-    """The validation rows of one weight, from which the direction is made: as a whole, or tile by tile so
-    that it is never there as a whole; left (m, T, p), right (m, T, d)."""
+    """A direction that is computed from the validation rows of one weight: as a whole, or tile by tile."""
 
     def __init__(
         self,
@@ -140,6 +149,7 @@ class Validation:
         preconditioner: Preconditioner | None,
         scratch: Scratch,
     ) -> None:
+        """Keep the validation rows: left (m, T, p), right (m, T, d)."""
         self.left, self.right, self.split = left, right, split
         self.preconditioner, self.scratch = preconditioner, scratch
 
@@ -148,10 +158,12 @@ class Validation:
         return self.split.directions
 
     def whole(self) -> Tensor:
+        """Return the direction, (k, p, d)."""
         direction = direction_of(self.left, self.right, self.split)
         return precondition_tiles(direction, self.preconditioner, self.scratch)
 
     def tile(self, tile: Tile) -> Tensor:
+        """Return the direction's part in a tile, (k, r, c), in scratch memory."""
         left, right = (
             t[..., part]
             for t, part in zip(validation_factors(self.left, self.right, self.split), tile, strict=True)
@@ -167,9 +179,5 @@ class Validation:
         return direction
 
     def parts(self) -> list[tuple[slice, Tensor, Tensor]]:
-        """Return the rows in parts: which columns of the dots they are, left and right."""
+        """Return the validation rows in parts: their columns in the dots, left and right."""
         return [(slice(0, self.k), self.left, self.right)]
-
-
-Against = Whole | Validation
-"""What train rows are contracted with."""

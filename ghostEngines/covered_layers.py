@@ -1,9 +1,9 @@
-"""What the engine can score, and errors that say why it can't: the checks made when it attaches."""
+"""Which layers of a model are covered, and by which rule."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .contraction import Split
@@ -11,8 +11,9 @@ from .errors import AttachError
 from .layer_rules import CrossEntropyHead, LayerRule, find_rule
 from .layer_rules.cross_entropy_head import head_strategy
 from .layer_rules.registry import anything_goes
+from .passes import CurrentPass
 from .strategies import choose_strategy
-from .tapped import own_parameters
+from .tapped import RowMapMaker, TappedLayer, TappedParameters, own_parameters
 
 
 def _alone(layer: Any, inputs: tuple[Any, ...], backprops: Tensor) -> Any:
@@ -28,16 +29,21 @@ class Covered:
 
     layers: dict[str, nn.Module]
     rules: dict[str, LayerRule]
-    ties: dict[
-        str, tuple[str, ...]
-    ]  # parameters that several layers share: the first owner's name -> all owners'
+    ties: dict[str, tuple[str, ...]]  # shared parameters: the first owner's name -> the names of all owners
 
-    def rule(self, name: str) -> LayerRule:
-        return self.rules[name]
+    def tapped(self, current: CurrentPass, row_maps: Mapping[str, RowMapMaker]) -> list[TappedLayer]:
+        """Return the covered layers with a tap each, not attached yet."""
+        groups, owners = self.groups, self.owners
+        found = []
+        for name, layer in self.layers.items():
+            rule = self.rules[name]
+            kind = TappedParameters if rule.parameter else TappedLayer
+            found.append(kind(layer, name, rule, groups[name], owners[name], current, row_maps.get(name)))
+        return found
 
     @property
     def groups(self) -> dict[str, int]:
-        """A number for each layer, the same for layers that share a parameter, also by way of others."""
+        """Return a number for each layer, the same for layers that share parameters (also through others)."""
         group = {name: number for number, name in enumerate(self.layers)}
         users: dict[str, set[str]] = {}
         for name, owners in self.owners.items():
@@ -50,7 +56,7 @@ class Covered:
 
     @property
     def owners(self) -> dict[str, dict[str, str]]:
-        """Of each layer's parameters the name under which the direction is kept: that of the first owner."""
+        """Return the name under which each parameter's direction is kept, that of its first owner."""
         first: dict[int, str] = {}
         found: dict[str, dict[str, str]] = {}
         for name, layer in self.layers.items():
@@ -60,7 +66,7 @@ class Covered:
         return found
 
     def check_unchanged(self, model: nn.Module) -> None:
-        """Raise RuntimeError if a parameter trains that is not covered, or other weights are tied than were."""
+        """Raise RuntimeError if an uncovered parameter trains, or if the tied weights have changed."""
         covered = {
             id(module._parameters[key])
             for name, layer in self.layers.items()
@@ -83,13 +89,16 @@ class Covered:
 def cover(model: nn.Module) -> Covered:
     """Find the layers with trainable parameters, and their rules.
 
-    Parameters of other modules are covered by themselves, if they meet the samples in an operation that can
-    be taken apart, which the first step shows.
+    A module without a rule is covered parameter by parameter. The first step checks that each of its
+    parameters meets the samples in an operation that can be divided by sample.
 
-    Raises AttachError for a layer whose rule does not cover its options."""
+    Raises:
+        AttachError: a layer whose rule does not cover its options, a module whose forward is overridden on
+            the instance, weights that are shared in a way that is not covered, or no trainable parameter.
+    """
     layers: dict[str, nn.Module] = {}
     rules: dict[str, LayerRule] = {}
-    inside: list[str] = []  # names of layers whose children are their own
+    inside: list[str] = []  # names of layers whose rule covers their children, too
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside):
             continue
@@ -105,7 +114,7 @@ def cover(model: nn.Module) -> Covered:
         if rule.whole:
             inside.append(name)
         if rule is not BARE and not rule.whole and set(trainable) - set(rule.parameters):
-            rule = BARE  # reparametrised (weight norm), or with more parameters than the layer's own
+            rule = BARE  # it is reparametrised (weight norm), or has parameters that the rule does not know
         if "forward" in vars(module):
             raise AttachError(
                 f"the forward of module '{name}' is overridden on the instance: the rule would bypass it."
@@ -124,15 +133,19 @@ def contraction_plan(
     strategy: str | None,
     by_direction: bool = False,
 ) -> dict[str, str]:
-    """Return which strategy each weight of the layers uses for rows of this many positions. `strategy`: the
-    one that is forced on all, or None; by_direction: with several micro-batches, or direction "adamw"."""
+    """Return the strategy of each weight for rows of this many positions.
+
+    Args:
+        strategy: the one that all must use; None: chosen by shape.
+        by_direction: True with several micro-batches, or direction "adamw".
+    """
     plan = {}
     for name, layer in covered.layers.items():
         weight = layer._parameters.get("weight")
         if weight is None or weight.dim() != 2:
             continue
         head = isinstance(layer, CrossEntropyHead)
-        if head or covered.rule(name).product:
+        if head or covered.rules[name].product:
             choose = head_strategy if head else choose_strategy
             p, d = weight.shape
             plan[name] = strategy or choose(split, positions, p, d, by_direction)
@@ -140,10 +153,11 @@ def contraction_plan(
 
 
 def find_ties(layers: dict[str, nn.Module], rules: dict[str, LayerRule]) -> dict[str, tuple[str, ...]]:
-    """Return the trainable parameters that several layers share: the first owner's name -> all owners' names.
+    """Return the shared trainable parameters: the first owner's name -> the names of all owners.
 
-    Raises AttachError for a weight that is looked up in one layer, and neither looked up nor multiplied with
-    in another.
+    Raises:
+        AttachError: an embedding's weight that is shared with a layer which is neither an embedding nor an
+            output layer, or a fused head's weight that is shared with another output layer.
     """
     owners: dict[nn.Parameter, list[tuple[str, LayerRule]]] = {}
     for name, layer in layers.items():
@@ -168,50 +182,3 @@ def find_ties(layers: dict[str, nn.Module], rules: dict[str, LayerRule]) -> dict
             )
         ties[names[0]] = names
     return ties
-
-
-def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules, by name, that may make a row's loss depend on the other rows: dropout and batch
-    normalisation."""
-    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
-    """Raise AttachError if one of `mixing_modules` is at work: with dropout n+m rows draw other masks than n
-    rows would."""
-    for name, module in modules:
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise AttachError(
-                f"module '{name}' of type {type(module).__name__} normalises over the batch: a row's "
-                "loss then depends on the other rows and has no gradient of its own. Use LayerNorm, or "
-                "put the module into eval mode."
-            )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise AttachError(
-                f"module '{name}' drops out with p={module.p}: the scores would be of a random model, and "
-                "the training not the one without validation rows. Set its p to 0, or put it into eval mode."
-            )
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise AttachError unless the optimizer updates exactly the model's trainable parameters: those are what
-    a score speaks of."""
-    trained = {
-        id(parameter)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
-    named = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    left_out = [name for key, name in named.items() if key not in trained]
-    if left_out:
-        raise AttachError(
-            f"the optimizer does not update {', '.join(left_out)}, which would be counted in the scores all "
-            "the same: freeze them (requires_grad_(False)) or give them to the optimizer."
-        )
-    foreign = len(trained - set(named))
-    if foreign:
-        raise AttachError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")

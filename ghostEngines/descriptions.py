@@ -1,7 +1,7 @@
-"""What a layer rule says of a parameter: its per-sample gradients in the form in which the layer has them.
+"""Descriptions: per-sample gradients in the form that a layer has them, as its rule returns them.
 
 N is the number of samples, the n train rows before the m validation rows; `...` stands for positions. A rule
-returns one description for each parameter of its layer; the engine does the rest (sinks.py).
+returns one description for each parameter of its layer, and the sink (sinks.py) contracts it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,9 @@ class Matrix:
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (N, T, p) and right (N, T, d) with the positions in one dimension."""
         left, right = self.left, self.right
-        if left.dtype != right.dtype:  # autograd casts the gradient to the product's dtype, the narrower one
+        if (
+            left.dtype != right.dtype
+        ):  # as autograd does, take the dtype of the matrix product, the narrower one
             dtype = min(left.dtype, right.dtype, key=lambda each: torch.finfo(each).bits)
             left, right = left.to(dtype), right.to(dtype)
         return (
@@ -62,10 +64,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Gradients that are made one sample at a time: `gradient(i)` (*shape) for i < N."""
+    """Gradients that are computed one sample at a time."""
 
-    gradient: Callable[[int], Tensor]
-    samples: int
+    gradient: Callable[[int], Tensor]  # i -> G_i (*shape), for i < N
+    samples: int  # N
 
 
 Description = Matrix | PerPosition | PerSample | Rows | Streamed
@@ -78,10 +80,9 @@ def per_sample_sums(gradients: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Description:
-    """Return the description of a parameter that was used several times: its per-sample gradients are sums
-    over the uses. All uses are of one kind.
+    """Return one description of a parameter that was used several times: the sum over its uses.
 
-    Uses of a matrix, or lookups, become positions of one.
+    All uses are of one kind. Uses in matrix products, or in lookups, become positions of one use.
     """
     first = descriptions[0]
     if len(descriptions) == 1:
@@ -105,7 +106,7 @@ def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Descrip
 
 
 def whole(description: Description, shape: Sequence[int]) -> Tensor:
-    """Return the per-sample gradients (N, *shape) written out, in float32 or wider."""
+    """Compute the per-sample gradients (N, *shape) of a description, in float32 or wider."""
     if isinstance(description, PerSample):
         return description.gradients.to(accumulation_dtype(description.gradients.dtype))
     if isinstance(description, PerPosition):

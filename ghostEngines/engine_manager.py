@@ -1,56 +1,52 @@
 """GhostEngineManager: the calls that a training loop makes, the same for every method.
 
-manager.attach_train_batch(x, y, sample_ids=ids, domains=domains, blocks=blocks)
-losses = model(*manager.prepare_forward_input())
-manager.joint_loss(losses).backward()
-manager.prepare_gradients()               # .grad is the training gradient
-...                                       # clip, optimizer.step()
-manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, ...)
+    manager.attach_train_batch(x, y, sample_ids=ids, domains=domains, blocks=blocks)
+    losses = model(*manager.prepare_forward_input())
+    manager.joint_loss(losses).backward()
+    manager.prepare_gradients(losses)         # .grad is the training gradient
+    ...                                       # clip, optimizer.step()
+    manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, ...)
 
-With several micro-batches the first four calls are made for each of them, and `.grad` is the training
-gradient after the last.
+With several micro-batches the loop makes the first four calls for each of them. After the last one `.grad` is
+the training gradient.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from foundation.granularity import Granularity, total_of
+from foundation.granularity import total_of
 from score_store.writer import ScoreWriter
 
 from .backward_checks import LossScale
 from .graddotprod_engine import GradDotProdEngine
-from .passes import Direction
 
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The n train rows of a step: x, y (n, T) token ids, and of each row its permanent id, domain and
-    block."""
+    """The n train rows of a pass."""
 
-    x: Tensor
-    y: Tensor
-    sample_ids: npt.NDArray[np.int64]
+    x: Tensor  # (n, T) token ids
+    y: Tensor  # (n, T) the tokens that follow
+    sample_ids: npt.NDArray[np.int64]  # (n,) permanent
     domains: Sequence[str]
-    blocks: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int64]  # (n,)
 
 
 class GhostEngineManager:
-    """Method Regular: no engine. All calls are there, so that a loop needs no `if method`, and add nothing to
-    training.
-
-    micro_batches: how many make one optimizer step."""
+    """Method Regular: its calls add nothing to training, so that a loop needs no `if method`."""
 
     rows: TrainRows
-    val_loss: Tensor | None = None  # mean loss of the validation rows before the step, where a method has any
+    val_loss: Tensor | None = None  # mean over the validation rows before the step; None without them
 
     def __init__(self, micro_batches: int = 1) -> None:
-        self.micro_batches = micro_batches
+        self.micro_batches = micro_batches  # G: how many make one optimizer step
 
     def attach_train_batch(
         self,
@@ -61,29 +57,34 @@ class GhostEngineManager:
         domains: Sequence[str],
         blocks: npt.NDArray[np.int64],
     ) -> None:
-        """The train rows of the coming step: x, y (n, T) on the model's device, the others of length n."""
+        """Set the train rows of the next pass; x and y are on the model's device."""
         self.rows = TrainRows(x, y, sample_ids, domains, blocks)
 
     def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
-        """(x, y) for the model: the train rows (n, T), followed by the validation rows where the method has
-        any."""
+        """Return (x, y) for the model: the n train rows, and m validation rows if the method needs them."""
         return self.rows.x, self.rows.y
 
     def joint_loss(self, losses: Tensor) -> Tensor:
-        """What to call backward() on, from the model's per-sample losses."""
+        """Return the loss to call backward() on, given the model's per-sample losses."""
         return losses.mean() / self.micro_batches
 
     def prepare_gradients(self, losses: Tensor) -> None:
-        """After it (with the last micro-batch) `.grad` is the gradient of the train rows' mean loss. losses:
-        the model's."""
+        """Check the backward pass. After the last micro-batch `.grad` is the training gradient.
+
+        Args:
+            losses: the model's, per sample.
+        """
 
     def train_losses(self, losses: Tensor) -> Tensor:
-        """(n,): the train rows' own losses, without gradient: what is logged as training loss."""
+        """Return the train rows' losses (n,) without gradient, for the log."""
         return losses[: len(self.rows.x)].detach()
 
     def dot_products(self) -> Tensor | None:
-        """(n·G,): the dot products of the step's micro-batches so far; None for a method that computes none,
-        and for a step that has none."""
+        """Return the dot products of the step's micro-batches so far, (n·G,).
+
+        Returns:
+            None if the method computes none, or the step has none.
+        """
         return None
 
     def aggregate_and_log(
@@ -95,35 +96,34 @@ class GhostEngineManager:
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
-        """Records the step's scores. clip_factor (): by what clipping multiplied the gradient; skipped ():
-        whether the optimizer left the step out; global_batch_size: train rows over all processes and
-        micro-batches."""
+        """Record the step's scores.
+
+        Args:
+            clip_factor: (scalar), by which clipping multiplied the gradient.
+            skipped: (scalar), True if the optimizer skipped the step.
+            global_batch_size: train rows over all processes and micro-batches.
+        """
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """The model without an engine, for evaluation."""
+        """Detach the engine while the block runs, for an evaluation."""
         yield
 
     def begin_step(self) -> None:
-        """Forgets micro-batches of a step that was not finished."""
+        """Forget the micro-batches of a step that was not finished."""
 
     def flush(self) -> None:
-        """Everything recorded so far goes to the disk."""
+        """Write everything recorded so far to the disk."""
 
     def merge(self) -> None:
-        """The same, in few files."""
+        """Write everything recorded so far to the disk, in few files."""
 
     def close(self) -> None:
-        """Flushes, and leaves the model as it was."""
+        """Write everything recorded so far to the disk, and leave the model as it was."""
 
 
 class GradDotProdManager(GhostEngineManager):
-    """Method GradDotProd: every train row's gradient dot product with the validation gradient, written to
-    `scores`.
-
-    val_x, val_y (m, T): the validation rows, the same in every step, on the model's device. granularity,
-    direction, strategy, loss_scale and guard: see GradDotProdEngine and its attach. save_interval: steps
-    between two writes to the disk. Raises what `GradDotProdEngine.attach` raises."""
+    """Method GradDotProd: compute every train row's dot product and write it to `scores`."""
 
     def __init__(
         self,
@@ -134,28 +134,29 @@ class GradDotProdManager(GhostEngineManager):
         val_y: Tensor,
         scores: ScoreWriter,
         save_interval: int,
-        granularity: Granularity = "total",
-        direction: Direction = "gradient",
-        strategy: str | None = None,
         micro_batches: int = 1,
         loss_scale: LossScale | None = None,
-        guard: bool = True,
+        **options: Any,
     ) -> None:
+        """Attach an engine to the model.
+
+        Args:
+            val_x, val_y: (m, T) each, the validation rows of every step, on the model's device.
+            save_interval: steps between two writes to the disk.
+            micro_batches: G.
+            loss_scale: of GradDotProdEngine.attach.
+            options: the other options of GradDotProdEngine.
+
+        Raises:
+            AttachError: the engine cannot score this model with these options.
+        """
         super().__init__(micro_batches)
         self._loss_scale = loss_scale
         self._recorded: list[tuple[TrainRows, Tensor, Tensor]] = []  # rows, dot products, train losses
         self._optimizer = optimizer
         self._val_x, self._val_y = val_x, val_y
         self._scores, self._save_interval = scores, save_interval
-        self._engine = GradDotProdEngine(
-            model,
-            len(val_x),
-            granularity=granularity,
-            direction=direction,
-            strategy=strategy,
-            micro_batches=micro_batches,
-            guard=guard,
-        )
+        self._engine = GradDotProdEngine(model, len(val_x), micro_batches=micro_batches, **options)
         self._engine.attach(optimizer, loss_scale=loss_scale)
 
     def prepare_forward_input(self) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ from foundation.errors import UserError
 
 
 class AttachError(UserError):
-    """The engine cannot score this model, or not in the way asked for; nothing was changed."""
+    """The engine cannot score this model with these options. Nothing was changed."""
 
 
 class RowsError(UserError, RuntimeError):
-    """The rows of the model's batch are not what the engine takes them for; a score would be of no sample."""
+    """The rows depend on each other or are not in order: a score would not belong to a single sample."""

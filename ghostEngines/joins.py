@@ -1,14 +1,15 @@
-"""Outputs and parameters without a sample dimension: position embeddings, tables of relative positions, scales,
-class tokens, weights that a module uses in its own way.
+"""Tensors without a sample dimension, and the joins where they meet the samples.
 
-The gradient that arrives at such a tensor is a sum over the samples. The gradients of single samples are
-still apart one node later in the graph: at the join, the first operation whose result has the sample
-dimension, because its other input has it, or because it expands. A hook on the join takes the gradient of its
-result, and says of it what each sample adds to the tensor's gradient:
+Such tensors are position embeddings, tables of relative positions, scales, class tokens, and weights that a
+module uses in its own way. The gradient that arrives at such a tensor is a sum over the samples. One node
+later in the graph the gradients of single samples are still separate. That node is the join: the first
+operation whose result has the sample dimension, because its other input has it or because it expands. A hook
+on the join takes the gradient of its result and describes what each sample adds to the tensor's gradient:
 
-- a lookup or a matrix product with the parameter itself: the description of an embedding or a linear layer;
-- an elementwise operation: its own derivative, before the sum over the samples;
-- any other operation: its own backward, given one sample's part at a time.
+- for a lookup in the parameter itself, or a matrix product with it: as the rule of an embedding or a linear
+  layer does;
+- for an elementwise operation: by the operation's own derivative, before the sum over the samples;
+- for any other operation: by its own backward function, called once per sample.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,28 +23,36 @@ from .graph import Graph
 from .row_maps import Identity, Indexed, RowMap, Samples, by_sample
 from .tap import Call
 
-# Entries of the largest parameter that is taken apart one sample at a time without the user's word.
+# A larger parameter is divided by sample only in a lookup or a matrix product: else each sample's gradient is
+# written out.
 LARGEST = 1 << 20
 
 Path = list[tuple[Node, int]]
-"""Operations, and which of their inputs is meant, from the join down to the tensor."""
+"""The operations from the join down to the tensor, each with the number of the input on the path."""
 
 
 class Join:
     """One join of a tensor without a sample dimension."""
 
     def __init__(self, call: Call, path: Path, row_map: RowMap, samples: int, shape: torch.Size) -> None:
-        """row_map: of the join's result. samples: N. shape: of the tensor."""
+        """Put a hook on the join.
+
+        Args:
+            path: from the join down to the tensor.
+            row_map: of the join's result.
+            samples: N.
+            shape: of the tensor.
+        """
         self.call, self.path, self.row_map, self.samples, self.shape = call, path, row_map, samples, shape
         self._handle = path[0][0].register_prehook(self.hook)
 
     def remove(self) -> None:
-        """Let go of the graph."""
+        """Remove the hook and drop the path, which holds the graph."""
         self._handle.remove()
         self.path = []
 
     def hook(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Take the gradient of the join's result, and note what it says of each sample."""
+        """Describe what each sample adds to the tensor's gradient; a hook on the join."""
         (gradient,) = gradients
         if gradient is None:
             return
@@ -56,13 +65,13 @@ class Join:
         self.call.at_joins.append(described)
 
     def _described(self, gradient: Tensor) -> Description:
-        """Return what the entries of the join's result say, or the gradients of the samples."""
+        """Return the description by entries of the join's result, or the gradients by sample."""
         names = [node.name() for node, _ in self.path]
         join, number = self.path[0]
         if self.call.rule.parameter:
             if names == ["EmbeddingBackward0"]:
                 padding: int = join._saved_padding_idx  # type: ignore[attr-defined]
-                # PyTorch says "none" by -1, or by the largest unsigned number.
+                # PyTorch stores "no padding" as -1 or as the largest unsigned number.
                 ignored = padding if 0 <= padding < self.shape[0] else None
                 return Rows(join._saved_indices, gradient, ignored)  # type: ignore[attr-defined]
             if names[0] in ("MmBackward0", "AddmmBackward0") and number == _second(names[0]):
@@ -85,12 +94,16 @@ class Join:
 
     @property
     def _leading(self) -> int:
-        """How many dimensions of the result say which sample an entry belongs to."""
+        """Return how many leading dimensions of the result decide which sample an entry belongs to."""
         return self.row_map.rows.dim() if isinstance(self.row_map, Indexed) else 1
 
     def _of_sample(self, gradient: Tensor, i: int, below: Tensor | None) -> Tensor:
-        """The tensor's gradient for one sample, by the backward of each operation on the path. below: the
-        gradient of the join's input, where it is known."""
+        """Return the tensor's gradient for sample i, by the backward function of each operation on the path.
+
+        Args:
+            gradient: of the join's result.
+            below: sample i's gradient of the join's input; None: unknown.
+        """
         part, path = gradient, self.path
         if below is None:
             this = torch.arange(self.samples, device=gradient.device) == i
@@ -102,12 +115,12 @@ class Join:
         for node, number in path:
             results = node(part)  # type: ignore[operator]
             part = results[number] if isinstance(results, tuple) else results
-            part = part.sum_to_size(_input_shape(node, number))  # autograd does so between nodes
+            part = part.sum_to_size(_input_shape(node, number))  # as autograd does between nodes
         return part.reshape(self.shape)
 
 
 def _second(name: str) -> int:
-    """Which input of a matrix product is its second factor."""
+    """Return which input of a matrix product is its second factor."""
     return 1 if name == "MmBackward0" else 2
 
 
@@ -118,8 +131,16 @@ def _input_shape(node: Node, number: int) -> torch.Size:
 
 
 def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size, leading: int) -> Tensor | None:
-    """Return the gradient of an elementwise operation's input for each entry of the leading dimensions (...,
-    *shape), where its input has none of them; None for other operations."""
+    """Return the gradient of an elementwise operation's input before the sum over the samples.
+
+    Args:
+        gradient: of the result.
+        shape: of the input, which has none of the leading dimensions.
+        leading: the number of leading dimensions.
+
+    Returns:
+        (*leading dimensions, *shape); None for other operations.
+    """
     name = node.name()
     if name == "ExpandBackward0" or (name in ("AddBackward0", "SubBackward0") and number == 0):
         local = gradient
@@ -144,12 +165,17 @@ def _elementwise(node: Node, number: int, gradient: Tensor, shape: torch.Size, l
 
 
 def hook_joins(graph: Graph, free: list[tuple[Call, Node]], samples: Samples) -> list[Join]:
-    """Find the joins of all tensors without a sample dimension, and put hooks on them. They must be removed
-    at the end of the step: they hold the graph that holds them.
+    """Put hooks on the joins of all tensors without a sample dimension.
+
+    Remove them at the end of the step: they hold the graph that holds them.
+
+    Args:
+        free: the calls whose outputs have no sample dimension, with their taps. It is emptied: it holds the
+            graph.
 
     Raises:
-        RuntimeError: tensors that the loss depends on without a join that can be taken apart; it names them
-        all.
+        RuntimeError: the loss depends on tensors whose joins cannot be divided by sample; it names all of
+            them.
     """
     found, lost = [], {}
     bearing = graph.reached_from({node for call, node in _taps(graph) if not call.free})
@@ -162,7 +188,7 @@ def hook_joins(graph: Graph, free: list[tuple[Call, Node]], samples: Samples) ->
                 found.append(Join(call, path, row_map, samples.count, shape))
             else:
                 lost[_what(call)] = path[0][0].name()
-    free.clear()  # it holds the graph
+    free.clear()
     if lost:
         for join in found:
             join.remove()
@@ -171,13 +197,14 @@ def hook_joins(graph: Graph, free: list[tuple[Call, Node]], samples: Samples) ->
 
 
 def _taps(graph: Graph) -> Iterator[tuple[Call, Node]]:
+    """Yield the calls in the graph with their taps."""
     for node in graph.nodes:
         if node.name() == "TapBackward":
             yield node.call, node  # type: ignore[attr-defined]
 
 
 def _row_map_of_join(call: Call, path: Path, shape: torch.Size, samples: Samples) -> RowMap | None:
-    """Return where the entries of a join's result belong; None if it cannot be taken apart."""
+    """Return the row map of a join's result; None if the join cannot be divided by sample."""
     join = path[0][0]
     results = [tuple(each.shape) for each in join._input_metadata]
     names = [node.name() for node, _ in path]
@@ -186,7 +213,7 @@ def _row_map_of_join(call: Call, path: Path, shape: torch.Size, samples: Samples
     if not all(callable(node) for node, _ in path):
         return None  # an autograd function written in Python
     if call.checkpointed and any(_keeps_tensors(node) for node, _ in path):
-        return None  # checkpointing gives what was kept to the operation itself, once
+        return None  # checkpointing recomputes kept tensors for the operation itself, and only once
     small = not call.rule.parameter or shape.numel() <= LARGEST
     if not (small or names == ["EmbeddingBackward0"] or names[0] in ("MmBackward0", "AddmmBackward0")):
         return None
@@ -194,18 +221,25 @@ def _row_map_of_join(call: Call, path: Path, shape: torch.Size, samples: Samples
 
 
 def _keeps_tensors(node: Node) -> bool:
+    """Return True if a node keeps tensors for its backward function."""
     return any(name.startswith("_raw_saved_") for name in dir(node))
 
 
 def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int, entries: int) -> list[Path]:
-    """All ways from a node's first output up to a join, each with the join first. entries: of the tensor."""
+    """Return all paths from a node's first output to a join, each with the join first.
+
+    Args:
+        bearing: the nodes whose results have the sample dimension.
+        rows: of the model's input.
+        entries: of the tensor.
+    """
     found: list[Path] = []
     for consumer, number in graph.consumers.get((node, 0), []):
         shapes = [tuple(each.shape) for each in consumer._input_metadata]
         ends = (
             consumer in bearing
             or len(shapes) != 1
-            # What has as many entries as before, a view, has not brought in the samples.
+            # A result with as many entries as before is a view, which does not add the samples.
             or (shapes[0] and shapes[0][0] == rows and torch.Size(shapes[0]).numel() != entries)
             or (consumer, 0) not in graph.consumers
         )
@@ -217,6 +251,7 @@ def _paths(graph: Graph, bearing: set[Node], node: Node, rows: int, entries: int
 
 
 def _what(call: Call) -> str:
+    """Return the name of a call's output, or of its parameter, for a message."""
     kind = type(call.layer)
     if call.rule.parameter:
         return f"'{call.name}.{call.names[0]}' of {kind.__module__}.{kind.__qualname__}"
@@ -224,7 +259,11 @@ def _what(call: Call) -> str:
 
 
 def refusal(lost: dict[str, str]) -> str:
-    """Say what is not covered, and the remedies, the shortest first."""
+    """Return the message that names what is not covered, and the remedies, the shortest first.
+
+    Args:
+        lost: the name of each tensor -> the operation that it goes into.
+    """
     shown = "; ".join(f"{what} (it goes into {operation})" for what, operation in lost.items())
     return (
         f"the engine cannot tell what each sample adds to the gradient of {shown}. Leave activation checkpointing "

@@ -16,11 +16,21 @@ def per_sample_losses(
 ) -> Tensor:
     """Return one cross entropy per sample: the mean over its own targets, in nats.
 
-    x: what the model takes, with the sample first. y (N, T) or (N,): the target of each position, shifted
-    already (y[t] is the token that follows x[t]), -100 where there is none. The model returns logits (N, T,
-    V) or (N, V), or a Hugging Face output that has them. samples (R,) or (R, T): the sample of each row, or of
-    each position, where samples are not the rows. Returns (N,) in float32 (float64 for a float64 model). Raises
-    ValueError for a sample without any target."""
+    Args:
+        model: returns logits (N, T, V) or (N, V), or a Hugging Face output that has them.
+        x: what the model takes; its first dimension is the row.
+        y: (N, T) or (N,), the target of each position, shifted already (y[t] is the token that follows x[t]);
+            -100 for none.
+        samples: (R,) or (R, T), the sample of each of the R rows or of each position; None: the rows are the
+            samples.
+
+    Returns:
+        (N,) in float32 (float64 for a float64 model).
+
+    Raises:
+        TypeError: the model returns a tuple or a list.
+        ValueError: logits and targets have different shapes, or a sample has no target.
+    """
     output = model(x)
     if isinstance(output, tuple | list):
         raise TypeError(
@@ -40,14 +50,17 @@ def per_sample_losses(
     if samples is not None:
         samples = samples.view(len(y), -1).expand_as(targets)
         by_sample = Indexed(samples, int(samples.max()) + 1)
-        # What pads a short sample is zero, and so must a target that is none be.
+        # to_rows pads short samples with zeros, and -100 must be the padding of the targets.
         losses, targets = by_sample.to_rows(losses), by_sample.to_rows(targets - IGNORE_INDEX) + IGNORE_INDEX
     return losses.sum(1) / count_targets(targets)
 
 
 def count_targets(targets: Tensor) -> Tensor:
-    """targets (N, T) -> (N,): how many positions of each sample have a target. Raises ValueError for a sample
-    without any."""
+    """Return the number of targets of each sample (N,), given targets (N, T).
+
+    Raises:
+        ValueError: a sample without a target.
+    """
     counts = (targets != IGNORE_INDEX).sum(1)
     require(
         counts.min() > 0,
@@ -57,9 +70,14 @@ def count_targets(targets: Tensor) -> Tensor:
 
 
 def require(condition: Tensor, message: str) -> None:
-    """ValueError unless the condition (a bool tensor of one element) holds. On a GPU, where reading it would
-    wait for the device, the device itself checks it, and the program ends with the message at the next point
-    of synchronisation."""
+    """Raise ValueError with the message unless the condition holds.
+
+    On a GPU reading the condition would wait for the device. So the device checks it, and the program ends
+    with the message at the next synchronisation.
+
+    Args:
+        condition: a bool tensor of one element.
+    """
     if condition.device.type == "cpu":
         if not condition:
             raise ValueError(message)

@@ -1,4 +1,4 @@
-"""What outlives one contraction: scratch memory, and directions that are kept for other micro-batches."""
+"""Memory that outlives one contraction: scratch memory, and directions kept for other micro-batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,20 @@ from torch import Tensor
 
 
 class Scratch:
-    """Memory that one contraction after another uses, over all layers and steps: on a CPU the first touch of
-    fresh pages costs more than what is then written to them."""
+    """Scratch memory, which the contractions of all layers and steps use in turn.
+
+    On a CPU the first write to a fresh page of memory costs more than the computation that fills it.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, use: str, numel: int, like: Tensor) -> Tensor:
-        """(numel,) with any content, of the dtype and device of `like`; the next call for the same use may
-        give the same memory."""
-        if torch.compiler.is_compiling():  # the compiler plans the memory of its graph itself
+        """Return (numel,) uninitialised numbers of the dtype and on the device of `like`.
+
+        The next call for the same use may return the same memory.
+        """
+        if torch.compiler.is_compiling():  # the compiler plans the graph's memory itself
             return like.new_empty(numel)
         key = (use, like.dtype, like.device)
         if key not in self._buffers or len(self._buffers[key]) < numel:
@@ -31,15 +35,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Keep:
-    """The place of one parameter's direction that is made with the first of several micro-batches and serves
-    them all; kept: of the whole model, by name. It holds the common factor on that micro-batch's loss."""
+    """Where one parameter's direction is kept.
 
-    kept: dict[str, Any]
+    The first micro-batch makes the direction and all others use it. It includes the factor on the first one's
+    loss.
+    """
+
+    kept: dict[str, Any]  # the directions of the whole model, by `name`
     name: str
-    first: bool
+    first: bool  # the current micro-batch is the first
 
     def direction(self, make: Callable[[], T]) -> T:
-        """What `make` makes with the first micro-batch, as kept."""
+        """Return the kept direction. The first micro-batch makes it, with `make`."""
         if self.first:
             self.kept[self.name] = make()
         elif self.name not in self.kept:

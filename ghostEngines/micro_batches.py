@@ -1,4 +1,4 @@
-"""Several micro-batches, which together make one optimizer step."""
+"""The micro-batches that together make one optimizer step."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from .passes import Pass
 
 
 class MicroBatches:
-    """The position among the micro-batches of an optimizer step.
+    """Track the position among the micro-batches of an optimizer step.
 
     The first micro-batch has the validation rows. Their gradient is kept, by parameter, for the others.
     """
@@ -22,12 +22,12 @@ class MicroBatches:
         """Check that a pass can be the next micro-batch.
 
         Args:
-            samples: how many the pass has, without validation samples after the first micro-batch.
+            samples: number of samples in the pass: n+m in the first micro-batch, n in the others.
             what: "rows" or "samples", for the messages.
             versions: of the parameters, which must not change within a step.
 
         Raises:
-            ValueError: another number of samples than the first micro-batch's train samples.
+            ValueError: a number of samples other than the first micro-batch's n.
             RuntimeError: the parameters changed within the step.
         """
         if self.number == 0:
@@ -44,12 +44,12 @@ class MicroBatches:
             raise RuntimeError(self._incomplete("the parameters were changed"))
 
     def end(self, pass_: Pass) -> None:
-        """Advance after a backward pass; the last one drops the kept gradients."""
+        """Advance after a backward pass; after the last one drop the kept gradients."""
         if self.number == 0:
             self.first = pass_
         self.number = (self.number + 1) % self.count
         if self.number == 0:
-            self.kept.clear()  # the graph still holds the dictionary
+            self.kept.clear()  # in place: the graph still holds the dictionary
 
     def forget(self) -> None:
         """Make the next pass the first of its step."""
@@ -57,7 +57,7 @@ class MicroBatches:
         self.kept.clear()
 
     def check_complete(self, *_: Any) -> None:
-        """Raise RuntimeError unless all micro-batches were there; a hook before the optimizer's step."""
+        """Raise RuntimeError if micro-batches are missing; a hook before the optimizer's step."""
         if self.number != 0:
             raise RuntimeError(self._incomplete("the optimizer steps"))
 

@@ -1,30 +1,57 @@
-"""The options of an engine that can be checked without a model."""
+"""The engine's options, and the checks of options that need no model."""
 
-from foundation.granularity import GRANULARITIES
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foundation.granularity import GRANULARITIES, Granularity
 
 from .errors import AttachError
-from .passes import DIRECTIONS
+from .passes import DIRECTIONS, Direction
 from .strategies import STRATEGIES
+from .tapped import RowMapMaker
 
 
-def check_options(
-    val_batch_size: int, granularity: str, direction: str, strategy: str | None, micro_batches: int
-) -> None:
-    """Raise AttachError for an unknown option, or options that do not go together."""
-    for name, number in (("val_batch_size", val_batch_size), ("micro_batches", micro_batches)):
-        if number < 1:
-            raise AttachError(f"{name} must be at least 1, got {number}")
-    if granularity not in GRANULARITIES:
-        raise AttachError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    if direction not in DIRECTIONS:
-        raise AttachError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    if strategy is not None and strategy not in STRATEGIES:
-        raise AttachError(f"strategy must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}")
-    by_direction = strategy is None or STRATEGIES[strategy].by_direction
-    if direction == "adamw" and not by_direction:
-        raise AttachError(f'strategy "{strategy}" makes no direction to precondition: choose another one')
-    if micro_batches > 1 and (granularity == "pairwise" or not by_direction):
-        raise AttachError(
-            f"several micro-batches with granularity={granularity!r} and strategy={strategy!r}: pairwise "
-            "scores and gram need the validation rows in every pass, and only the first has them"
-        )
+@dataclass(frozen=True)
+class EngineOptions:
+    """The arguments of GradDotProdEngine, which documents them.
+
+    Raises:
+        AttachError: an unknown option, or options that exclude each other.
+    """
+
+    val_batch_size: int  # m
+    granularity: Granularity
+    direction: Direction
+    strategy: str | None  # None: chosen by shape
+    micro_batches: int  # G
+    rows: str | None  # the name of the input that has the rows
+    samples: Callable[..., Tensor] | None  # None: samples are rows
+    row_maps: Mapping[str, RowMapMaker]  # by layer
+    guard: bool
+
+    def __post_init__(self) -> None:
+        for name, number in (("val_batch_size", self.val_batch_size), ("micro_batches", self.micro_batches)):
+            if number < 1:
+                raise AttachError(f"{name} must be at least 1, got {number}")
+        if self.granularity not in GRANULARITIES:
+            raise AttachError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
+            )
+        if self.direction not in DIRECTIONS:
+            raise AttachError(f"direction must be one of {', '.join(DIRECTIONS)}, got {self.direction!r}")
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise AttachError(
+                f"strategy must be one of {', '.join(STRATEGIES)} or None, got {self.strategy!r}"
+            )
+        by_direction = self.strategy is None or STRATEGIES[self.strategy].by_direction
+        if self.direction == "adamw" and not by_direction:
+            raise AttachError(
+                f'strategy "{self.strategy}" makes no direction to precondition: choose another one'
+            )
+        if self.micro_batches > 1 and (self.granularity == "pairwise" or not by_direction):
+            raise AttachError(
+                f"several micro-batches with granularity={self.granularity!r} and strategy={self.strategy!r}: pairwise "
+                "scores and gram need the validation rows in every pass, and only the first has them"
+            )

@@ -1,4 +1,4 @@
-"""The parameters of a module, and other tensors in their places."""
+"""Other tensors in the places of a module's parameters."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contraction import Split, accumulation_dtype
@@ -17,6 +18,7 @@ from .sinks import DotProducts
 
 if TYPE_CHECKING:
     from .guard import Guard
+    from .joins import Join
     from .tap import Call, Recomputable
     from .uses import Uses
 
@@ -25,6 +27,7 @@ DIRECTIONS: tuple[Direction, ...] = ("gradient", "adamw")
 
 
 def refuse_to_be_copied(self: object) -> NoReturn:
+    """Raise RuntimeError; the `__reduce__` of objects that a copy of the model would share."""
     raise RuntimeError(
         "a model with an engine attached cannot be copied or pickled, since the copy would have an engine "
         "that nobody could detach: detach it first, or copy the state_dict"
@@ -41,28 +44,29 @@ class JointBatch:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """The sizes that the layers' row maps depend on."""
+        """Return the sizes that the layers' row maps depend on."""
         index = self.samples.index
         return (self.samples.count,) if index is None else tuple(self.input_shape[: index.dim()])
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Zeros that touch no value of the model, and whose gradients are the results of a backward pass.
+    """Zeros that change no value of the model, and whose gradients are the results of a backward pass.
 
-    s is the factor that the loop puts on the joint loss, G the number of micro-batches; s² is s times the s of the
-    step's first micro-batch.
+    s is the factor that the loop puts on the joint loss, and G the number of micro-batches. s² stands for s
+    times the s of the step's first micro-batch.
     """
 
-    # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times s²/(n·G),
-    # or s²/(n·m) if pairwise. One probe for all layers, or with per_layer one for each, in their order. They are
-    # separate tensors: one tensor, indexed by a number, would give every compiled block a graph of its own.
+    # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times
+    # s²/(n·G), or s²/(n·m) if pairwise. There is one probe for all layers, or with per_layer one for each, in
+    # their order. They are separate tensors: indexing one tensor by a number would give every compiled block
+    # its own graph.
     dots: list[Tensor]
     scale: Tensor  # (scalar); its gradient is s
 
     @classmethod
     def make(cls, split: Split, like: Tensor, count: int) -> "Probes":
-        """Return `count` probes of dot products on the device of `like`, in its dtype of accumulation."""
+        """Return `count` probes for dot products, on the device of `like` and in its accumulation dtype."""
         zeros = partial(
             torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
         )
@@ -73,8 +77,8 @@ class Probes:
 class Pass:
     """One forward and backward pass over a joint batch.
 
-    Of several micro-batches, which make one optimizer step, the first has the validation samples. Their gradient is
-    kept, by parameter, for the others, whose m is 0.
+    An optimizer step may have several micro-batches, a pass each. The first one has the validation samples.
+    Their gradient is kept, by parameter, for the other passes, whose m is 0.
     """
 
     batch: JointBatch
@@ -83,10 +87,22 @@ class Pass:
     micro_batches: int  # G
     kept: dict[str, Any]  # directions for the other micro-batches, by parameter
     preconditioners: dict[int, Preconditioner] | None  # by id of the parameter; None: the gradient itself
+    guard: "Guard | None" = None  # at the first step
+
+    # Recorded in the forward pass.
     uses: dict[int, "Uses"] = field(default_factory=dict)  # by group of layers that share weights
     free: list[tuple["Call", Node]] = field(default_factory=list)  # calls without a sample dimension
     recomputable: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    guard: "Guard | None" = None  # at the first step
+    random_states: list[Any] = field(default_factory=list)  # before the forward pass, for the guard
+
+    # Recorded by the joint loss and in the backward pass.
+    bypassed: str | None = None  # a layer whose weight has a gradient that no dot product contains
+    joins: list["Join"] = field(default_factory=list)
+    watched: RemovableHandle | None = None  # the hook on the losses
+    loss_gradients: list[Tensor] = field(default_factory=list)  # (n+m,), one for each backward pass
+    prepared: bool = False  # `prepare_gradients` has accepted the results
+
+    __reduce__ = refuse_to_be_copied
 
     @property
     def split(self) -> Split:
@@ -108,21 +124,41 @@ class Pass:
     def scale_probe(self) -> Tensor:
         return self.each_probe.scale
 
-    __reduce__ = refuse_to_be_copied
-
     def row_weights(self) -> Tensor:
-        """Return the weight of every row's loss in the joint loss (n+m,): 1/(n·G) for train and 1/m for
-        validation rows."""
+        """Return the weight of each row's loss in the joint loss, (n+m,).
+
+        It is 1/(n·G) for train rows and 1/m for validation rows.
+        """
         n, m = self.split.n, self.split.m
         weights = self.scale_probe.detach().new_full((n + m,), 1 / (n * self.micro_batches))
         if m > 0:
             weights[n:] = 1 / m
         return weights
 
+    def probed_dots(self, first: "Pass") -> Tensor:
+        """Return the dot products that the backward pass left in the probes, without the factors on the loss.
+
+        Args:
+            first: the pass of the step's first micro-batch.
+
+        Returns:
+            (n, k), or (n, L) per layer; divided by m if pairwise.
+        """
+        scale, first_scale = self.scale_probe.grad, first.scale_probe.grad
+        assert scale is not None and first_scale is not None
+        columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in self.probes]
+        return torch.cat(columns, dim=1) * (self.split.n * self.micro_batches) / (scale * first_scale)
+
     def end_forward(self) -> None:
-        """Let go of the links between uses: they hold the graph, which holds the uses."""
+        """Drop the links between uses, which would form a reference cycle with the graph."""
         for uses in self.uses.values():
             uses.link = None
+
+    def remove_joins(self) -> None:
+        """Remove the hooks on the joins, which hold the graph."""
+        for join in self.joins:
+            join.remove()
+        self.joins = []
 
     def keep(self, parameter: str) -> Keep | None:
         """Return where the direction of a parameter is kept; None for a single batch."""
@@ -131,12 +167,15 @@ class Pass:
         return Keep(self.kept, parameter, first=self.split.m > 0)
 
     def remember(self, output: Tensor, made: "Recomputable") -> None:
-        """Remember how an output was made, for as long as it lives. A compiler decides by itself what is recomputed."""
+        """Record how to recompute an output, for as long as it exists.
+
+        In compiled code nothing is recorded: the compiler decides what to recompute.
+        """
         if not torch.compiler.is_compiling():
             self.recomputable[output] = made
 
     def recomputable_input(self, x: Tensor) -> "Recomputable | None":
-        """Return how x was made, if its layer can recompute it and it has not been changed in place since."""
+        """Return how to recompute x; None if that is unknown, or x was changed in place since."""
         if torch.compiler.is_compiling():
             return None
         made: Recomputable | None = self.recomputable.get(x)
@@ -144,12 +183,18 @@ class Pass:
 
 
 class CurrentPass:
-    """Where the layers find the step under way.
-
-    phase: "forward" while the model's forward runs, "backward" from the first gradient to
-    `prepare_gradients`: a layer that runs then is being recomputed by activation checkpointing, which is not
-    a second call. "idle" at all other times, when no layer may run with gradients."""
+    """The current pass and its phase, shared by the engine and its layers."""
 
     def __init__(self) -> None:
         self.pass_: Pass | None = None
+        # "forward": the model's forward runs.
+        # "backward": from the first gradient to `prepare_gradients`. A layer that runs now is recomputed by
+        #     activation checkpointing. That is not a second call.
+        # "idle": at all other times. No layer may run with gradients.
         self.phase: Literal["idle", "forward", "backward"] = "idle"
+        self.autocast: torch.dtype | None = None  # of the last forward pass
+
+    @property
+    def rehearsing(self) -> bool:
+        """Return True during one of the guard's own forward passes."""
+        return self.pass_ is not None and self.pass_.guard is not None and self.pass_.guard.rehearsing

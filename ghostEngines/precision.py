@@ -5,8 +5,7 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a matrix product of x runs: autocast's where it is on, x's own otherwise
-    (float64 stays)."""
+    """Return the dtype of matrix products of x: autocast's where it is on, else x's own. float64 is kept."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -14,12 +13,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast_of(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of the autocast that is on for x's device, None if none is."""
+    """Return the dtype of autocast on x's device; None if it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Return a context in which nothing is cast silently: the engine says itself which product runs in which
-    dtype, and a dot product of float32 tensors stays one wherever `backward()` is called."""
+    """Return a context without autocast.
+
+    The engine chooses the dtype of each product itself, and a dot product of float32 tensors stays one
+    wherever `backward()` is called.
+    """
     return torch.autocast(x.device.type, enabled=False)

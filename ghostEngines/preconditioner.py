@@ -1,11 +1,11 @@
-"""AdamW's preconditioner: dot products that speak of an AdamW update, not of a gradient step.
+"""AdamW's preconditioner: dot products that predict the effect of an AdamW update instead of a gradient step.
 
 AdamW moves a parameter by the gradient times P = 1 / (sqrt(v̂) + ε), elementwise, where v̂ is the
 bias-corrected running mean of its squared gradients (Kingma & Ba, arXiv 1412.6980, Algorithm 1; Loshchilov &
-Hutter, arXiv 1711.05101). So the fall of the validation loss that train row i causes is, to first order and
-without the decay, lr · <P∘∇ℓ_i, ∇L_val> = lr · <∇ℓ_i, P∘∇L_val>: the same contraction with another direction.
-v̂ is the one before this step's update; momentum, which spreads an update over the steps that follow, is not
-looked at."""
+Hutter, arXiv 1711.05101). To first order and without weight decay, train row i lowers the validation loss by
+lr · <P∘∇ℓ_i, ∇L_val> = lr · <∇ℓ_i, P∘∇L_val>: the same contraction with another direction. v̂ is the value
+before this step's update. Momentum, which spreads an update over later steps, is ignored.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,33 +21,53 @@ KINDS = (torch.optim.AdamW, torch.optim.Adam)
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """P of one parameter. second_moment: v, of its shape. correction (): 1 - β2^t after t updates."""
+    """P of one parameter."""
 
-    second_moment: Tensor
-    correction: Tensor
+    second_moment: Tensor  # v, of the parameter's shape
+    correction: Tensor  # (scalar): 1 - β2^t after t updates
     eps: float
 
     def shaped(self, shape: torch.Size) -> "Preconditioner":
-        """Return it for the parameter in another shape: a kernel as a matrix."""
+        """Return the preconditioner for the parameter in another shape, such as a kernel as a matrix."""
         return Preconditioner(self.second_moment.reshape(shape), self.correction, self.eps)
 
     def apply(self, direction: Tensor, part: Any = ..., memory: Tensor | None = None) -> Tensor:
-        """direction (..., *shape of v[part]) becomes P∘direction, in place; part: an index into the
-        parameter; memory: (numel of v[part],) to work in."""
+        """Multiply a direction by P in place and return it.
+
+        Args:
+            direction: (..., *shape of v[part]).
+            part: an index into the parameter.
+            memory: (numel of v[part],) to work in.
+        """
         v = self.second_moment[part]
         denominator = torch.empty_like(v, dtype=direction.dtype) if memory is None else memory.view(v.shape)
         denominator.copy_(v).div_(self.correction).sqrt_().add_(self.eps)
         return direction.div_(denominator)
 
 
+class SecondMoments:
+    """The second moments of an optimizer, which exist after its first update."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._has_stepped = False
+
+    def preconditioners(self) -> dict[int, Preconditioner] | None:
+        """Return the preconditioners by id of the parameter; None before the first update."""
+        self._has_stepped = self._has_stepped or has_stepped(self._optimizer)
+        return preconditioners(self._optimizer) if self._has_stepped else None
+
+
 def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there is a v̂ yet: updates may have been left out so far. Waits for the device where the
-    optimizer counts its steps there."""
+    """Return True if the optimizer has made an update.
+
+    It may have skipped every step so far. Waits for the device if the optimizer counts its steps there.
+    """
     return any(state["step"] > 0 for state in optimizer.state.values())
 
 
 def preconditioners(optimizer: torch.optim.Optimizer) -> dict[int, Preconditioner]:
-    """By id of the parameter, of those that have been updated."""
+    """Return the preconditioners of the parameters that have been updated, by id of the parameter."""
     found = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -57,8 +77,8 @@ def preconditioners(optimizer: torch.optim.Optimizer) -> dict[int, Preconditione
     return found
 
 
-def check_adamw(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """AttachError unless the optimizer is an AdamW whose second moments are those of whole parameters."""
+def check_adamw(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+    """Return the optimizer; raise AttachError unless it is an AdamW with moments of whole parameters."""
     if optimizer is None:
         raise AttachError('direction "adamw" needs the optimizer: attach it with the optimizer')
     if type(optimizer) not in KINDS:
@@ -70,3 +90,4 @@ def check_adamw(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
         raise AttachError('direction "adamw" does not cover amsgrad=True: leave it out')
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise AttachError('direction "adamw" needs whole parameters, and these are divided among processes')
+    return optimizer

@@ -1,4 +1,4 @@
-"""Units: whole modules that are run again for the gradient of each sample (layer_rules/units.py)."""
+"""Rerunning a unit, a whole module, for the gradient of each sample (layer_rules/units.py)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ Attributes = list[tuple[nn.Module, dict[str, Any]]]
 
 
 def attributes(layer: nn.Module) -> Attributes:
-    """Return the attributes of a module and those in it, but for what PyTorch keeps in them."""
+    """Return the attributes of a module and of the modules in it, without those of PyTorch's own."""
     return [
         (
             module,
@@ -34,7 +34,7 @@ def attributes(layer: nn.Module) -> Attributes:
 
 
 class Rerun:
-    """How a unit is run again: its parameters' places, its forward's named inputs, and the autocast it ran under."""
+    """Run a unit again as it ran in the forward pass, on one sample at a time."""
 
     def __init__(
         self,
@@ -43,15 +43,23 @@ class Rerun:
         names: Sequence[str],
         samples: Samples,
         x: Tensor,
-        before: "Attributes",
+        before: Attributes,
     ) -> None:
-        """before: the module's attributes before it ran, since it may keep a state in them."""
+        """Record how the unit ran.
+
+        Args:
+            places: the module and the key of each trainable parameter.
+            names: of the last inputs, which were given by keyword.
+            x: an input, whose device determines the autocast that is recorded.
+            before: the module's attributes before it ran, since it may keep a state in them.
+        """
         self.before = before
         self.layer, self.places, self.names, self.samples = layer, places, names, samples
         self.device = x.device.type
         self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the module with its attributes and autocast as they were in the forward pass."""
         now = attributes(self.layer)
         for module, values in self.before:
             module.__dict__.update(values)
@@ -92,7 +100,7 @@ class Rerun:
         return gradients, torch.stack(every).sum(0) if every else None
 
     def check(self, inputs: Sequence[Any], output: Any, name: str) -> None:
-        """Raise RowsError unless the module gives a row alone what it gives it among the others."""
+        """Raise RowsError unless the module's output for a row is the same alone and among the other rows."""
         with torch.no_grad():
             for i in (0, self.samples.count - 1):
                 alone = rerun(self.forward, inputs, self.names, i, self.samples)

@@ -1,12 +1,12 @@
 """Row maps: which sample each entry of a layer's first dimensions belongs to.
 
-    Identity   entry r is sample r
-    Flat       samples one after the other, the same number of entries each: (N·K, ...)
-    Indexed    any order: a sample for each entry
+    Identity   entry r belongs to sample r
+    Flat       one sample after the other, with the same number of entries each: (N·K, ...)
+    Indexed    any order: an index has the sample of each entry
 
-A row map puts tensors, and descriptions made of them, into the form (N, positions, ...). A layer's row map is
-told from the shape of its input and from what the samples of the step are (`Samples`), and the guard (guard.py)
-checks that this is what the model does; any other map is given by the user.
+A row map brings tensors, and the descriptions made of them, into the form (N, positions, ...). The engine
+derives a layer's row map from the shape of its input and the samples of the step (`Samples`). The guard
+(guard.py) checks that the model agrees. The user can give any other map.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,17 @@ from .descriptions import Description, Matrix, PerPosition, Rows, Streamed
 
 
 class RowMap(Protocol):
-    """Where the entries of a layer's first dimensions belong."""
+    """The sample of each entry of a layer's first dimensions."""
 
     def to_rows(self, entries: Tensor) -> Tensor:
-        """(R, ...) -> (N, positions, ...), zeros where a sample has fewer positions."""
+        """Return entries (R, ...) as (N, positions, ...), with zeros where a sample has fewer positions."""
 
     def of_rows(self, of_sample: Tensor, entries: int) -> Tensor:
-        """Return, of a value for each sample (N,), the value of each entry; entries: the first dimension's."""
+        """Return the value of each entry, given a value for each sample (N,).
+
+        Args:
+            entries: the size of the first dimension.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ class Flat:
 
 @dataclass(frozen=True, eq=False)
 class Indexed:
-    """Entry r is of sample rows[r], in one or several first dimensions: rows has their shape. samples: N."""
+    """Entry r belongs to sample rows[r]."""
 
-    rows: Tensor
-    samples: int
+    rows: Tensor  # integers, of the shape of the first dimensions: one or several
+    samples: int  # N
 
     def to_rows(self, entries: Tensor) -> Tensor:
         places, longest = self._places
@@ -76,7 +80,7 @@ class Indexed:
 
     @cached_property
     def _places(self) -> tuple[Tensor, int]:
-        """(R,) where each entry goes, and the largest number of entries of a sample. Waits for the device."""
+        """Return where each entry goes (R,), and the largest number of entries of a sample. A device sync."""
         rows = self.rows.flatten()
         order = torch.argsort(rows, stable=True)
         counts = torch.bincount(rows, minlength=self.samples)
@@ -88,14 +92,15 @@ class Indexed:
 
 
 class Samples:
-    """What the samples of a step are: the rows of the model's input, or what an index says of each row or
-    position.
-
-    count: N, the n train samples before the m validation samples. index (R,) or (R, T): the sample of each of
-    the R rows, or of each position of a row; None: row i is sample i.
-    """
+    """The samples of a step: rows of the model's input, or what an index assigns to each sample."""
 
     def __init__(self, count: int, index: Tensor | None = None) -> None:
+        """Describe the samples.
+
+        Args:
+            count: N. The n train samples come before the m validation samples.
+            index: the sample of each of the R rows (R,), or of each position (R, T); None: row i is sample i.
+        """
         self.count, self.index = count, index
         self._maps: list[Indexed] = []
         if index is not None:
@@ -103,19 +108,21 @@ class Samples:
 
     @property
     def rows(self) -> int:
-        """R: the rows of the model's input."""
+        """Return R, the number of rows of the model's input."""
         return self.count if self.index is None else len(self.index)
 
     @property
     def of_positions(self) -> bool:
-        """Whether the positions of one row may be of several samples."""
+        """Return whether the positions of one row may belong to several samples."""
         return self.index is not None and self.index.dim() == 2
 
     @classmethod
     def indexed(cls, index: Any, shape: torch.Size) -> "Samples":
-        """Check an index that a user gives for an input of this shape. Waits for the device.
+        """Return the samples of an index that a user gives for an input of this shape. Waits for the device.
 
-        Raises ValueError for one that is no such index, or leaves out a sample."""
+        Raises:
+            ValueError: a wrong type or shape, or a sample without an entry.
+        """
         if not isinstance(index, Tensor) or index.is_floating_point() or index.dim() not in (1, 2):
             raise ValueError(
                 "samples must return integers (rows,) or (rows, positions), the sample of each row or position; "
@@ -139,12 +146,15 @@ class Samples:
         return cls(len(counts), index)
 
     def row_map(self, shape: torch.Size, *, of_result: bool = False) -> RowMap | None:
-        """Return where the entries of a tensor of this shape belong; None if it has no sample dimension.
+        """Return the row map of a tensor of this shape; None if it has no sample dimension.
 
-        of_result: it is made from the samples' entries, so that a single dimension may be theirs, flattened."""
+        Args:
+            of_result: True if the tensor was computed from the samples' entries, so that even its only
+                dimension may be the flattened entries.
+        """
         if len(shape) == 0 or shape[0] == 0:
             return None
-        if self.count == 1:  # whatever it is, it belongs to that sample
+        if self.count == 1:  # every entry belongs to the one sample
             return ROWS if shape[0] == 1 else Flat(1)
         if self.index is not None:
             for each in self._maps:
@@ -160,15 +170,16 @@ class Samples:
 
 
 def packed_documents(position_ids: Tensor, **_: Any) -> Tensor:
-    """Return the document of each position (R, T), where position ids start at 0 again with every document.
+    """Return the document of each position (R, T), for the engine's option `samples`.
 
-    To be given as `samples=`; it takes what a Hugging Face model is called with."""
+    Position ids must restart at 0 with every document. It takes the arguments of a Hugging Face model.
+    """
     documents: Tensor = (position_ids == 0).flatten().cumsum(0) - 1
     return documents.view_as(position_ids)
 
 
 def by_sample(description: Description, row_map: RowMap) -> Description:
-    """Return the description of samples for one of entries."""
+    """Return a description by sample, given one by entry."""
     if isinstance(row_map, Identity) or isinstance(description, Streamed):
         return description
     to_rows = row_map.to_rows

@@ -1,4 +1,4 @@
-"""What is done with the descriptions of rules: DotProducts makes training gradients and dot products of them."""
+"""The sink of descriptions: DotProducts computes training gradients and dot products from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,11 @@ from .strategies import STRATEGIES, Strategy, choose_strategy
 
 @dataclass(frozen=True)
 class Site:
-    """One parameter in one pass, as a sink sees it.
+    """What a sink needs to know of one parameter in one pass."""
 
-    shape: of the parameter. keep: where its direction is kept for other micro-batches, None for a single
-    batch. preconditioner: what its direction is multiplied by, None for nothing.
-    """
-
-    shape: torch.Size
-    keep: Keep | None = None
-    preconditioner: Preconditioner | None = None
+    shape: torch.Size  # of the parameter
+    keep: Keep | None = None  # where its direction is kept for other micro-batches; None for a single batch
+    preconditioner: Preconditioner | None = None  # of its direction; None: nothing is multiplied
 
 
 Taken = tuple[Tensor, Tensor]
@@ -38,29 +34,25 @@ Taken = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class HeadPart:
-    """What an output layer gives to the lookups that share its weight (V, d).
+    """An output layer's part of a weight (V, d) that it shares with lookups.
 
-    With the weight's gradient E from the lookups and H from the head, <E_i + H_i, E_v + H_v> has two cross
-    terms: <E_i, H_v> = Σ_t g_it · H_v[x_it] and <H_i, E_v> = Σ_u H_i[u] · E_v[u].
+    Let E be the weight's gradient from the lookups and H that from the output layer. Then <E_i + H_i, E_v +
+    H_v> has two cross terms: <E_i, H_v> = Σ_t g_it · H_v[x_it] and <H_i, E_v> = Σ_u H_i[u] · E_v[u].
     """
 
-    total: Tensor  # (V, d): Σ_i H_i, to which the lookups add their few rows in place
+    total: Tensor  # (V, d): Σ_i H_i; the lookups add their rows to it in place
     gathered: Tensor  # (k, n, L, d): H_v at the train rows' tokens, preconditioned
     picked: Tensor | None  # (n, U, d): H_i at the validation rows' tokens; None without validation rows
 
 
 @dataclass(frozen=True)
 class DotProducts:
-    """The sink of method GradDotProd: <G_i, D> for all train rows, with D the validation gradient.
-
-    strategy: the one that every matrix must use, None for a choice by shape. by_direction: the direction
-    itself is needed, for other micro-batches or to precondition it.
-    """
+    """Compute <G_i, D> for all train rows, with D the direction, and the training gradient Σ_i G_i."""
 
     split: Split
     scratch: Scratch
-    strategy: str | None = None
-    by_direction: bool = False
+    strategy: str | None = None  # that every matrix must use; None: chosen by shape
+    by_direction: bool = False  # the direction itself is needed: it is kept, or preconditioned
 
     def take(self, site: Site, description: Description) -> Taken:
         """Return the training gradient and the dot products of one parameter."""
@@ -81,7 +73,7 @@ class DotProducts:
         return STRATEGIES[name]
 
     def matrix(self, site: Site, left: Tensor, right: Tensor) -> Taken:
-        """Contract left (n+m, T, p) and right (n+m, T, d): the gradient (p, d) and dots."""
+        """Contract left (n+m, T, p) and right (n+m, T, d). Returns the gradient (p, d) and dots (n, k)."""
         n = self.split.n
         strategy = self.strategy_for(left.shape[1], left.shape[2], right.shape[2])
         total = left.new_empty(left.shape[2], right.shape[2], dtype=accumulation_dtype(left.dtype))
@@ -113,7 +105,7 @@ class DotProducts:
         return train.sum(0), train.reshape(self.split.n, -1) @ direction.reshape(len(direction), -1).mT
 
     def streamed(self, site: Site, description: Streamed) -> Taken:
-        """Contract gradients that come one sample at a time: the validation rows' first."""
+        """Contract gradients that are made one sample at a time, the validation rows first."""
         n, rows = self.split.n, range(self.split.n, description.samples)
 
         def make() -> Tensor:
@@ -138,9 +130,14 @@ class DotProducts:
     def together(
         self, sites: Sequence[Site], gradients: Callable[[int], list[Tensor]], samples: int
     ) -> tuple[list[Tensor], Tensor]:
-        """Contract several parameters whose gradients come together, one sample at a time: `gradients(i)`.
+        """Contract several parameters whose gradients are made together, one sample at a time.
 
-        Returns the training gradients and the sum of the dots (n, k).
+        Args:
+            gradients: returns sample i's gradient of each parameter.
+            samples: N.
+
+        Returns:
+            The training gradients, and the sum of the dots over the parameters (n, k).
         """
         n, directions = self.split.n, self._directions(sites, gradients, range(self.split.n, samples))
         totals: list[Tensor] = []
@@ -161,7 +158,7 @@ class DotProducts:
     def _directions(
         self, sites: Sequence[Site], gradients: Callable[[int], list[Tensor]], rows: range
     ) -> list[Tensor]:
-        """(k, *shape) for each parameter."""
+        """Return the direction of each parameter (k, *shape)."""
         made: list[Tensor] = []
         if len(rows) > 0:
             of_rows = (
@@ -189,7 +186,11 @@ class DotProducts:
         return directions
 
     def rows(self, site: Site, lookups: Rows, head: HeadPart | None) -> Taken:
-        """Contract lookups, with what an output layer of the same weight has left for them."""
+        """Contract lookups, which may share their weight with an output layer.
+
+        Args:
+            head: the output layer's part; None: there is no such layer.
+        """
         split, n, vocabulary = self.split, self.split.n, site.shape[0]
         tokens, gradients = lookups.flat()  # (n+m, L), (n+m, L, d)
         gradients = gradients.to(accumulation_dtype(gradients.dtype))
@@ -198,7 +199,7 @@ class DotProducts:
         total = gradients.new_zeros(site.shape) if head is None else head.total
         total.index_add_(0, tokens[:n].flatten(), gradients[:n].flatten(0, 1))
         val_gradients = gradients[n:]
-        if site.preconditioner is not None:  # of which only the direction is made
+        if site.preconditioner is not None:  # used for the direction only
             val_gradients = site.preconditioner.apply(val_gradients.clone(), tokens[n:])
         joint = tokens, val_gradients, split, vocabulary
         if head is None:
@@ -210,16 +211,21 @@ class DotProducts:
                 whole_direction = site.keep.kept[site.keep.name][0]  # (V, d)
                 whole_direction.index_add_(0, tokens[n:].flatten(), val_gradients.flatten(0, 1))
         else:
-            at_tokens = head.gathered  # from that direction
+            at_tokens = head.gathered  # gathered from the whole weight's direction
         dots = torch.einsum("nld,knld->nk", gradients[:n], at_tokens)
         if head is not None and head.picked is not None and split.m > 0:
             dots = dots + head.picked.flatten(1) @ direction.flatten(1).mT
         return total, dots
 
     def head(self, site: Site, left: Tensor, right: Tensor, tokens: Tensor) -> tuple[HeadPart, Tensor]:
-        """Contract an output layer whose weight is also looked up, at tokens (n+m, L).
+        """Contract an output layer whose weight is also looked up.
 
-        left (n+m, T, V), right (n+m, T, d). Returns its part for the lookups, and its own dots.
+        Args:
+            left, right: (n+m, T, V) and (n+m, T, d).
+            tokens: (n+m, L), of the lookups.
+
+        Returns:
+            Its part for the lookups, and its own dots (n, k).
         """
         n = self.split.n
         total, dots = self.matrix(site, left, right)
@@ -233,9 +239,13 @@ class DotProducts:
 
 
 def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
-    """Return rows of the validation gradient at tokens (n, L), without making the whole of it.
+    """Return the validation gradient's rows at tokens (n, L), without computing the other rows.
 
-    left (m, T, V), right (m, T, d): the validation rows. Returns (k, n, L, d).
+    Args:
+        left, right: (m, T, V) and (m, T, d), of the validation rows.
+
+    Returns:
+        (k, n, L, d).
     """
     rows = direction_of(left[:, :, tokens.flatten()], right, split)  # (k, n·L, d)
     return rows.view(-1, *tokens.shape, right.shape[2])
@@ -244,8 +254,15 @@ def gather(left: Tensor, right: Tensor, tokens: Tensor, split: Split) -> Tensor:
 def _direction_at(
     tokens: Tensor, val_gradients: Tensor, split: Split, vocabulary: int, keep: Keep | None
 ) -> tuple[Tensor, Tensor]:
-    """tokens (n+m, L), val_gradients (m, L, d) -> the direction at the train rows' tokens (k, n, L, d), and
-    by slot (k, U, d)."""
+    """Return the direction of a lookup, at the train rows' tokens and by slot.
+
+    Args:
+        tokens: (n+m, L).
+        val_gradients: (m, L, d).
+
+    Returns:
+        (k, n, L, d) at the train rows' tokens, and (k, U, d) by slot.
+    """
     n = split.n
 
     def make() -> tuple[Tensor, Tensor]:
@@ -259,12 +276,18 @@ def _direction_at(
 def _validation_gradient(
     tokens: Tensor, gradients: Tensor, split: Split, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
-    """tokens (m, L), gradients (m, L, d) -> the validation gradient (k, m·L, d) by slot, and the slots
-    (vocabulary,).
+    """Return the validation gradient of a lookup by slot, and the slot of each token.
 
-    A token's slot is the last of the m·L positions at which it stands, -1 for a token of no validation row;
-    the direction is zero at all other positions. So every shape is known beforehand and no device has to be
-    waited for."""
+    A token's slot is the last of the m·L positions at which it stands, or -1 if it stands at none. The
+    gradient is zero at all other positions. So every shape is known beforehand, and the device need not be
+    waited for.
+
+    Args:
+        tokens, gradients: (m, L) and (m, L, d), of the validation rows.
+
+    Returns:
+        The gradient (k, m·L, d), and the slots (vocabulary,).
+    """
     m, length, d = gradients.shape
     places = torch.arange(m * length, device=tokens.device)
     slots = places.new_full((vocabulary,), -1).scatter_reduce_(0, tokens.flatten(), places, "amax")

@@ -1,10 +1,9 @@
-"""The tap: an autograd function on the output of a layer's own forward, whose backward makes the layer's
-training gradients and dot products.
+"""The tap: an autograd function on a layer's output that computes its training gradients and dot products.
 
-The layer runs as it is, but with its trainable parameters detached, so that autograd computes the gradient of
-its input and nothing else. The tap takes those parameters, and the probe, as inputs. Its backward sees the
-backprops of the output: the rule describes each parameter's per-sample gradient, the sink contracts the
-description, and the results are the gradients of the parameters and of the probe.
+The layer runs as it is, but with its trainable parameters detached. So autograd computes the gradient of the
+layer's input and nothing else. The tap takes the parameters and the probe as inputs. Its backward pass
+receives the backprops of the output: the rule describes each parameter's per-sample gradient, the sink
+contracts the description, and the results are the gradients of the parameters and of the probe.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,19 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Recomputable:
-    """How a layer made its output, so that a layer which takes that output need not keep it for the backward
-    pass: the first layer keeps its own input already, of the same size.
+    """How a layer made its output.
 
-    version: of the output as the layer gave it. kept: the layer's inputs, and its parameters, whose versions
-    autograd then checks.
+    The next layer can recompute the output in the backward pass and need not keep it. Nothing more is kept:
+    the first layer keeps its own input, of the same size, anyway.
     """
 
     run: Callable[[Tensor], Tensor]
-    kept: tuple[Tensor, ...]
-    version: int
+    kept: tuple[Tensor, ...]  # the layer's input, and its parameters, so that autograd checks their versions
+    version: int  # of the output as the layer returned it
 
     @classmethod
     def of(cls, layer: nn.Module, x: Tensor, parameters: Sequence[Tensor], output: Tensor) -> "Recomputable":
+        """Record how the layer made this output of x, and under which autocast."""
         device = x.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -56,7 +55,7 @@ class Recomputable:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a covered layer in a forward pass: all that its backward needs but tensors of the graph."""
+    """One call of a covered layer: what its backward pass needs, except tensors of the graph."""
 
     layer: nn.Module
     rule: LayerRule
@@ -64,27 +63,27 @@ class Call:
     sites: tuple[Site, ...]
     sink: DotProducts
     row_map: RowMap
-    inputs: tuple[Any, ...]  # as the forward got them, but for tensors, which autograd keeps
-    made: Recomputable | None  # how the first input can be recomputed
-    dtype: torch.dtype | None  # in which the first input is needed then
-    # What follows is there outside of compiled code only.
+    inputs: tuple[Any, ...]  # with KEPT in the place of each tensor, which autograd keeps
+    made: Recomputable | None  # how to recompute the first input
+    dtype: torch.dtype | None  # of the recomputed input
+    # Set outside of compiled code only.
     name: str = ""  # of the layer
     parameters: tuple[Tensor, ...] = ()
     uses: "Uses | None" = None
-    position: int = 0  # among those
+    position: int = 0  # among the uses
     guard: "Guard | None" = None
     free: bool = False  # the output has no sample dimension
-    at_joins: list[Description] | None = None  # what the joins of such an output say of its gradient
+    at_joins: list[Description] | None = None  # of a free output: its gradient as described at its joins
     checkpointed: bool = False  # what autograd keeps is recomputed, or moved, in the backward pass
-    recomputed: bool = False  # the call was made by checkpointing, in the backward pass
+    recomputed: bool = False  # checkpointing made this call in the backward pass
     rerun: Rerun | None = None  # of a unit
 
     def guard_is_on(self) -> bool:
-        """Return whether the backward pass under way is one of the guard's."""
+        """Return True in one of the guard's own backward passes."""
         return self.guard is not None and self.guard.checking
 
     def restore(self, kept: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Return the inputs, from what autograd kept."""
+        """Return the inputs, given the tensors that autograd kept."""
         if self.made is not None:
             with torch.no_grad():
                 x = self.made.run(kept[0])
@@ -115,13 +114,14 @@ class Call:
         return gradients, torch.stack(dots).sum(0) if dots else None
 
     def take(self, i: int, description: Description) -> tuple[Tensor | None, Tensor | None]:
-        """Hand a parameter's description to the sink, together with those of its other uses."""
+        """Pass the description of parameter number i to the sink, together with those of its other uses."""
         if self.uses is None:
             return self.sink.take(self.sites[i], description)
         return self.uses.take(self.sink, self.sites[i], self.parameters[i], self.position, description)
 
     def _described(self, inputs: tuple[Any, ...], backprops: Tensor) -> Mapping[str, Description]:
-        if self.rule.parameter:  # in a pass of a single row, to which all of the gradient belongs
+        """Return the rule's descriptions."""
+        if self.rule.parameter:  # in a pass of a single row: the whole gradient is that row's
             return {self.names[0]: PerSample(backprops[None])}
         if self.rule.wide:
             dtype = accumulation_dtype(backprops.dtype)
@@ -130,7 +130,7 @@ class Call:
         return self.rule.describe(self.layer, inputs, backprops)
 
     def _at_joins(self, inputs: tuple[Any, ...], output: Tensor) -> Mapping[str, Description]:
-        """An output without a sample dimension: its inputs stand for every sample."""
+        """Describe the parameters if the output has no sample dimension: all samples have the same inputs."""
         if self.at_joins is None:
             raise RuntimeError(
                 f"the output of layer '{self.name}' has no sample dimension, so that its gradient must be taken "
@@ -161,24 +161,25 @@ REENTRANT = (
 
 
 class _Kept:
-    """The place of a tensor among a call's inputs."""
+    """Mark the place of a tensor among a call's inputs."""
 
 
 KEPT = _Kept()
 
 
 def wide(value: Any, dtype: torch.dtype) -> Any:
-    """Return a floating-point tensor in the wide dtype, anything else as it is."""
+    """Return a floating-point tensor in the given dtype, and anything else unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class Tap(torch.autograd.Function):
-    """Return the layer's outputs, as they are, and a link to the next use of the same parameters.
+    """Return the layer's outputs unchanged, and a link to the next use of the same parameters.
 
-    Inputs: the call, the probe (n, k), the link of the use before (None for none), the number of outputs, the
-    outputs, the trainable parameters, and what the rule needs of the inputs. An output is `output.detach()`:
-    a view could not be changed in place by the model, and of other forms of a copy autograd would not notice
-    that it was.
+    The inputs are the call, the probe (n, k), the link of the use before (None: there is none), the number of
+    outputs, the outputs, the trainable parameters, and what the rule needs of the layer's inputs.
+
+    An output is returned as `output.detach()`. The model could not change a view in place, and autograd would
+    not detect that another kind of copy was changed in place.
     """
 
     @staticmethod
@@ -200,7 +201,7 @@ class Tap(torch.autograd.Function):
         if call.recomputed:
             raise RuntimeError(REENTRANT)
         some = next((each for each in backprops if each is not None), None)
-        if some is None:  # the loss does not depend on this call, but on a later use of its parameters
+        if some is None:  # the loss depends on a later use of the parameters, not on this call
             if call.uses is None or call.uses.calls == 1 or call.guard_is_on():
                 return (None, None, None, None, *backprops, *no_gradients, *nothing)
             backprops = tuple(torch.zeros(shape, dtype=kind, device=place) for shape, kind, place in ctx.like)

@@ -1,4 +1,4 @@
-"""A covered layer while the engine is attached: its own forward, with a tap on its output."""
+"""Covered layers while the engine is attached: each runs its own forward, with a tap on the output."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,11 +18,11 @@ from .tap import KEPT, Call, Recomputable, Tap
 from .uses import Uses
 
 RowMapMaker = Callable[[tuple[Any, ...], int], RowMap]
-"""(inputs of a layer's call, number of samples) -> its row map."""
+"""(inputs of a layer's call, number of samples) -> row map of its first input."""
 
 
 def own_parameters(layer: nn.Module, rule: LayerRule) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the name, the module and the key of each parameter that a layer's rule answers for."""
+    """Yield the name in the layer, the module and the key there of each parameter that the rule covers."""
     modules = layer.named_modules() if rule.whole else [("", layer)]
     for prefix, module in modules:
         for key, parameter in module._parameters.items():
@@ -31,6 +31,7 @@ def own_parameters(layer: nn.Module, rule: LayerRule) -> Iterator[tuple[str, nn.
 
 
 def _of(place: tuple[str, nn.Module, str]) -> Tensor:
+    """Return the parameter at a place that `own_parameters` yields."""
     _, module, key = place
     parameter = module._parameters[key]
     assert parameter is not None
@@ -38,19 +39,14 @@ def _of(place: tuple[str, nn.Module, str]) -> Tensor:
 
 
 def _in_place_of(output: Any, tapped: list[Tensor]) -> Any:
-    """The module's output with its floating-point tensors replaced."""
+    """Return the module's output with its floating-point tensors replaced."""
     new = iter(tapped)
     each = [next(new) if isinstance(o, Tensor) and o.is_floating_point() else o for o in output]
     return type(output)(each)
 
 
 class TappedLayer:
-    """One covered layer.
-
-    name: in the model. group: the number of the group of layers that share parameters with it. owners: the
-    name under which each parameter's direction is kept, one for all its uses, by the parameter's name in the
-    layer. calls: how often the layer ran in the forward pass under way.
-    """
+    """One covered layer."""
 
     def __init__(
         self,
@@ -62,20 +58,36 @@ class TappedLayer:
         current: CurrentPass,
         row_map: RowMapMaker | None = None,
     ) -> None:
-        self._row_map = row_map
+        """Prepare a layer's tap.
+
+        Args:
+            name: in the model.
+            group: the number that this layer has in common with the layers that share parameters with it.
+            owners: by name of the parameter in the layer, the name under which its direction is kept. All
+                uses of a parameter have one such name.
+        """
         self.layer, self.name, self.rule, self.group, self.owners = layer, name, rule, group, owners
-        self.calls = 0
-        self.probe: Tensor  # (n, k), laid out at the beginning of each step
+        self.calls = 0  # in the current forward pass
+        self.probe: Tensor  # (n, k), new in each pass
         self._current = current
+        self._row_map = row_map
 
     __reduce__ = refuse_to_be_copied
 
-    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
-        """Stand in the place of the layer's forward while the engine is attached; without gradients it is the
-        layer's own.
+    def attach(self) -> None:
+        """Replace the layer's forward."""
+        self.layer.forward = self.forward
 
-        A bound method, not a closure: `torch.compile` guards on the function and the type of its object,
-        which all blocks have in common, and so one graph serves them all."""
+    def detach(self) -> None:
+        """Restore the layer's own forward."""
+        vars(self.layer).pop("forward")
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Run the layer and, with gradients, tap its output.
+
+        This is a bound method and not a closure: `torch.compile` guards on the function and on the type of
+        its object. All blocks have these in common, so one graph serves them all.
+        """
         if not torch.is_grad_enabled():
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
         if self.rule.run is not None:
@@ -83,6 +95,7 @@ class TappedLayer:
         return self._tapped(inputs, named_inputs)
 
     def _tapped(self, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
+        """Run the layer with its parameters detached and put the tap on its output."""
         pass_, layer, rule = self.pass_, self.layer, self.rule
         trainable = [each for each in own_parameters(layer, rule) if _of(each).requires_grad]
         parameters = [_of(each) for each in trainable]
@@ -97,7 +110,7 @@ class TappedLayer:
                 self._check_made(made, x)
             dtype = compute_dtype(x)
             if x.dtype != dtype:
-                x = x.to(dtype)  # here, so that this copy is what is kept
+                x = x.to(dtype)  # cast here, so that autograd keeps this copy
             arguments = (x, *arguments[1:])
             inputs = (x, *inputs[1:]) if inputs else inputs
             named_inputs = named_inputs if inputs else dict(zip(named_inputs, arguments, strict=True))
@@ -143,7 +156,7 @@ class TappedLayer:
         return tapped[0] if isinstance(output, Tensor) else _in_place_of(output, tapped)
 
     def _check_made(self, made: Recomputable, x: Tensor) -> None:
-        """At the first step: the input is what its norm would make again."""
+        """Check at the first step that the input is what its norm would recompute."""
         with torch.no_grad():
             if not torch.equal(made.run(made.kept[0]), x):
                 raise RuntimeError(
@@ -152,11 +165,11 @@ class TappedLayer:
                 )
 
     def _check_call(self, call: Call, arguments: tuple[Any, ...], output: Any) -> None:
-        """At the first step: the layer does what its rule takes for granted."""
+        """Check at the first step that the layer computes what its rule assumes."""
         if call.rerun is not None:
             call.rerun.check(arguments, output, self.name)
         if self.rule.expected is not None and not call.recomputed:
-            with torch.no_grad():  # in a checkpoint autograd counts what it keeps
+            with torch.no_grad():  # a checkpoint counts the tensors that autograd keeps
                 want = self.rule.expected(self.layer, arguments)
                 error, largest = (output - want).abs().max(), want.abs().max()
             precision = max(torch.finfo(t.dtype).eps for t in (arguments[0], output) if t.is_floating_point())
@@ -169,11 +182,15 @@ class TappedLayer:
     def _enter_uses(
         self, pass_: Pass, call: Call, parameters: list[Tensor], row_map: RowMap | None, x: Tensor
     ) -> Tensor | None:
-        """Note what a call needs outside of compiled code. Returns the link of the use before it."""
+        """Fill in what a call needs outside of compiled code.
+
+        Returns:
+            The link of the use before it; None if there is none.
+        """
         call.parameters, call.name, call.guard = tuple(parameters), self.name, pass_.guard
         call.free = row_map is None
         call.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if self._current.phase != "forward":  # recomputed by checkpointing, for what autograd keeps alone
+        if self._current.phase != "forward":  # recomputed by checkpointing, only for what autograd keeps
             call.free, call.recomputed = False, True
             return None
         call.uses = pass_.uses.setdefault(self.group, Uses())
@@ -187,6 +204,7 @@ class TappedLayer:
 
     @property
     def pass_(self) -> Pass:
+        """Return the current pass. Raises RuntimeError outside of one."""
         pass_ = self._current.pass_
         if pass_ is None or self._current.phase == "idle":
             raise RuntimeError(
@@ -196,14 +214,16 @@ class TappedLayer:
         return pass_
 
     def parameters(self) -> list[Tensor]:
-        """Return the parameters that the layer's rule answers for."""
+        """Return the parameters that the layer's rule covers."""
         return [_of(place) for place in own_parameters(self.layer, self.rule)]
 
     def enter(self, x: Tensor, arguments: tuple[Any, ...]) -> RowMap | None:
-        """Count this call, and return where the entries of its input x belong; None if it has no sample
-        dimension.
+        """Count this call and return the row map of its input x; None if x has no sample dimension.
 
-        Raises ValueError if that cannot be told, RuntimeError outside of a step."""
+        Raises:
+            ValueError: it is unknown where the entries of x belong.
+            RuntimeError: outside of a pass.
+        """
         pass_ = self.pass_
         if self._current.phase == "forward":
             self.calls += 1
@@ -249,10 +269,14 @@ class TappedLayer:
 
 
 class TappedParameters(TappedLayer):
-    """A module whose own parameters no rule covers: each of them is tapped by itself, wherever the module's
-    forward uses it. What each sample adds to its gradient is found where it meets the samples (joins.py)."""
+    """A module whose own parameters no rule covers.
+
+    Each parameter has a tap of its own, wherever the module's forward uses it. The gradient of each sample is
+    computed at the operation where the parameter meets the samples (joins.py).
+    """
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Run the module with its parameters tapped."""
         if not torch.is_grad_enabled():
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
         pass_ = self.pass_

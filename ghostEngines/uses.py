@@ -1,9 +1,10 @@
-"""Parameters that are used more than once in a pass: by several layers that share them, or by several calls.
+"""Parameters used several times in a pass: by layers that share them, or by several calls of a layer.
 
 The per-sample gradient of such a parameter is the sum over its uses, so its dot products have cross terms
-between them. The uses' backwards hand over descriptions; the one that comes last contracts them together. A
-link, a tensor that goes from each use to the next in the forward pass and touches no value, makes sure which
-one that is: autograd runs a use's backward only after those of all later uses that the loss depends on.
+between the uses. Each use's backward pass returns a description, and the last one contracts all of them
+together. A link makes sure which one is the last: a tensor that each use passes to the next one in the
+forward pass and that changes no value. Autograd runs a use's backward pass only after those of all later uses
+on which the loss depends.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from .descriptions import Description, Matrix, Rows, joined
 from .sinks import DotProducts, HeadPart, Site
 
 Returned = tuple[Tensor | None, Tensor | None]
-"""What a use's backward returns: the parameter's gradient, and dots (n, k); None where another use does."""
+"""What a use's backward pass returns: the parameter's gradient and dots (n, k). None: another use does so."""
 
 
 @dataclass
@@ -25,12 +26,12 @@ class Shared:
 
     positions: list[int] = field(default_factory=list)
     tokens: dict[int, Tensor] = field(default_factory=dict)  # (N, L) of each use that is a lookup
-    waiting: dict[int, Description] = field(default_factory=dict)
-    head: HeadPart | None = None
+    waiting: dict[int, Description] = field(default_factory=dict)  # not contracted yet
+    head: HeadPart | None = None  # the output layer's part, for the lookups
 
     @property
     def tied(self) -> bool:
-        """Whether some uses are lookups and others are not: embeddings tied to an output layer."""
+        """Return whether some uses are lookups and others are not: an embedding tied to an output layer."""
         return 0 < len(self.tokens) < len(self.positions)
 
     def all_tokens(self) -> Tensor:
@@ -38,7 +39,7 @@ class Shared:
         return torch.cat([self.tokens[each] for each in sorted(self.tokens)], 1)
 
     def lookups(self) -> Rows:
-        """Return all lookups as one; those that the loss does not depend on have a gradient of zero."""
+        """Return all lookups as one. Lookups on which the loss does not depend have a gradient of zero."""
         (some, *_) = (each for each in self.waiting.values() if isinstance(each, Rows))
         parts: list[Description] = []
         for position in sorted(self.tokens):
@@ -54,11 +55,15 @@ class Uses:
     """The calls, in one pass, of a group of layers that share parameters."""
 
     calls: int = 0
-    link: Tensor | None = None
+    link: Tensor | None = None  # from the last call to the next one
     parameters: dict[int, Shared] = field(default_factory=dict)  # by id of the parameter
 
     def enter(self, parameters: Iterable[Tensor], tokens: Tensor | None) -> int:
-        """Count a call that uses these parameters; tokens (N, L): of a lookup. Returns the call's position."""
+        """Count a call that uses these parameters and return its position.
+
+        Args:
+            tokens: (N, L), of a lookup; None for other calls.
+        """
         position = self.calls
         self.calls += 1
         for parameter in parameters:
@@ -75,7 +80,7 @@ class Uses:
     def take(
         self, sink: DotProducts, site: Site, parameter: Tensor, position: int, description: Description
     ) -> Returned:
-        """Take the description that a use's backward has made."""
+        """Take the description from a use's backward pass; contract it if no other use is to come."""
         shared = self.parameters[id(parameter)]
         if shared.positions == [position]:
             return sink.take(site, description)
@@ -86,7 +91,7 @@ class Uses:
         if not last:
             return None, None
         if shared.tokens:
-            # Nothing else may hold the gradient, or autograd copies it where it could take it.
+            # Nothing else may hold the gradient: autograd would copy it then, instead of taking it as it is.
             head, shared.head = shared.head, None
             return sink.rows(site, shared.lookups(), head)
         parts = [shared.waiting.pop(each) for each in sorted(shared.waiting)]
@@ -95,6 +100,7 @@ class Uses:
     def _take_head(
         self, sink: DotProducts, site: Site, shared: Shared, position: int, last: bool
     ) -> Returned:
+        """Contract the output layer's uses of a tied weight, at the last of them."""
         matrices = [each for each in shared.positions if each not in shared.tokens]
         if position != matrices[0]:
             return None, None  # another use of the output layer is to come
@@ -108,7 +114,7 @@ class Uses:
     def take_head(
         sink: DotProducts, site: Site, shared: Shared, head: HeadPart, dots: Tensor, last: bool
     ) -> Returned:
-        """Take an output layer's part of a tied weight; the lookups finish it."""
+        """Store an output layer's part of a tied weight; if the lookups are done, contract them with it."""
         shared.head = head
         if not last:
             return None, dots

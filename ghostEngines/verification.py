@@ -1,9 +1,10 @@
-"""Check the engine on a model: the first thing to run on one of your own.
+"""Check the engine on a model: the first thing to run on a model of your own.
 
     python -m ghostEngines.verify my_model.py:build     # build() -> model, batch or model, batch, loss
 
-The guard comes first, with halves of the rows that separate every two of them. Then the engine's training
-gradients and dot products are compared with those of one backward pass for each row, each row called alone.
+First the guard runs, with halves of the rows that separate every two rows. Then the engine's training
+gradients and dot products are compared with those of one backward pass per row, with each row in a forward
+pass of its own.
 """
 
 import importlib
@@ -25,8 +26,8 @@ from .graddotprod_engine import GradDotProdEngine
 from .guard import separating_halves
 from .losses import per_sample_losses
 
-# How far a result may be from the one of single rows, relative to its scale. Many models round to float32 within a
-# float64 one (Hugging Face's norms and rotary embeddings), which is 1e-7.
+# Largest accepted relative error, compared with the results of single rows. Many float64 models round to
+# float32 inside (Hugging Face's norms and rotary embeddings), which is an error of 1e-7.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Line:
-    """One parameter, or the dot products over one layer's parameters."""
+    """The error of one parameter's gradient, or of the dot products."""
 
     name: str
     error: float  # |got - want| relative to its scale
@@ -48,11 +49,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. gradients: a line for each trainable parameter; dots: a line for all of them together."""
+    """The result of `verify`."""
 
-    gradients: tuple[Line, ...]
+    gradients: tuple[Line, ...]  # one for each trainable parameter
     dots: Line
-    rows: int
+    rows: int  # n + m
 
     @property
     def exact(self) -> bool:
@@ -72,18 +73,18 @@ class Report:
 def verify(
     model: nn.Module, batch: Any, loss: Loss | None = None, *, val_batch_size: int = 1, **options: Any
 ) -> Report:
-    """Compare the engine with one backward pass for each row.
+    """Compare the engine with one backward pass per row.
 
     Args:
-        model: in the precision in which it is to be checked; float64 shows most. It is left as it was.
-        batch: what the loss takes: a tensor, or a tuple or a dictionary of tensors. Tensors whose first
-        dimension is that
-            of the first one have the rows; the last `val_batch_size` are the validation rows.
-        loss: (model, batch) -> one loss for each row. None: the cross entropy of the model's logits, with
-        batch (x, y) as
-            `per_sample_losses` takes them, or a dictionary with Hugging Face's `input_ids` and `labels`.
-        options: of GradDotProdEngine. With `samples` the loss gives one for each sample, and each of them is
-            differentiated alone, of the whole batch.
+        model: in the precision to check; float64 shows most. It is unchanged afterwards.
+        batch: what the loss takes: a tensor, or a tuple or dictionary of tensors. Tensors with the same first
+            dimension as the first tensor have the rows. The last `val_batch_size` rows are the validation
+            rows.
+        loss: (model, batch) -> one loss per row. None: the cross entropy of the model's logits. Then the
+            batch is (x, y) as in `per_sample_losses`, or a dictionary with Hugging Face's `input_ids` and
+            `labels`.
+        options: of GradDotProdEngine. With `samples` the loss returns one loss per sample, and each sample's
+            loss is differentiated alone, in a forward pass of the whole batch.
 
     Raises:
         UserError, RuntimeError, ValueError: the engine refuses the model; the message says why.
@@ -119,7 +120,7 @@ def verify(
         for p in named.values():
             p.grad = None
         engine = GradDotProdEngine(model, val_batch_size, **options)
-        engine.halves = separating_halves
+        engine.guard_plan.halves = separating_halves
         with engine:
             engine.joint_loss(loss(model, batch)).backward()
             engine.prepare_gradients()
@@ -136,7 +137,7 @@ def verify(
     for name, gradient in want.items():
         mine = torch.zeros_like(gradient) if got[name] is None else got[name]
         assert mine is not None
-        # A gradient that is zero but for rounding is measured against the largest one.
+        # A gradient that consists of rounding errors is compared with the largest gradient.
         scale = max(gradient.norm().item(), largest * torch.finfo(dtype).eps)
         lines.append(Line(name, (mine - gradient).norm().item() / scale, bound))
     dots_error = ((got_dots.double() - want_dots).abs() / scales).max().item()
@@ -146,8 +147,11 @@ def verify(
 def _one_by_one(
     named: Mapping[str, nn.Parameter], loss: Callable[[int], Tensor], n: int, rows: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The training gradient, the dot products (n,), and the scale of each, ‖∇ℓ_i‖·‖∇L_val‖, from one backward
-    pass for each loss."""
+    """Differentiate each loss alone.
+
+    Returns:
+        The training gradient, the dot products (n,), and the scale of each, ‖∇ℓ_i‖·‖∇L_val‖ (n,).
+    """
 
     def gradients(i: int) -> list[Tensor]:
         found = torch.autograd.grad(loss(i), list(named.values()), allow_unused=True)
@@ -173,6 +177,7 @@ def _one_by_one(
 
 
 def _leaves(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch."""
     if isinstance(batch, Tensor):
         return [batch]
     values = batch.values() if isinstance(batch, Mapping) else batch
@@ -180,7 +185,7 @@ def _leaves(batch: Any) -> list[Tensor]:
 
 
 def _part(batch: Any, i: int, rows: int) -> Any:
-    """Row i of a batch."""
+    """Return row i of a batch."""
     if isinstance(batch, Tensor):
         return batch[i : i + 1] if batch.dim() > 0 and batch.shape[0] == rows else batch
     if isinstance(batch, Mapping):
@@ -191,18 +196,18 @@ def _part(batch: Any, i: int, rows: int) -> Any:
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Return the cross entropy of each row, from the model's logits."""
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        labels = nn.functional.pad(
-            batch["labels"][:, 1:], (0, 1), value=-100
-        )  # Hugging Face's are not shifted yet
+        # Hugging Face's labels are not shifted yet.
+        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         return per_sample_losses(lambda _: model(**inputs), None, labels)
     x, y = batch
     return per_sample_losses(model, x, y)
 
 
 def load(where: str) -> tuple[Any, ...]:
-    """Return what the function MODULE:FUNCTION or FILE.py:FUNCTION returns: a model, a batch and perhaps a loss."""
+    """Call MODULE:FUNCTION or FILE.py:FUNCTION and return its result: a model, a batch and perhaps a loss."""
     name, colon, function = where.rpartition(":")
     if not colon:
         raise UserError(f"{where!r}: give FILE.py:FUNCTION or MODULE:FUNCTION")

@@ -1,4 +1,4 @@
-"""python -m ghostEngines.verify: see verification.py. (`ghostEngines.verify` itself is the function.)"""
+"""Run verification.py: python -m ghostEngines.verify. (In Python `ghostEngines.verify` is the function.)"""
 
 import sys
 

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.oracle import Truth, per_sample
 from ghostEngines import CrossEntropyHead, GradDotProdEngine, per_sample_losses
 from models.gpt2 import CausalLM
 
 V, T, D = 17, 6, 8
 
-Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+Losses = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def tiny_gpt2(tied: bool) -> GPT2LMHeadModel:
@@ -48,7 +51,7 @@ def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+def seeded(build: Callable[[], Model], seed: int = 0) -> Model:
     torch.manual_seed(seed)
     return build().double()
 
@@ -65,10 +68,17 @@ class Case:
     shape: tuple[int, ...] = (T,)
     padded: bool = False
     losses: Losses = per_sample_losses
-    logits: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
+    logits: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x)
 
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
+        """A module; what it has besides depends on the case."""
         return seeded(self.build)
+
+    def truth(self, n: int, m: int, seed: int = 1, model: nn.Module | None = None) -> Truth:
+        """The oracle's numbers for n train and m validation rows of the data of this seed. model: another one
+        than that of the case."""
+        twin = self.model() if model is None else model
+        return per_sample(twin, self.logits, *self.data(n + m, seed), n)
 
     def data(self, rows: int, seed: int = 1) -> tuple[Tensor, Tensor]:
         """x (rows, *shape), in float64 or token ids from few tokens, so that they repeat; y without the
@@ -157,6 +167,9 @@ class TiedLinear(nn.Module):
 class Wired(nn.Module):
     """Token embedding, a layer between and an output layer, wired as a test wants them; run(model, hidden)
     -> logits."""
+
+    lin: Any  # the layer between
+    run: Callable
 
     def __init__(self, run: Callable, between: Callable[[], nn.Module] = lambda: nn.Linear(D, D)) -> None:
         super().__init__()
@@ -285,13 +298,38 @@ def token_rows(rows: int = 5, positions: int = T) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def copy_in(model: Model, dtype: torch.dtype) -> Model:
     """The same weights in another precision."""
     return deepcopy(model).to(dtype)
 
 
+def token_truth(model: nn.Module, rows: int = 5, positions: int = T, m: int = 2) -> Truth:
+    """The oracle's numbers for a model on token rows, of which the last m are validation rows."""
+    return per_sample(deepcopy(model), lambda m, x: m(x), *token_rows(rows, positions), rows - m)
+
+
+def exact(
+    model: nn.Module, rows: int = 5, positions: int = T, losses: Losses = per_sample_losses, **options: Any
+) -> bool:
+    """One step of the model on token rows agrees with the oracle, dots and gradients."""
+    truth = token_truth(model, rows, positions)
+    dots, _ = joint_step(model, *token_rows(rows, positions), 2, losses, **options)
+    granularity = options.get("granularity")
+    if granularity == "pairwise":
+        error = truth.pairwise_error(dots)
+    else:
+        error = truth.dot_error(dots.sum(1) if granularity == "per_layer" else dots)
+    return error < 1e-10 and truth.gradient_error(model) < 1e-10
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    """Its `.grad`, which is there."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def joint_step(
-    model: nn.Module, x: Tensor, y: Tensor, m: int, losses: Losses = per_sample_losses, **options
+    model: nn.Module, x: Tensor, y: Tensor, m: int, losses: Losses = per_sample_losses, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """(dots, losses) of one step with the engine; the gradients are the model's."""
     with GradDotProdEngine(model, val_batch_size=m, **options) as engine:

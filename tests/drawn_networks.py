@@ -5,7 +5,7 @@ All layers map hidden states (N, T, D) to (N, T, D), so that any of them may fol
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from cases import D, Transposed, V, seeded
@@ -297,6 +297,10 @@ class Network:
 class DrawnNetwork(nn.Module):
     """Tokens or numbers, positions, blocks, output layer; (x) -> logits, or with a fused head (x, y) -> losses."""
 
+    wpe: nn.Embedding  # of positions, where the network has them
+    table: nn.Parameter
+    out: Any  # the output layer, of any kind
+
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network, source, head = network, network.source, network.head
@@ -309,7 +313,7 @@ class DrawnNetwork(nn.Module):
             self.wpe = nn.Embedding(PLACES, D)
         self.layers = nn.ModuleList(LAYERS[block.kind]() for block in network.blocks)
         if network.fused:
-            self.out: nn.Module = CrossEntropyHead(D, V)
+            self.out = CrossEntropyHead(D, V)
         else:
             self.out = Conv1D(V, D) if head == "Conv1D" else nn.Linear(D, V, bias=head in BIASED)
         if head in ("two that are tied", "tied two"):

@@ -3,13 +3,16 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from cases import D
 from drawn_networks import ACTIVATIONS, HEADS, LAYERS, POSITIONS, SOURCES, Block, Network, wirings_of
 from hypothesis import strategies as st
 
+from foundation.granularity import Granularity
 from ghostEngines.strategies import STRATEGIES
 
+Direction = Literal["gradient", "adamw"]
 FACTORS = (1.0, 0.25, 1024.0)
 
 
@@ -17,9 +20,9 @@ FACTORS = (1.0, 0.25, 1024.0)
 class Options:
     """How the engine is used. steps: the last one is looked at; it has `fewer` train rows less than the others."""
 
-    granularity: str = "total"
+    granularity: Granularity = "total"
     strategy: str | None = None
-    direction: str = "gradient"
+    direction: Direction = "gradient"
     micro_batches: int = 1
     factor: float = 1.0
     steps: int = 1
@@ -144,9 +147,10 @@ def _of_tokens(head: str) -> bool:
 def cases(draw: st.DrawFn) -> tuple[Network, Options]:
     """A network, and options that the engine's documentation allows for it."""
     network = draw(networks())
-    direction = draw(st.sampled_from(("gradient", "gradient", "adamw")))
+    directions: tuple[Direction, ...] = ("gradient", "gradient", "adamw")
+    direction = draw(st.sampled_from(directions))
     micro_batches = draw(st.sampled_from((1, 1, 2, 3)))
-    granularities = ["total", "pairwise", "per_layer"]
+    granularities: list[Granularity] = ["total", "pairwise", "per_layer"]
     strategies = [None, *STRATEGIES]
     if micro_batches > 1:
         granularities.remove("pairwise")

@@ -1,5 +1,4 @@
-"""Tiny shards, and short runs of main.py on them: in this process, with what they print and the model they
-trained."""
+"""Tiny shards, and short runs of main.py on them, with what they print and the model they trained."""
 
 import io
 import json
@@ -12,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 import main
 import model_setup
 from benchmarks.launch import flags_of, fork, world_of
+from config_file import TrainingConfig
 from data_processing.shards import ShardWriter, domain_file_name
 from data_processing.tokenizers import get_tokenizer
 from models.gpt2 import CausalLM
@@ -124,7 +125,7 @@ def start(data: Path, results: Path, **flags: object) -> Run:
     run = Run(-1, results / str(flags.get("run_name")), "", "")
     build = model_setup.build_model
 
-    def build_model(config):
+    def build_model(config: TrainingConfig) -> CausalLM:
         model = build(config)
         run.built.append((deepcopy(model), model))
         return model
@@ -150,7 +151,7 @@ class TwoProcesses:
     which it is."""
 
     def __init__(
-        self, data: Path, results: Path, *, before: Callable[[], None] | None = None, **flags: object
+        self, data: Path, results: Path, *, before: Callable[[], object] | None = None, **flags: Any
     ) -> None:
         self.folder = results / str(flags["run_name"])
         self.said = [results / f"{flags['run_name']}-rank-{rank}" for rank in (0, 1)]
@@ -176,10 +177,12 @@ class TwoProcesses:
             "".join(Path(f"{each}.{kind}").read_text() for each in self.said) for kind in ("out", "err")
         )
         assert found == (statuses or (0, 0)), f"{found}\n{err}"
-        return Run(found[0], self.folder, out, err)
+        status = found[0]
+        assert status is not None
+        return Run(status, self.folder, out, err)
 
 
-def _main_after(before: Callable[[], None] | None, flags: list[str]) -> int:
+def _main_after(before: Callable[[], object] | None, flags: list[str]) -> int:
     if before is not None:
         before()
     return main.main(flags)
@@ -201,6 +204,16 @@ def environment(folder: Path) -> dict[str, str]:
         "NO_PROXY": "",
         "no_proxy": "",
     }
+
+
+def calling(action: Callable[[], object], function: Callable) -> Callable:
+    """The function, with an action before each of its calls."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return function(*args, **kwargs)
+
+    return called
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

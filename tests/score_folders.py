@@ -10,6 +10,7 @@ import torch
 
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
+from foundation.granularity import Granularity
 from score_store.writer import ScoreWriter
 
 T = 8  # block size
@@ -24,7 +25,7 @@ def write_run(
     ranks: int = 2,
     null_steps: Collection[int] = (),
     zero_steps: Collection[int] = (),
-    granularity: str = "total",
+    granularity: Granularity = "total",
     split: str = "train",
     direction: str = "gradient",
     flush_every: int = 2,

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,14 @@ def parser() -> ArgumentParser:
     ],
 )
 def test_what_follows_a_flag_is_its_value(parser: ArgumentParser, arguments: list[str], want: dict) -> None:
-    nothing = {"folders": [], "text": None, "steps": ":", "number": None, "quiet": False, "sample": None}
+    nothing: dict[str, Any] = {
+        "folders": [],
+        "text": None,
+        "steps": ":",
+        "number": None,
+        "quiet": False,
+        "sample": None,
+    }
     assert vars(parser.parse_args(arguments)) == nothing | want
 
 

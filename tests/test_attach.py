@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, D, V, copy_in, joint_step
+from cases import BY_NAME, CASES, Case, D, V, Wired, copy_in, gradient_of, joint_step, mlp
 from torch import Tensor, nn
 
-from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine
 
 MODELS = [case.name for case in CASES if "gpt2" in case.name]
@@ -114,19 +113,64 @@ def test_nothing_is_left_after_an_exception(name: str, fails: int) -> None:
     assert same(model, memory, state)
 
 
-def test_a_failed_attach_leaves_nothing() -> None:
-    model = nn.Sequential(
-        nn.Linear(D, D), nn.LayerNorm(D), nn.Embedding(V, D, sparse=True), nn.Linear(D, V)
-    ).double()
+def between(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), layer, nn.Linear(D, V))
+
+
+def shared_with_a_norm() -> nn.Module:
+    """A norm's weight with a row of lookups."""
+    model = Wired(lambda m, h: m.out(m.lin(h)), lambda: nn.LayerNorm((V, D)))
+    model.lin.weight = model.wte.weight
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "sparse": (lambda: between(nn.Embedding(V, D, sparse=True)), "sparse"),
+    "max_norm": (lambda: between(nn.Embedding(V, D, max_norm=1.0)), "max_norm"),
+    "by frequency": (lambda: between(nn.Embedding(V, D, scale_grad_by_freq=True)), "scale_grad_by_freq"),
+    "dropout": (lambda: between(nn.Dropout(0.1)), r"'2' drops out with p=0\.1"),
+    "alpha dropout": (lambda: between(nn.AlphaDropout(0.1)), r"'2' drops out with p=0\.1"),
+    "dropout of channels": (lambda: between(nn.Dropout1d(0.1)), r"'2' drops out with p=0\.1"),
+    "batch norm": (lambda: between(nn.BatchNorm1d(D)), "'2' of type BatchNorm1d normalises over the batch"),
+    "batch norm alone": (
+        lambda: between(nn.BatchNorm1d(D, affine=False)), "'2' of type BatchNorm1d normalises over the batch"
+    ),
+    "shared": (shared_with_a_norm, r"wte\.weight and lin\.weight are one parameter"),
+    "nothing trains": (lambda: mlp(True).requires_grad_(False), "no trainable parameter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_attach_refuses(name: str) -> None:
+    """And leaves as it was."""
+    build, said = REFUSED[name]
+    model = build()
+    memory, state = remembered(model), values(model)
+    with pytest.raises(ValueError, match=said):
+        GradDotProdEngine(model, val_batch_size=2).attach()
+    assert same(model, memory, state)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, nn.AlphaDropout, nn.Dropout1d])
+def test_dropout_of_nothing(dropout: Callable[[float], nn.Module]) -> None:
+    with GradDotProdEngine(between(dropout(0.0)), val_batch_size=2):
+        pass
+
+
+def test_the_optimizer_must_train_what_is_scored() -> None:
+    model = mlp(True)
+    some = [p for name, p in model.named_parameters() if name != "2.bias"]
+    foreign = nn.Parameter(torch.zeros(1))
     memory, state = remembered(model), values(model)
     engine = GradDotProdEngine(model, val_batch_size=2)
-    with pytest.raises(ValueError, match="sparse"):
-        engine.attach()
+    with pytest.raises(ValueError, match=r"does not update 2\.bias"):
+        engine.attach(torch.optim.SGD(some, lr=0.1))
+    with pytest.raises(ValueError, match="1 trainable parameters that are not in the model"):
+        engine.attach(torch.optim.SGD([*model.parameters(), foreign], lr=0.1))
     assert same(model, memory, state)
-    model[2].requires_grad_(False)
-    with pytest.raises(ValueError, match="optimizer"):
-        engine.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
-    engine.attach()  # the attempts did not count
+    foreign.requires_grad_(False)
+    model.get_parameter("2.bias").requires_grad_(False)
+    engine.attach(torch.optim.SGD([*some, foreign], lr=0.1))  # the attempts did not count
     engine.detach()
 
 
@@ -169,7 +213,7 @@ def test_two_engines_in_turn(name: str) -> None:
             engine.joint_loss(case.losses(model, x, y)).backward()
             engine.prepare_gradients()
             dots = engine.dot_products()
-        truth = per_sample(case.model(), case.logits, x, y, 5 - m)
+        truth = case.truth(5 - m, m)
         assert (truth.pairwise_error(dots) if m == 3 else truth.dot_error(dots)) < 1e-10
         assert truth.gradient_error(model) < 1e-10
 
@@ -190,9 +234,7 @@ def test_evaluation_while_detached(name: str) -> None:
         losses.mean().backward()
         want.mean().backward()
     for p, q in zip(model.parameters(), untouched.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-    with pytest.raises(RuntimeError, match="no forward pass"):
-        engine.joint_loss(losses)
+        assert torch.equal(gradient_of(p), gradient_of(q))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -250,6 +292,8 @@ def test_the_engine_does_not_keep_a_step_alive() -> None:
     with suppress(Stop), engine:
         engine.joint_loss(BY_NAME["gpt2-tied"].losses(model, *BY_NAME["gpt2-tied"].data(5))).backward()
         raise Stop
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        engine.joint_loss(torch.zeros(5))
     with pytest.raises(RuntimeError, match="no forward pass"):
         engine.prepare_gradients()
     with pytest.raises(RuntimeError):

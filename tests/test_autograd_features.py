@@ -1,13 +1,13 @@
-"""What training loops put around a backward pass: checkpointing, DDP, accumulation, frozen parameters,
-clipping."""
+"""The engine under what training loops add: checkpointing, DDP, accumulation, frozen parameters, clipping."""
 
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, Case, call_with_targets, fused_gpt2, joint_step
+from cases import BY_NAME, call_with_targets, fused_gpt2, gradient_of, joint_step
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -20,12 +20,9 @@ N, M = 3, 2
 CLIP = 0.5
 
 
-def truth_of(case: Case, seed: int = 1, model: nn.Module | None = None) -> Truth:
-    return per_sample(model or case.model(), case.logits, *case.data(N + M, seed), N)
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+def blocks(model: nn.Module) -> list[Any]:
+    """The transformer blocks, which have an `mlp`."""
+    return list(next(module for module in model.modules() if isinstance(module, nn.ModuleList)))
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
@@ -43,13 +40,13 @@ def test_checkpointing(name: str) -> None:
     """The blocks run a second time within the backward pass, which is no second call."""
     case = BY_NAME[name]
     model = case.model().train()
-    ran = []
+    ran: list[int] = []
     blocks(model)[0].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     checkpoint_blocks(model)
     for _ in range(2):
         model.zero_grad()
         dots, _ = joint_step(model, *case.data(N + M), M, case.losses, guard=False)
-        assert_exact(truth_of(case), dots, model)
+        assert_exact(case.truth(N, M), dots, model)
     assert len(ran) == 4
 
 
@@ -59,7 +56,7 @@ def test_checkpointing_of_the_whole_model() -> None:
     model = case.model()
     model.transformer.forward = partial(checkpoint, model.transformer.forward, use_reentrant=False)
     dots, _ = joint_step(model, *case.data(N + M), M, case.losses)
-    assert_exact(truth_of(case), dots, model)
+    assert_exact(case.truth(N, M), dots, model)
 
 
 @pytest.mark.parametrize("guard", [True, False])
@@ -99,7 +96,8 @@ def test_ddp(name: str, outside: bool) -> None:
         engine.prepare_gradients()
         assert torch.equal(engine.dot_products(), want)
         assert all(
-            torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+            torch.equal(gradient_of(p), gradient_of(q))
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True)
         )
     engine.detach()
 
@@ -130,7 +128,7 @@ def test_accumulation(name: str) -> None:
     """Two joint batches, each with half the loss: p.grad is the mean of their training gradients, and each
     has its dots."""
     case = BY_NAME[name]
-    model, truths = case.model(), [truth_of(case, seed) for seed in (1, 2)]
+    model, truths = case.model(), [case.truth(N, M, seed) for seed in (1, 2)]
     engine = GradDotProdEngine(model, val_batch_size=M)
     engine.attach()
     for seed, truth in zip((1, 2), truths, strict=True):
@@ -168,7 +166,7 @@ def test_frozen_parameters_are_left_out(name: str, frozen: str) -> None:
             p.requires_grad_(not FROZEN[frozen](key))
         return model
 
-    truth, model = truth_of(case, model=partly_frozen()), partly_frozen()
+    truth, model = case.truth(N, M, model=partly_frozen()), partly_frozen()
     dots, _ = joint_step(model, *case.data(N + M), M, case.losses)
     assert_exact(truth, dots, model)
     assert all(p.requires_grad or p.grad is None for p in model.parameters())

@@ -9,17 +9,19 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import wandb
-from run_helpers import ROOT, Run, command, environment, one_thread, start, tree, write_shards
+from run_helpers import ROOT, Run, calling, command, environment, one_thread, start, tree, write_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import evaluation
 import main
-import training_loop
 from attribution.scored_run import ScoredRun
 from benchmarks.kill_and_resume import compare, differences
 from benchmarks.launch import fork
@@ -158,9 +160,9 @@ class Wandb:
     takes no record of an earlier step than the last, which online it remembers by the run's id."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.signature, self.runs = inspect.signature(wandb.init), []
+        self.signature = inspect.signature(wandb.init)
+        self.runs: list[Wandb.Run] = []
         monkeypatch.setattr(wandb, "init", self.init)
-        monkeypatch.setattr(wandb, "login", lambda: True)
 
     def init(self, **given: object) -> "Wandb.Run":
         self.signature.bind(**given)
@@ -169,8 +171,9 @@ class Wandb:
         return self.runs[-1]
 
     class Run:
-        def __init__(self, given: dict[str, object], step: int) -> None:
-            self.given, self.step, self.steps = given, step, []
+        def __init__(self, given: dict[str, Any], step: int) -> None:
+            self.given, self.step = given, step
+            self.steps: list[tuple[int, bool]] = []
 
         def __enter__(self) -> "Wandb.Run":
             return self
@@ -184,14 +187,19 @@ class Wandb:
             self.steps.append((step, "loss/val" in values))
 
 
+def terminate_in_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes as training begins an evaluation."""
+    terminate = partial(os.kill, os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr("training_loop.evaluate", calling(terminate, evaluation.evaluate))
+
+
+@pytest.mark.usefixtures("wandb_key")
 def test_weights_and_biases_go_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same run, and the evaluation that the first part could not make."""
-    fake, evaluate = Wandb(monkeypatch), training_loop.evaluate
+    fake = Wandb(monkeypatch)
     flags = FLAGS | {"max_steps": 4, "wandb_mode": "online", "wandb_project": "tests"}
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training_loop, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
-        )
+        terminate_in_evaluations(patch)
         assert start(data, tmp_path, run_name="a", **flags).status == 143
     assert start(data, tmp_path, run_name="a", resume=True, **flags).status == 0
     first, second = fake.runs
@@ -303,10 +311,7 @@ def test_sigterm_during_an_evaluation(
     alone: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is made after the run went on."""
-    evaluate = training_loop.evaluate
-    monkeypatch.setattr(
-        training_loop, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
-    )
+    terminate_in_evaluations(monkeypatch)
     run = start(data, tmp_path, run_name="a", **FLAGS)
     assert (
         run.status == 128 + signal.SIGTERM
@@ -366,7 +371,7 @@ def truncate(path: Path) -> None:
     replace(path, path.read_bytes()[:-1])
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes | bytearray) -> None:
     path.unlink()
     path.write_bytes(content)
 
@@ -457,13 +462,18 @@ def test_a_copy_without_symbolic_links(alone: Run, data: Path, copied: Path, tmp
     assert os.readlink(copy / "model") == "checkpoints/step_000008"
 
 
+def put_a_file(model: Path) -> None:
+    shutil.rmtree(model)
+    model.write_text("precious")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda model: (model / "notes.txt").write_text("precious"), "it has notes.txt, too"),
         (lambda model: flip(model / "model.safetensors"), "the checksum of model.safetensors is not"),
         (lambda model: (model / "manifest.json").unlink(), "it is not whole"),
-        (lambda model: shutil.rmtree(model) or model.write_text("precious"), "it is a file"),
+        (put_a_file, "it is a file"),
     ],
 )
 def test_a_model_that_is_not_the_runs_is_left(
@@ -601,7 +611,8 @@ def test_a_setting_that_may_change_may_be_missing(data: Path, copied: Path) -> N
 
 def test_a_state_of_another_version(alone: Run, tmp_path: Path) -> None:
     torch.save({"optimizer": None, "scaler": {}}, tmp_path / "trainer_state.pt")
-    state = TrainingState(alone.model, alone.model, None, None)
+    optimizer, scaler = torch.optim.SGD(alone.model.parameters()), torch.amp.GradScaler(enabled=False)
+    state = TrainingState(alone.model, alone.model, optimizer, scaler)
     with pytest.raises(CheckpointError, match="lacks random, tokens, seconds, evaluation_due, evaluation"):
         state.load(tmp_path)
 

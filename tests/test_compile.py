@@ -1,23 +1,22 @@
 """Compiled blocks of a Hugging Face model: one graph for all of them under the engine, one without gradients."""
 
-from functools import partialmethod
-
 import pytest
 import torch
 from cases import tiny_llama, token_rows
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
 
 
-def test_a_llama_has_two_graphs_and_no_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiled_eagerly")
+def test_a_llama_has_two_graphs_and_no_breaks() -> None:
     """The first step is not compiled, since the guard cannot look into compiled code; the scores are the same."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     model, (x, y) = tiny_llama(3), token_rows()
 
     def dots() -> list[Tensor]:
-        engine, found = GradDotProdEngine(model, 2), []
+        engine = GradDotProdEngine(model, 2)
+        found: list[Tensor] = []
         engine.attach()
         for _ in range(2):
             model.zero_grad()

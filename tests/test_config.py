@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
 from config_file import ROOT, TrainingConfig, describe, resolve
 from foundation.errors import ConfigError, UserError
@@ -31,13 +30,13 @@ SOURCES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / n
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def no_gpu(gpu_is_there: Callable[[bool], None]) -> None:
+    gpu_is_there(False)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def gpu(gpu_is_there: Callable[[bool], None]) -> None:
+    gpu_is_there(True)
 
 
 def run_config(tmp_path: Path, *flags: str) -> TrainingConfig:
@@ -580,7 +579,7 @@ def imported(paths: Iterable[Path]) -> set[str]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Import):
                 names |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
                 names.add(node.module.partition(".")[0])
     own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
     standard = sys.stdlib_module_names | {"compression"}  # which is new in Python 3.14

@@ -1,5 +1,7 @@
 """Every strategy directly against the per-sample gradients written out in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from allocations import Allocations
@@ -23,9 +25,14 @@ def factors(n: int, m: int, positions: int, dtype: torch.dtype = torch.float64) 
     return left.to(dtype), right.to(dtype)
 
 
+def gradients_of(left: Tensor, right: Tensor) -> Tensor:
+    """The gradient of each sample (N, p, d), in float64."""
+    return torch.einsum("ntp,ntd->npd", left.double(), right.double())
+
+
 def truth(left: Tensor, right: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i G_i (p, d), dots (n, k) and the direction (k, p, d), from one gradient per sample."""
-    gradients = torch.einsum("ntp,ntd->npd", left.double(), right.double())
+    gradients = gradients_of(left, right)
     train, val = gradients[: split.n], gradients[split.n :]
     direction = val if split.pairwise else val.sum(0, keepdim=True)
     return train.sum(0), torch.einsum("npd,kpd->nk", train, direction), direction
@@ -49,16 +56,15 @@ def contract(
 
 
 @pytest.fixture(params=[True, False], ids=["tall", "wide"])
-def tall(request) -> bool:
+def tall(request: pytest.FixtureRequest) -> bool:
     """Whether the weight has more rows than columns: it is cut along its longer side."""
     return request.param
 
 
 @pytest.fixture
-def small_tiles(monkeypatch) -> None:
+def small_tiles(tiles_of: Callable[[int], None]) -> None:
     """Tiles of 3, 3 and 1 rows or columns."""
-    monkeypatch.setattr(contraction, "SIDE", 1)
-    monkeypatch.setattr(contraction, "TILE_NUMEL", 3 * D)
+    tiles_of(3 * D)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -99,9 +105,10 @@ def test_strategies(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("tile", [1, 2 * D, 3 * D + 1, 1 << 17])
-def test_a_whole_layer_whatever_the_tile(strategy: str, tile: int, tall: bool, monkeypatch) -> None:
-    monkeypatch.setattr(contraction, "SIDE", 1)
-    monkeypatch.setattr(contraction, "TILE_NUMEL", tile)
+def test_a_whole_layer_whatever_the_tile(
+    strategy: str, tile: int, tall: bool, tiles_of: Callable[[int], None]
+) -> None:
+    tiles_of(tile)
     split = Split(4, 2)
     left, right = factors(4, 2, 6)
     left, right = (left, right) if tall else (right, left)
@@ -188,10 +195,7 @@ def test_an_outlier_does_not_cost_the_others_their_digits(strategy: str) -> None
     left[:6] *= torch.tensor([1.0, 1e3, 1.0, 1e-3, 1e3, 1e-3])[:, None, None]
     _, want, direction = truth(left, right, split)
     _, dots = contract(left, right, split, strategy)
-    norms = (
-        torch.einsum("ntp,ntd->npd", left.double(), right.double())[:6].flatten(1).norm(dim=1)
-        * direction.norm()
-    )
+    norms = gradients_of(left, right)[:6].flatten(1).norm(dim=1) * direction.norm()
     assert ((dots.double() - want).squeeze(1).abs() / norms).max() < 1e-5
 
 
@@ -209,7 +213,7 @@ def test_gradients_that_are_there(pairwise: bool) -> None:
     left, right = factors(4, 3, 6)
     split = Split(4, 3, pairwise)
     want_total, want_dots, _ = truth(left, right, split)
-    gradients = torch.einsum("ntp,ntd->npd", left, right)
+    gradients = gradients_of(left, right)
     total, dots = sink(split).take(Site(gradients.shape[1:]), PerSample(gradients))
     assert error(total, want_total) < 1e-13
     assert error(dots, want_dots) < 1e-13

@@ -1,15 +1,27 @@
-"""What the engine cannot score is an error that says why: nothing is left out of a dot product in silence."""
+"""Which layers the engine covers: exactly, or with an error that names what it cannot score."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 import torch
-from cases import D, V, Wired, joint_step, mlp, seeded, token_rows
+from cases import (
+    D,
+    V,
+    Wired,
+    exact,
+    gradient_of,
+    joint_step,
+    mlp,
+    seeded,
+    token_rows,
+    token_truth,
+)  # fmt: skip
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.oracle import per_sample
 from ghostEngines import (
     RULES,
     GradDotProdEngine,
@@ -23,22 +35,11 @@ from ghostEngines.layer_rules.units import UNITS
 from ghostEngines.row_maps import Indexed
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    GradDotProdEngine(model, val_batch_size=2).attach(optimizer)
-
-
 def refused(model: nn.Module, match: str) -> str:
     """The message of a first step that is refused."""
     with pytest.raises(RuntimeError, match=match) as error:
         joint_step(seeded(lambda: model), *token_rows(), 2)
     return str(error.value)
-
-
-def exact(model: nn.Module) -> bool:
-    model = seeded(lambda: model)
-    truth = per_sample(deepcopy(model), lambda m, x: m(x), *token_rows(), 3)
-    dots, _ = joint_step(model, *token_rows(), 2)
-    return truth.dot_error(dots) < 1e-12 and truth.gradient_error(model) < 1e-12
 
 
 def test_multihead_attention() -> None:
@@ -48,7 +49,8 @@ def test_multihead_attention() -> None:
     )
     refused(model, r"lin\.in_proj_.*MultiheadAttention|layer 'lin\.out_proj' was used in another way")
     model.lin.requires_grad_(False)
-    attach(model)
+    with GradDotProdEngine(model, 2):
+        pass
 
 
 class Shift(nn.Module):
@@ -104,6 +106,28 @@ class TokenAndScale(nn.Module):
         return scores[..., :-1] @ x
 
 
+class Products(nn.Module):
+    """Weights that multiply by themselves, one of them transposed; neither is square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(5, D)), nn.Parameter(torch.randn(5, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.down) @ self.up
+
+
+class Differences(nn.Module):
+    """A parameter that is subtracted, and one that something is subtracted from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.from_x, self.x_from = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.x_from - (x - self.from_x).tanh()
+
+
 class Experts(nn.Module):
     """Stacked weights of experts, to which tokens are sent by what they are."""
 
@@ -131,6 +155,8 @@ WHATEVER = {
     "a scaled embedding": (lambda m, h: m.out(h + m.lin(h.argmax(-1))), lambda: ScaledEmbedding(V, D)),
     "positions from an offset on": (lambda m, h: m.out(h + m.lin(h)), lambda: OffsetEmbedding(9, D)),
     "tokens and scales": (lambda m, h: m.out(m.lin(h)), TokenAndScale),
+    "products": (lambda m, h: m.out(m.lin(h)), Products),
+    "differences": (lambda m, h: m.out(m.lin(h)), Differences),
     "experts": (lambda m, h: m.out(m.lin(h.flatten(0, 1)).view(h.shape)), Experts),
     "bilinear": (lambda m, h: m.out(m.lin(h, h)), lambda: nn.Bilinear(D, D, D)),
     "PReLU": (lambda m, h: m.out(m.lin(h)), nn.PReLU),
@@ -146,7 +172,7 @@ WHATEVER = {
 @pytest.mark.parametrize("name", WHATEVER)
 def test_whatever_can_be_taken_apart_is_exact(name: str) -> None:
     run, between = WHATEVER[name]
-    assert exact(Wired(run, between))
+    assert exact(seeded(lambda: Wired(run, between)))
 
 
 class NearlyScaled(nn.Embedding):
@@ -163,17 +189,17 @@ class Moody(nn.Linear):
 
 
 def test_a_subclass_that_is_nearly_its_parent() -> None:
-    assert exact(Wired(lambda m, h: m.out(h + m.lin(h.argmax(-1))), lambda: NearlyScaled(V, D)))
-    assert exact(Wired(lambda m, h: m.out(m.lin(h)), lambda: Moody(D, D)))
+    def run(m: Wired, h: Tensor) -> Tensor:
+        return m.out(h + m.lin(h.argmax(-1)))
+
+    assert exact(seeded(lambda: Wired(run, lambda: NearlyScaled(V, D))))
+    assert exact(seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: Moody(D, D))))
     refused(Wired(lambda m, h: m.out(m.lin(100 * h)), lambda: Moody(D, D)), "by which its rule was found")
 
 
 def test_as_many_rows_as_features() -> None:
     """A transposed weight then has the rows' number as its first dimension, and is no join for that."""
-    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: TwiceLinear(D, D)))
-    truth = per_sample(deepcopy(model), lambda m, x: m(x), *token_rows(D), D - 2)
-    dots, _ = joint_step(model, *token_rows(D), 2)
-    assert truth.dot_error(dots) < 1e-12
+    assert exact(seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: TwiceLinear(D, D))), rows=D)
 
 
 def test_a_product_and_a_sum_of_two_dtypes() -> None:
@@ -189,7 +215,8 @@ def test_a_product_and_a_sum_of_two_dtypes() -> None:
         engine.joint_loss(losses).backward()
         engine.prepare_gradients()
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert (mine.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
+        got, want = gradient_of(mine), gradient_of(theirs)
+        assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_several_patches_of_images_and_their_row_map() -> None:
@@ -205,18 +232,16 @@ def test_several_patches_of_images_and_their_row_map() -> None:
 
         return Wired(run, lambda: nn.Conv2d(D, D, (3, 1), stride=(3, 1)))
 
-    assert exact(model(lambda images: images))
-    turned = model(lambda images: images.flip(0))
+    assert exact(seeded(lambda: model(lambda images: images)))
+    turned = seeded(lambda: model(lambda images: images.flip(0)))
     with pytest.raises(RowsError, match="at other rows of the output of layer 'lin'"):
-        joint_step(seeded(lambda: turned), *token_rows(), 2)
+        joint_step(turned, *token_rows(), 2)
 
     def rows(inputs: tuple, count: int) -> Indexed:
         return Indexed((torch.arange(2 * count) // 2).flip(0), count)
 
-    turned = seeded(lambda: turned)
-    truth = per_sample(deepcopy(turned), lambda m, x: m(x), *token_rows(), 3)
-    dots, _ = joint_step(turned, *token_rows(), 2, row_maps={"lin": rows})
-    assert truth.dot_error(dots) < 1e-12 and truth.gradient_error(turned) < 1e-12
+    turned.zero_grad()
+    assert exact(turned, row_maps={"lin": rows})
     with pytest.raises(ValueError, match="row_maps: nowhere is no covered layer"):
         GradDotProdEngine(turned, 2, row_maps={"nowhere": rows}).attach()
 
@@ -277,39 +302,27 @@ def test_a_function_of_ones_own() -> None:
 
 
 def test_a_parameter_of_a_layer_and_of_a_module_of_its_own() -> None:
-    def model() -> nn.Module:
-        built = seeded(lambda: Wired(lambda m, h: m.out(m.twice(m.lin(h)))))
-        built.twice = TwiceLinear(D, D).double()
-        built.twice.weight = built.lin.weight
-        return built
-
     for rows in range(3, 7):
-        attributed = model()
-        truth = per_sample(deepcopy(attributed), lambda m, x: m(x), *token_rows(rows), rows - 2)
-        dots, _ = joint_step(attributed, *token_rows(rows), 2)
-        assert truth.dot_error(dots) < 1e-10 and truth.gradient_error(attributed) < 1e-10
-
-
-def test_a_unit_on_the_users_word() -> None:
-    class Recurrent(nn.GRU):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)[0]
-
-    def model() -> nn.Module:
-        return seeded(
-            lambda: Wired(lambda m, h: m.out(m.lin(m.lin(h))), lambda: Recurrent(D, D, batch_first=True))
+        model, twice = (
+            seeded(lambda: Wired(lambda m, h: m.out(m.twice(m.lin(h))))),
+            TwiceLinear(D, D).double(),
         )
+        model.add_module("twice", twice)
+        twice.weight = model.lin.weight
+        assert exact(model, rows)
+
+
+@pytest.mark.parametrize("granularity", ["total", "pairwise", "per_layer"])
+def test_a_unit_on_the_users_word(granularity: str) -> None:
+    class Recurrent(nn.GRU):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # one output, as layers have
+            return super().forward(x)[0]
 
     register_unit(Recurrent)
     try:
-        for options in ({}, {"granularity": "pairwise"}, {"granularity": "per_layer"}):
-            truth, attributed = per_sample(model(), lambda m, x: m(x), *token_rows(), 3), model()
-            dots, _ = joint_step(attributed, *token_rows(), 2, **options)
-            if options.get("granularity") == "pairwise":
-                assert truth.pairwise_error(dots) < 1e-12
-            else:
-                assert truth.dot_error(dots.view(3, -1).sum(1)) < 1e-12
-            assert truth.gradient_error(attributed) < 1e-12
+        layer = partial(Recurrent, D, D, batch_first=True)
+        model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(m.lin(h))), layer))
+        assert exact(model, granularity=granularity)
     finally:
         del UNITS[Recurrent]
 
@@ -329,30 +342,6 @@ def test_a_unit_whose_rows_depend_on_each_other() -> None:
     refused(Wired(lambda m, h: m.out(m.lin(h)), Capacity), "gives a row another output alone")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"sparse": True}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}],
-    ids=lambda options: next(iter(options)),
-)
-def test_embedding_options(options: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        attach(nn.Sequential(nn.Embedding(V, D, **options), nn.Linear(D, V)))
-
-
-@pytest.mark.parametrize("dropout", [nn.Dropout, nn.AlphaDropout, nn.Dropout1d])
-def test_dropout(dropout) -> None:
-    with pytest.raises(ValueError, match=r"'1' drops out with p=0\.1"):
-        attach(nn.Sequential(nn.Linear(D, D), dropout(0.1), nn.Linear(D, V)))
-    attach(nn.Sequential(nn.Linear(D, D), dropout(0.0), nn.Linear(D, V)))
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm(affine: bool) -> None:
-    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=affine), nn.Linear(D, V))
-    with pytest.raises(ValueError, match="'1' of type BatchNorm1d normalises over the batch"):
-        attach(model)
-
-
 def test_batch_norm_that_is_switched_on_while_attached() -> None:
     """In eval mode it is a fixed map of each row; from train() on it mixes them, and nothing else would say
     so."""
@@ -366,19 +355,24 @@ def test_batch_norm_that_is_switched_on_while_attached() -> None:
         engine.joint_loss(per_sample_losses(model, x, y))
 
 
-def three(m: nn.Module) -> None:
+def lookups_after_the_output_layer(m: Wired, h: Tensor) -> Tensor:
+    first = m.out(h)
+    return first * m.lin(first.argmax(-1)).tanh().sum(-1, keepdim=True)
+
+
+def three(m: Wired) -> None:
     m.lin.weight = m.out.weight = m.wte.weight
 
 
-def two_linear(m: nn.Module) -> None:
+def two_linear(m: Wired) -> None:
     m.lin.weight = m.out.weight
 
 
-def biases(m: nn.Module) -> None:
+def biases(m: Wired) -> None:
     m.lin.bias = m.out.bias
 
 
-def with_the_embedding(m: nn.Module) -> None:
+def with_the_embedding(m: Wired) -> None:
     m.lin.weight = m.wte.weight
 
 
@@ -393,48 +387,25 @@ def with_the_embedding(m: nn.Module) -> None:
             lambda: nn.Embedding(V, D),
             lambda m, h: m.out(h + m.lin(torch.ones(h.shape[:2], dtype=torch.long))),
         ),
+        (two_linear, lambda: nn.Embedding(V, D), lookups_after_the_output_layer),
         (with_the_embedding, lambda: Conv1D(D, V), lambda m, h: m.out(h + m.lin(m.out(h).tanh()))),
     ],
-    ids=["embedding and two output layers", "two layers", "biases", "two embeddings", "a transposed layer"],
+    ids=[
+        "embedding and two output layers",
+        "two layers",
+        "biases",
+        "two embeddings",
+        "lookups last",
+        "a transposed layer",
+    ],
 )
 @pytest.mark.parametrize("options", [{}, {"strategy": "gram"}, {"granularity": "pairwise"}], ids=str)
-def test_parameters_that_layers_share(share, between, run, options: dict) -> None:
-    def model() -> nn.Module:
-        built = seeded(lambda: Wired(run, between))
-        share(built)
-        return built
-
-    truth = per_sample(model(), lambda m, x: m(x), *token_rows(), 3)
-    attributed = model()
-    dots, _ = joint_step(attributed, *token_rows(), 2, **options)
-    assert (truth.pairwise_error(dots) if "granularity" in options else truth.dot_error(dots)) < 1e-10
-    assert truth.gradient_error(attributed) < 1e-10
-
-
-def test_what_cannot_be_shared() -> None:
-    """A norm's weight with a row of lookups."""
-    model = Wired(lambda m, h: m.out(m.lin(h)), lambda: nn.LayerNorm((V, D)))
-    model.lin.weight = model.wte.weight
-    with pytest.raises(ValueError, match=r"wte\.weight and lin\.weight are one parameter"):
-        attach(model)
-
-
-def test_the_optimizer_must_train_what_is_scored() -> None:
-    model = mlp(True)
-    some = [p for name, p in model.named_parameters() if name != "2.bias"]
-    foreign = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"does not update 2\.bias"):
-        attach(model, torch.optim.SGD(some, lr=0.1))
-    with pytest.raises(ValueError, match="1 trainable parameters that are not in the model"):
-        attach(model, torch.optim.SGD([*model.parameters(), foreign], lr=0.1))
-    foreign.requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    attach(model, torch.optim.SGD([*some, foreign], lr=0.1))
-
-
-def test_nothing_trains() -> None:
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        attach(mlp(True).requires_grad_(False))
+def test_parameters_that_layers_share(
+    share: Callable[[Wired], None], between: Callable[[], nn.Module], run: Callable, options: dict[str, Any]
+) -> None:
+    model = seeded(lambda: Wired(run, between))
+    share(model)
+    assert exact(model, **options)
 
 
 @pytest.mark.parametrize("m", [0, -1])
@@ -465,7 +436,7 @@ class Scale(nn.Module):
 @pytest.fixture
 def scale_rule() -> Iterator[None]:
     @register_rule(Scale, parameters=("w",))
-    def scale(layer: Scale, inputs, backprops: Tensor) -> dict[str, PerPosition]:
+    def scale(layer: Scale, inputs: tuple[Tensor, ...], backprops: Tensor) -> dict[str, PerPosition]:
         return {"w": PerPosition(backprops * inputs[0])}
 
     yield
@@ -476,30 +447,23 @@ def scale_rule() -> Iterator[None]:
 @pytest.mark.parametrize(
     "options", [{}, {"granularity": "pairwise"}, {"granularity": "per_layer"}, {"strategy": "gram"}], ids=str
 )
-def test_a_rule_of_ones_own(options: dict) -> None:
-    model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), Scale))
-    truth = per_sample(model, lambda m, x: m(x), *token_rows(), 3)
-    dots, _ = joint_step(model, *token_rows(), 2, **options)
-    if options.get("granularity") == "pairwise":
-        assert truth.pairwise_error(dots) < 1e-12
-    else:
-        assert truth.dot_error(dots.view(3, -1).sum(1)) < 1e-12
-    assert truth.gradient_error(model) < 1e-12
+def test_a_rule_of_ones_own(options: dict[str, Any]) -> None:
+    assert exact(seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), Scale)), **options)
     with pytest.raises(ValueError, match="Scale has a rule already"):
         register_rule(Scale)(lambda layer, inputs, backprops: {})
 
 
 @pytest.mark.usefixtures("scale_rule")
 @pytest.mark.parametrize("direction", ["gradient", "adamw"])
-def test_a_rule_of_ones_own_in_micro_batches(direction: str) -> None:
+def test_a_rule_of_ones_own_in_micro_batches(direction: Literal["gradient", "adamw"]) -> None:
     """Nothing that the rule could forget decides on it: it is exact by construction."""
     model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), Scale))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, eps=1e-3)
+    truth = token_truth(model, m=1)
     engine = GradDotProdEngine(model, 1, micro_batches=2, direction=direction)
     engine.attach(optimizer)
     x, y = token_rows()
     rows = [[0, 1, 4], [2, 3]]
-    truth = per_sample(deepcopy(seeded(lambda: Wired(model.run, Scale))), lambda m, x: m(x), x, y, 4)
     for _ in range(2):
         dots = []
         for some in rows:

@@ -1,5 +1,4 @@
-"""On a GPU: the same numbers as on the CPU, and no step that waits for the device. Skipped where there is
-none."""
+"""On a GPU: the same numbers as on the CPU, and no step that waits for the device."""
 
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import torch
 from cases import BY_NAME, Case, joint_step
 from run_helpers import start, write_shards
 
-from benchmarks.oracle import per_sample
 from ghostEngines.strategies import STRATEGIES
 from training_loop import Trainer
 
@@ -24,7 +22,7 @@ CASES = [
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_exact_on_the_gpu(case: Case, strategy: str | None) -> None:
-    truth = per_sample(case.model(), case.logits, *case.data(N + M), N)
+    truth = case.truth(N, M)
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = case.model().to("cuda", dtype)
         x, y = (part.cuda() for part in case.data(N + M))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_documents_are_there_as_a_whole_or_not_at_all(
     trained: Run, run: ScoredRun, data: Path, tmp_path: Path
 ) -> None:
     values = document_values(trained, data)
-    lowest = sorted(values, key=values.get)[: int(0.4 * len(values))]
+    lowest = sorted(values, key=lambda place: values[place])[: int(0.4 * len(values))]
     manifest = curate([run], tmp_path / "new", drop="bottom:0.4", unit="documents")
     for domain in DOMAINS:
         old, new = shard_of(data, domain), shard_of(tmp_path / "new", domain)
@@ -181,7 +182,7 @@ def test_without_links_files_are_copied(
     def link(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "another file system")
 
-    monkeypatch.setattr(curated_folder.os, "link", link)
+    monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr(curated_folder, "COPY_BYTES", 1000)
     curate([run], tmp_path / "new", drop="negative")
     for path in (data / "val").iterdir():

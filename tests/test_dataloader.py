@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from data_processing import block_order as batch_order
 from data_processing.block_order import BatchOrder, WeightedDraws, permute
 from data_processing.blocks import Batch, BlockDataset
 from data_processing.domain_lists import Selection, listed, parse_domains, parse_set, quoted
-from data_processing.shards import EOT, ShardError, ShardWriter, open_shard
+from data_processing.shard_files import ShardError
+from data_processing.shards import EOT, ShardWriter, open_shard
 from dataloader import BatchLoader, Prefetch, TrainingData, validation_batch
 from foundation.errors import ConfigError
 from run.processes import World
@@ -265,7 +267,7 @@ def test_the_order_does_not_depend_on_the_number_of_processes(
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_any_step_is_found_without_those_before_it(dataset: BlockDataset, weights: dict | None) -> None:
-    options = {"batch_size": 3, "seed": 5, "weights": weights, "rank": 1, "world_size": 2}
+    options: dict[str, Any] = {"batch_size": 3, "seed": 5, "weights": weights, "rank": 1, "world_size": 2}
     loader = BatchLoader(dataset, **options)
     in_order = [loader.batch(step) for step in range(60)]
     for loader_again in (loader, BatchLoader(dataset, **options)):
@@ -280,19 +282,18 @@ def test_the_next_batch_is_read_ahead(dataset: BlockDataset) -> None:
     """The same batches in any order; after each the one that follows is being read already, in another
     thread; an error comes with its own batch."""
     loader = BatchLoader(dataset, batch_size=3, seed=1)
-    read, event = [], threading.Event()
+    read: list[tuple[int, bool]] = []
+    event = threading.Event()
 
-    class Watched:
-        micro_batches = 1
-
-        def batch(self, step: int, micro_batch: int) -> Batch:
+    class Watched(BatchLoader):
+        def batch(self, step: int, micro_batch: int = 0) -> Batch:
             if step == 6:
                 raise ShardError("broken")
             read.append((step, threading.current_thread() is threading.main_thread()))
             event.set()
-            return loader.batch(step)
+            return super().batch(step, micro_batch)
 
-    ahead = Prefetch(Watched(), pin=False)
+    ahead = Prefetch(Watched(dataset, batch_size=3, seed=1), pin=False)
     for step in (0, 1, 4, 5):
         assert places(ahead.batch(step)) == places(loader.batch(step))
     event.clear()

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from run_helpers import tree
 
 from data_processing import demo_corpus
 from data_processing.demo_corpus import (
@@ -73,10 +74,10 @@ def test_the_corpus_is_the_same_each_time(demo: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (demo / "jsonl" / name).read_bytes()
 
 
-def test_the_second_time_there_is_nothing_to_do(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("write_corpus", "tokenize"):
-        monkeypatch.setattr(demo_corpus, name, lambda *_, **__: pytest.fail("made again"))
+def test_the_second_time_there_is_nothing_to_do(demo: Path) -> None:
+    before = tree(demo)
     make_demo(demo)
+    assert tree(demo) == before
 
 
 def test_it_goes_on_after_an_interruption(
@@ -95,8 +96,9 @@ def test_it_goes_on_after_an_interruption(
     monkeypatch.setattr(demo_corpus, "tokenize", interrupted)
     assert main(["--output_dir", str(tmp_path)]) == 130
     assert made == ["train", "val"]
-    monkeypatch.setattr(demo_corpus, "write_corpus", lambda _: pytest.fail("written again"))
+    written = tree(tmp_path / "jsonl")
     assert main(["--output_dir", str(tmp_path)]) == 0
+    assert tree(tmp_path / "jsonl") == written
     for split in SPLITS:
         expected = [shard.checksum for shard in list_shards(demo, split)]
         assert [shard.checksum for shard in list_shards(tmp_path, split)] == expected

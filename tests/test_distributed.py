@@ -6,19 +6,21 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cases import T, fused_gpt2
 from run_helpers import ROOT, Run, TwoProcesses, command, environment, start
 from transformers import GPT2LMHeadModel
 
 import training_loop
 from benchmarks.launch import torchrun, world_of
-from data_processing.shards import ShardError
+from config_file import TrainingConfig, resolve
+from data_processing.shard_files import ShardError
 from dataloader import TrainingData
 from evaluation import evaluate
 from foundation.errors import ConfigError
@@ -27,10 +29,9 @@ from run import processes as distributed
 from run.log import RunLog
 from run.processes import World, distributed_world, first_of_machine, launched
 from run.state import TrainingState
-from score_store.run_folder import RunFolder
 from training_loop import Trainer
 
-FLAGS = {
+FLAGS: dict[str, Any] = {
     "model_dtype": "float64",
     "val_batch_size": 3,
     "max_steps": 4,
@@ -104,7 +105,7 @@ def test_two_processes_are_one(
     ("granularity", "more"), [("pairwise", {"activation_checkpointing": True}), ("per_layer", {})]
 )
 def test_divided_parameters_and_parts_of_scores(
-    granularity: str, more: dict[str, object], data: Path, results: Path
+    granularity: str, more: dict[str, Any], data: Path, results: Path
 ) -> None:
     """And activations made again, with the parameters gathered once more for it."""
     flags = FLAGS | {"score_granularity": granularity, "max_steps": 2}
@@ -131,10 +132,10 @@ def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Pat
     run."""
     flags = FLAGS | {"run_name": "moved", "lr_decay_steps": 4, "eval_interval": 2}
     TwoProcesses(data, results, batch_size=2, **flags | {"max_steps": 2}).ended()
-    again = {"resume": True, **flags}
+    again: dict[str, Any] = {"resume": True, **flags}
     second = start(data, results, batch_size=2, gradient_accumulation_steps=2, **again | {"max_steps": 3})
     assert second.status == 0
-    third = {"batch_size": 1, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
+    third: dict[str, Any] = {"batch_size": 1, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
     run = TwoProcesses(data, results, **third, **again).ended()
     extra = [record for record in run.records() if record["step"] == 2 and "loss/val" in record]
     assert len(extra) == 1  # the one at the end of the second part
@@ -146,7 +147,7 @@ def test_a_run_goes_on_with_other_processes(alone: Run, data: Path, results: Pat
 
 def test_the_first_process_decides_whether_to_go_on(data: Path, tmp_path: Path) -> None:
     """--resume auto: a run of one process, and then of two, under one command line."""
-    flags = {"run_name": "a", "method": "Regular", "lr_decay_steps": 4, "resume": "auto"}
+    flags: dict[str, Any] = {"run_name": "a", "method": "Regular", "lr_decay_steps": 4, "resume": "auto"}
     assert start(data, tmp_path, batch_size=2, max_steps=1, **flags).status == 0
     run = TwoProcesses(data, tmp_path, batch_size=1, max_steps=2, **flags).ended()
     assert run.err.count("resuming from") == 1 and run.metrics().step.tolist() == [0, 1]
@@ -156,15 +157,16 @@ def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without FSDP: the optimizer's state is twice the model's size."""
-    model = torch.nn.Linear(2, 2)
+    model = fused_gpt2(tied=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    model(torch.ones(1, 2)).sum().backward()
+    x = torch.zeros(1, T, dtype=torch.long)
+    model(x, x).mean().backward()
     optimizer.step()
-    gathered = []
+    gathered: list[tuple[object, ...]] = []
     monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args, **kwargs: gathered.append(args))
     monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *args: None)
     state = TrainingState(model, model, optimizer, torch.amp.GradScaler(enabled=False))
-    config = SimpleNamespace(folder=RunFolder(Path()), keep_checkpoints=1)
+    config = resolve(TrainingConfig(run_name="a", device="cpu"), {})
     for rank, count in ((1, 0), (0, 1)):
         state.save(config, World(rank, 2), {})
         assert len(gathered) == count
@@ -173,16 +175,20 @@ def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
 # ---- a process that fails, and signals. What is done to the processes is done by functions of this module.
 
 
-def in_the_second(action: Callable[[], None]) -> None:
+def in_the_second(action: Callable[[], object]) -> None:
     if os.environ["RANK"] == "1":
         action()
 
 
-def in_step_2(action: Callable[[], None]) -> None:
+def in_step_2(action: Callable[[], object]) -> None:
     step = Trainer._step
-    patch.object(
-        Trainer, "_step", lambda self, number: (number == 2 and action(), step(self, number))
-    ).start()
+
+    def acting(self: Trainer, number: int) -> None:
+        if number == 2:
+            action()
+        step(self, number)
+
+    patch.object(Trainer, "_step", acting).start()
 
 
 def broken() -> None:
@@ -241,7 +247,7 @@ def second_finds_no_shard() -> None:
     ids=["flag", "data", "folder", "in the second"],
 )
 def test_what_cannot_be_run_is_said_once(
-    before: Callable[[], None] | None, flags: dict, said: str, data: Path, tmp_path: Path
+    before: Callable[[], object] | None, flags: dict[str, Any], said: str, data: Path, tmp_path: Path
 ) -> None:
     run = TwoProcesses(data, tmp_path, before=before, run_name="a", **flags).ended(2, 2)
     assert run.err.count("error: ") == 1 and said in run.err and "Traceback" not in run.err
@@ -272,7 +278,9 @@ def test_a_signal_to_one_process_stops_them_all_at_one_step(
 ) -> None:
     two = TwoProcesses(data, tmp_path, run_name="a", max_steps=100_000)
     wait_for_records(two.folder, lambda: all(process.is_alive() for process in two.processes))
-    os.kill(two.processes[1].pid, number)
+    pid = two.processes[1].pid
+    assert pid is not None
+    os.kill(pid, number)
     assert_stopped_at_one_step(two.ended(128 + number, 128 + number))
 
 
@@ -306,8 +314,14 @@ def test_a_signal_in_an_evaluation_of_several(parallel: str, alone: Run, data: P
 def test_torchrun_passes_a_signal_on(data: Path, tmp_path: Path) -> None:
     """To all, which end as above; none is left over."""
     arguments = torchrun(ROOT / "main.py", *command(data, tmp_path, run_name="a", max_steps=100_000))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path), **pipes)
+    launcher = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for_records(tmp_path / "a", lambda: launcher.poll() is None)
     workers = children(launcher.pid)
     launcher.send_signal(signal.SIGTERM)
@@ -363,7 +377,7 @@ def test_what_is_no_launchers_environment() -> None:
     """Batch scripts export the first two; SLURM_NTASKS is the allocation's."""
     environ = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
     assert launched(environ) is None and first_of_machine(environ)
-    with distributed_world(SimpleNamespace(parallel="ddp"), environ) as world:
+    with distributed_world(TrainingConfig(parallel="ddp"), environ) as world:
         assert world.size == 1
 
 
@@ -374,7 +388,7 @@ def test_tasks_of_one_step_without_a_group(size: str, rank: str) -> None:
         environ = environ | {size: "2", rank: "0"}
         with (
             pytest.raises(ConfigError, match=rf"2 tasks .* \({size}=2\).*srun --ntasks-per-node=1 "),
-            distributed_world(SimpleNamespace(parallel="ddp"), environ),
+            distributed_world(TrainingConfig(parallel="ddp"), environ),
         ):
             pass
         assert first_of_machine(environ) and not first_of_machine(environ | {rank: "1"})
@@ -408,7 +422,7 @@ def test_more_processes_than_gpus(rank: int, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in worlds[rank].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    config = SimpleNamespace(device="cuda", parallel="ddp")
+    config = TrainingConfig(device="cuda", parallel="ddp")
     with (
         pytest.raises(ConfigError, match=r"has 2 processes for 1 GPU\(s\): start 1"),
         distributed_world(config),

@@ -1,12 +1,14 @@
 """Dot products and training gradients against one backward pass per sample in float64."""
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, copy_in
+from cases import BY_NAME, CASES, Case, copy_in, gradient_of
+from torch import Tensor, nn
 
-from benchmarks.oracle import Truth, per_sample
+from benchmarks.oracle import Truth
 from ghostEngines import RULES, GradDotProdEngine
 from ghostEngines.strategies import STRATEGIES
 
@@ -14,14 +16,9 @@ NAMES = [case.name for case in CASES]
 MODELS = [name for name in NAMES if "gpt2" in name]
 
 
-def truth_of(case: Case, n: int, m: int) -> Truth:
-    x, y = case.data(n + m)
-    return per_sample(case.model(), case.logits, x, y, n)
-
-
 def engine_step(
-    case: Case, n: int, m: int, dtype: torch.dtype = torch.float64, factor: float = 1.0, **options
-):
+    case: Case, n: int, m: int, dtype: torch.dtype = torch.float64, factor: float = 1.0, **options: Any
+) -> tuple[Tensor, nn.Module, Tensor]:
     """(dots, model with its gradients, losses) of one step with the engine."""
     model = copy_in(case.model(), dtype)
     x, y = case.data(n + m)
@@ -38,7 +35,7 @@ def engine_step(
 @pytest.mark.parametrize("name", NAMES)
 def test_float64(name: str, n: int, m: int) -> None:
     case = BY_NAME[name]
-    truth = truth_of(case, n, m)
+    truth = case.truth(n, m)
     dots, model, losses = engine_step(case, n, m)
     assert torch.allclose(losses, truth.losses, rtol=1e-12, atol=0)
     assert truth.dot_error(dots) < 1e-10
@@ -48,7 +45,7 @@ def test_float64(name: str, n: int, m: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_float32(name: str) -> None:
     case = BY_NAME[name]
-    truth = truth_of(case, 5, 3)
+    truth = case.truth(5, 3)
     dots, model, _ = engine_step(case, 5, 3, torch.float32)
     assert dots.dtype == torch.float32
     assert truth.dot_error(dots) < 1e-5
@@ -59,7 +56,7 @@ def test_float32(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy(name: str, strategy: str) -> None:
     case = BY_NAME[name]
-    truth = truth_of(case, 5, 3)
+    truth = case.truth(5, 3)
     dots, model, _ = engine_step(case, 5, 3, strategy=strategy)
     assert truth.dot_error(dots) < 1e-10
     assert truth.gradient_error(model) < 1e-10
@@ -69,7 +66,7 @@ def test_every_strategy(name: str, strategy: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_pairwise(name: str, strategy: str) -> None:
     case = BY_NAME[name]
-    truth = truth_of(case, 5, 3)
+    truth = case.truth(5, 3)
     dots, model, _ = engine_step(case, 5, 3, strategy=strategy, granularity="pairwise")
     assert truth.pairwise_error(dots) < 1e-10
     assert truth.gradient_error(model) < 1e-10
@@ -80,7 +77,7 @@ def test_pairwise(name: str, strategy: str) -> None:
 def test_per_layer(name: str, strategy: str) -> None:
     """Each layer's column is the dot product over its own parameters; a tied weight's is the sum of two."""
     case = BY_NAME[name]
-    truth = truth_of(case, 5, 3)
+    truth = case.truth(5, 3)
     model, (x, y) = case.model(), case.data(8)
     with GradDotProdEngine(model, 3, granularity="per_layer", strategy=strategy) as engine:
         engine.joint_loss(case.losses(model, x, y)).backward()
@@ -91,7 +88,7 @@ def test_per_layer(name: str, strategy: str) -> None:
     for layer in names:
         sharing[model.get_submodule(layer).weight].append(layer)
     for layers in sharing.values():
-        got = sum(dots[:, names.index(layer)] for layer in layers)
+        got = dots[:, [names.index(layer) for layer in layers]].sum(1)
         assert truth.part(layers).dot_error(got) < 1e-10
 
 
@@ -99,11 +96,11 @@ def test_per_layer(name: str, strategy: str) -> None:
 def test_a_factor_on_the_loss_scales_gradients_but_not_dots(name: str) -> None:
     """A gradient scaler's or an accumulation's factor."""
     case = BY_NAME[name]
-    truth = truth_of(case, 3, 2)
+    truth = case.truth(3, 2)
     dots, model, _ = engine_step(case, 3, 2, factor=1024.0)
     assert truth.dot_error(dots) < 1e-10
     for p in model.parameters():
-        p.grad /= 1024.0
+        gradient_of(p).div_(1024.0)
     assert truth.gradient_error(model) < 1e-10
 
 
@@ -116,10 +113,10 @@ def test_the_oracle_sees_the_mistakes_of_others() -> None:
     """What published implementations compute is far outside the bounds above: a tied weight without its cross
     terms, and (Σ_j left_j)ᵀ(Σ_j right_j) for the validation gradient of several rows."""
     case = BY_NAME["gpt2-tied"]
-    truth = truth_of(case, 5, 3)
+    truth = case.truth(5, 3)
     untied = case.model()
-    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
-    without_cross_terms = per_sample(untied, case.logits, *case.data(8), 5).dots()
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    without_cross_terms = case.truth(5, 3, model=untied).dots()
     assert truth.dot_error(without_cross_terms) > 1e-3
 
     left, right = (torch.randn(8, 6, size, dtype=torch.float64) for size in (7, 9))

@@ -1,4 +1,4 @@
-"""A guard against slow creep that no clock is needed for: the operations of a step's matrix products."""
+"""How many operations the matrix products of a step take, with and without the engine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
-from ghostEngines import GradDotProdEngine, losses
+from ghostEngines import GradDotProdEngine
 from ghostEngines.contraction import Split
 from ghostEngines.descriptions import Matrix
-from ghostEngines.layer_rules import cross_entropy_head
 from ghostEngines.memory import Scratch
 from ghostEngines.sinks import DotProducts, Site
 from ghostEngines.strategies import STRATEGIES
 from models.gpt2 import CausalLM, architecture_config
 
+pytestmark = pytest.mark.usefixtures("values_unread")  # tensors without values have none
 aten = torch.ops.aten
 
 
@@ -51,13 +51,6 @@ def one_block() -> CausalLM:
     model = CausalLM(GPT2LMHeadModel(config))
     model.hf.transformer.h[0].mlp.frugal = False  # which would ask tensors without values for their address
     return model
-
-
-@pytest.fixture(autouse=True)
-def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without values have none that could be checked."""
-    for module in (losses, cross_entropy_head):
-        monkeypatch.setattr(module, "require", lambda condition, message: None)
 
 
 def step_operations(n: int, m: int, positions: int, attributed: bool) -> int:

@@ -1,4 +1,4 @@
-"""An independent check that uses no backward pass per sample and no rule: forward-mode differentiation.
+"""Dot products against forward-mode differentiation, which needs no backward pass per sample and no rule.
 
 <∇ℓ_i, v> is the derivative of ℓ_i in the direction v. With v = ∇L_val, from one plain backward pass, one
 pass of forward-mode differentiation over an untouched model gives the dot products of all rows at once.
@@ -50,14 +50,18 @@ def test_directional_derivatives(name: str) -> None:
     loss = untouched(x[N:], y[N:]).mean()
     gradient = torch.autograd.grad(loss, list(untouched.parameters()))
     direction = dict(zip(parameters, gradient, strict=True))
-    losses, derivatives = jvp(
+    losses, derivatives, *_ = jvp(
         lambda p: functional_call(untouched, p, (x[:N], y[:N])), (parameters,), (direction,)
     )
     model = case.model()
     dots, got = joint_step(model, x, y, M, case.losses)
     assert torch.allclose(got[:N], losses, rtol=1e-12, atol=0)
-    scale = sum(g.square().sum() for g in gradient).sqrt() * per_row_norms(untouched, x, y)
+    scale = norm_of(gradient) * per_row_norms(untouched, x, y)
     assert ((dots - derivatives).abs() / scale).max() < 1e-10
+
+
+def norm_of(gradients: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
 
 
 def per_row_norms(untouched: Losses, x: Tensor, y: Tensor) -> Tensor:
@@ -67,5 +71,5 @@ def per_row_norms(untouched: Losses, x: Tensor, y: Tensor) -> Tensor:
     for i in range(N):
         loss = untouched(x[i : i + 1], y[i : i + 1]).sum()
         gradients = torch.autograd.grad(loss, list(untouched.parameters()))
-        norms.append(sum(g.square().sum() for g in gradients).sqrt())
+        norms.append(norm_of(gradients))
     return torch.stack(norms)

@@ -1,10 +1,10 @@
-"""Never wrong without a word: models on which a per-sample score would mean nothing are errors at the first step."""
+"""The guard: models on which a per-sample score would mean nothing are errors at the first step."""
 
 import random
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from functools import partialmethod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,11 +196,9 @@ class ReadsTheEmbedding(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_weight_that_is_read_besides_its_layers_call(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("compiled_eagerly")
+def test_a_weight_that_is_read_besides_its_layers_call(compiled: bool) -> None:
     """A compiled graph is one node, which tells nothing of what is in it."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -213,7 +211,6 @@ def test_a_weight_that_is_read_besides_its_layers_call(
 
     model = seeded(Model)
     if compiled:
-        torch._dynamo.reset()
         model.block.compile()
     with pytest.raises(
         RuntimeError, match=r"the weight of layer '(wte|block\.embedding)' was used in another way"
@@ -221,9 +218,9 @@ def test_a_weight_that_is_read_besides_its_layers_call(
         joint_step(model, *token_rows(), M)
 
 
-def test_parameters_by_themselves_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiled_eagerly")
+def test_parameters_by_themselves_in_compiled_code() -> None:
     """Refused at the first step, which is not compiled."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h)), lambda: nn.Sequential(Table())))
     model.lin.compile()
     with pytest.raises(RuntimeError, match=r"module 'lin\.0' of type Table lies in compiled code"):
@@ -261,7 +258,7 @@ def test_a_norm_that_does_something_else_in_the_model() -> None:
 
 
 def micro_batches(
-    count: int, factor: float = 1.0, **attach: object
+    count: int, factor: float = 1.0, **attach: Any
 ) -> tuple[nn.Module, GradDotProdEngine, Callable]:
     model = seeded(lambda: Wired(lambda m, h: m.out(m.lin(h))))
     engine = GradDotProdEngine(model, 1, micro_batches=count)

@@ -1,13 +1,14 @@
-"""The output layer fused with its cross entropy, with groups so small that several are needed."""
+"""The output layer fused with its cross entropy, in parts so small that several are needed."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from allocations import Allocations
-from cases import BY_NAME, Case, D, T, V, call_with_targets, joint_step
+from cases import BY_NAME, D, T, V, call_with_targets, gradient_of, joint_step
 from torch import Tensor, nn
 
-from benchmarks.oracle import Truth, per_sample
-from ghostEngines import CrossEntropyHead, GradDotProdEngine, contraction
+from ghostEngines import CrossEntropyHead, GradDotProdEngine
 from ghostEngines.layer_rules import cross_entropy_head
 from ghostEngines.strategies import STRATEGIES
 
@@ -26,17 +27,14 @@ class Wrapped(nn.Module):
 
 
 @pytest.fixture(params=[2 * T + 1, T - 1], ids=["two rows", "pieces"])
-def small_parts(request, monkeypatch) -> None:
+def small_parts(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiles_of: Callable[[int], None]
+) -> None:
     """Two rows at a time, of which the last may be alone, or a row in two pieces; five positions of them in
     the softmax, and tiles of a few rows in the contraction."""
     monkeypatch.setattr(cross_entropy_head, "PART_POSITIONS", request.param)
     monkeypatch.setattr(cross_entropy_head, "SOFTMAX_POSITIONS", 5)
-    monkeypatch.setattr(contraction, "SIDE", 1)
-    monkeypatch.setattr(contraction, "TILE_NUMEL", 5 * D)
-
-
-def truth_of(case: Case, n: int, m: int) -> Truth:
-    return per_sample(case.model(), case.logits, *case.data(n + m), n)
+    tiles_of(5 * D)
 
 
 def head_and_data(
@@ -78,7 +76,7 @@ def test_without_an_engine(small_parts) -> None:
 def test_parts(name: str, strategy: str, pairwise: bool, small_parts) -> None:
     """Train rows in parts of 2, 2 and 1, validation rows in 2 and 1; or each row in two."""
     case = BY_NAME[name]
-    truth, model = truth_of(case, 5, 3), case.model()
+    truth, model = case.truth(5, 3), case.model()
     dots, losses = joint_step(
         model,
         *case.data(8),
@@ -156,7 +154,7 @@ def test_other_row_weights_raise_without_an_engine(combine) -> None:
 def test_a_loss_of_zero_weight_is_a_common_factor() -> None:
     head, hidden, targets = head_and_data()
     (0 * head(hidden, targets).mean()).backward()
-    assert not head.weight.grad.any()
+    assert not gradient_of(head.weight).any()
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -223,7 +221,7 @@ def test_only_one_side_needs_a_gradient(train_hidden: bool, train_weight: bool) 
 
 def half_gradients(
     dtype: torch.dtype, autocast: bool, fused: bool, factor: float = 1.0
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """Gradients of hidden and weight in half precision and in float64, and which tokens are nobody's
     target."""
     head, hidden, targets = head_and_data(rows=4, features=32, vocabulary=4096, positions=32)
@@ -243,7 +241,12 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision_is_as_exact_as_plain_autograd(dtype: torch.dtype, autocast: bool) -> None:
+@pytest.mark.parametrize("positions", [10_000, 70, 20], ids=["one part", "two parts", "pieces of rows"])
+def test_half_precision_is_as_exact_as_plain_autograd(
+    positions: int, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts the gradient is the sum of."""
+    monkeypatch.setattr(cross_entropy_head, "PART_POSITIONS", positions)
     ours, want, _ = half_gradients(dtype, autocast, fused=True)
     plain, _, _ = half_gradients(dtype, autocast, fused=False)
     for our, their, true in zip(ours, plain, want, strict=True):

@@ -1,12 +1,23 @@
-"""What is kept between the forward and the backward pass, and what is made again: never other numbers."""
+"""What a step keeps for its backward pass and what it makes again, which never changes a number."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
 from allocations import Allocations
-from cases import BY_NAME, D, T, Wired, call_with_targets, copy_in, fused_gpt2, joint_step, seeded
-from test_wiring import exact
+from cases import (
+    BY_NAME,
+    D,
+    T,
+    Wired,
+    call_with_targets,
+    copy_in,
+    exact,
+    fused_gpt2,
+    gradient_of,
+    joint_step,
+    seeded,
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -36,15 +47,20 @@ def step(
             losses = model(x, y)
             losses.mean().backward()
             results = [losses.detach()]
-    return results + [p.grad for p in model.parameters()]
+    return results + [gradient_of(p) for p in model.parameters()]
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-PRECISIONS = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, None)]
-PRECISIONS += [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+PRECISIONS = [
+    (torch.float64, None),
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
 
 
 @pytest.mark.parametrize("attributed", [False, True])
@@ -95,7 +111,8 @@ def norm_then_linear(run) -> Wired:
 
 def outputs_kept(run, autocast: torch.dtype | None = None) -> bool:
     """Whether the norm's output is still there after the forward pass."""
-    model, outputs = norm_then_linear(run).float(), []
+    model = norm_then_linear(run).float()
+    outputs: list[StorageWeakRef] = []
     model.lin.register_forward_hook(
         lambda module, args, output: outputs.append(StorageWeakRef(output.untyped_storage()))
     )
@@ -140,7 +157,9 @@ def test_scratch_memory_is_let_go_with_the_engine() -> None:
     engine = GradDotProdEngine(model, M, strategy="instantiate")
     engine.attach()
     engine.joint_loss(model(x, y)).backward()
-    memory = [StorageWeakRef(buffer.untyped_storage()) for buffer in engine._scratch._buffers.values()]
+    memory = [
+        StorageWeakRef(buffer.untyped_storage()) for buffer in engine._pass().sink.scratch._buffers.values()
+    ]
     assert memory and not any(reference.expired() for reference in memory)
     engine.detach()
     assert all(reference.expired() for reference in memory)

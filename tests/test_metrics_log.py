@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foundation.granularity import Granularity
 from score_store.files import FILE_NAME, recover
 from score_store.schema import SCORE_SCHEMA, ScoreError, score_schema
 from score_store.writer import ScoreWriter, open_scores
@@ -29,10 +31,10 @@ def open_writer(
     return ScoreWriter(folder, rank=rank, metadata=run, rows_per_file=rows_per_file)
 
 
-def append(writer: ScoreWriter, step: int, n: int = 2, **changes) -> None:
+def append(writer: ScoreWriter, step: int, n: int = 2, **changes: Any) -> None:
     """Rows that can be told apart: the dot product of row i of a step is step + i / 10."""
     blocks = np.arange(n) + step % 3
-    row = {
+    row: dict[str, Any] = {
         "step": step,
         "sample_ids": blocks + 1000,
         "domains": [DOMAINS[block % 3] for block in blocks],
@@ -142,7 +144,7 @@ def test_unknown_granularity() -> None:
 
 
 @pytest.mark.parametrize(("granularity", "total"), [("pairwise", [2.0, 5.0]), ("per_layer", [6.0, 15.0])])
-def test_lists_of_scores(folder: Path, granularity: str, total: list[float]) -> None:
+def test_lists_of_scores(folder: Path, granularity: Granularity, total: list[float]) -> None:
     """A list for each row beside its total; null, as the total, where the optimizer did not step."""
     scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     with ScoreWriter(folder, rank=0, metadata={}, granularity=granularity) as writer:
@@ -463,7 +465,8 @@ def test_recover_puts_all_ranks_in_order(folder: Path, crash_at) -> None:
         "crashed at the worst moment"
     )
     recover(folder)
-    assert [FILE_NAME.fullmatch(name).group(3) for name in names(folder)] == ["00000", "00001"]
+    found = [FILE_NAME.fullmatch(name) for name in names(folder)]
+    assert [match and match.group(3) for match in found] == ["00000", "00001"]
     assert rows(read(folder)) == sorted(expected(range(2)) * 2)
 
 

@@ -1,4 +1,6 @@
-"""Several micro-batches make one optimizer step: gradients and scores are those of the one large batch."""
+"""Several micro-batches in one optimizer step: gradients and scores are those of the one large batch."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,6 @@ from cases import CASES, Case, call_with_targets, copy_in
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from models.gpt2 import CausalLM
 
@@ -15,7 +16,7 @@ SMALL = [case for case in CASES if "gpt2" in case.name or case.rules]
 
 
 def run(
-    model: nn.Module, case: Case, m: int, factor: float = 1.0, steps: int = 1, **options
+    model: nn.Module, case: Case, m: int, factor: float = 1.0, steps: int = 1, **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """Dot products of all micro-batches of the last step, (N·MICRO, ...), and its losses per micro-batch."""
     engine = GradDotProdEngine(model, m, micro_batches=MICRO, **options)
@@ -37,14 +38,10 @@ def run(
     return torch.cat(dots), all_losses
 
 
-def truth_of(case: Case, m: int) -> Truth:
-    return per_sample(case.model(), case.logits, *case.data(N * MICRO + m), N * MICRO)
-
-
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_as_exact_as_one_batch(case: Case, m: int) -> None:
-    truth, model = truth_of(case, m), case.model()
+    truth, model = case.truth(N * MICRO, m), case.model()
     dots, losses = run(model, case, m)
     assert torch.allclose(losses[0], truth.losses[[*range(N), *range(N * MICRO, N * MICRO + m)]], rtol=1e-12)
     assert truth.dot_error(dots) < 1e-10
@@ -55,7 +52,7 @@ def test_as_exact_as_one_batch(case: Case, m: int) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_strategies_and_steps_in_a_row(case: Case, strategy: str) -> None:
     """The directions of the step before are gone, and a factor on the loss cancels."""
-    truth, model = truth_of(case, 2), case.model()
+    truth, model = case.truth(N * MICRO, 2), case.model()
     dots, _ = run(model, case, 2, factor=64.0, steps=2, strategy=strategy)
     assert truth.dot_error(dots) < 1e-10
     for p in model.parameters():
@@ -66,7 +63,7 @@ def test_strategies_and_steps_in_a_row(case: Case, strategy: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2-tied", "gpt2-untied", "fused-gpt2-tied-padded", "fused-gpt2-untied"])
 def test_per_layer(name: str) -> None:
     case = next(case for case in CASES if case.name == name)
-    truth, model = truth_of(case, 2), case.model()
+    truth, model = case.truth(N * MICRO, 2), case.model()
     engine = GradDotProdEngine(model, 2, micro_batches=MICRO, granularity="per_layer")
     if "untied" not in name:
         with pytest.raises(ValueError, match="tied weights"):
@@ -87,7 +84,7 @@ def test_other_precisions(name: str, dtype: torch.dtype) -> None:
     case = next(case for case in CASES if case.name == name)
     dots, _ = run(copy_in(case.model(), dtype), case, 2)
     assert dots.dtype == torch.float32
-    assert truth_of(case, 2).dot_error(dots) < (1e-5 if dtype == torch.float32 else 0.05)
+    assert case.truth(N * MICRO, 2).dot_error(dots) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_the_direction_is_let_go_after_the_last_micro_batch() -> None:
@@ -114,7 +111,8 @@ def test_the_direction_is_let_go_after_the_last_micro_batch() -> None:
 
 def test_what_needs_the_validation_rows_in_every_pass_is_refused() -> None:
     model = nn.Linear(2, 2)
-    for options in ({"granularity": "pairwise"}, {"strategy": "gram"}):
+    refused: list[dict[str, Any]] = [{"granularity": "pairwise"}, {"strategy": "gram"}]
+    for options in refused:
         with pytest.raises(ValueError, match="micro-batches"):
             GradDotProdEngine(model, 1, micro_batches=2, **options)
     with pytest.raises(ValueError, match="micro_batches must be at least 1"):

@@ -1,15 +1,16 @@
-"""The order in which a step's calls are made, and what happens to the model meanwhile: right, or an error."""
+"""Calls of a step in a wrong order, and a model that changes while attached: exact, or an error."""
 
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, D, T, V
+from cases import BY_NAME, D, T, V, gradient_of
 from torch import Tensor, nn
 
-from benchmarks.oracle import Truth, per_sample
+from benchmarks.oracle import Truth
 from ghostEngines import GradDotProdEngine
 
 LOUD = (RuntimeError, ValueError)
@@ -18,22 +19,29 @@ LOUD = (RuntimeError, ValueError)
 # The order of forward, joint_loss, backward and prepare_gradients
 
 
-def started(name: str = "gpt2-tied") -> tuple[GradDotProdEngine, nn.Module, Callable[[int], Tensor], Truth]:
+Run = Callable[[int], Tensor]
+
+
+def started(name: str = "gpt2-tied") -> tuple[GradDotProdEngine, Any, Run, Truth]:
     """An attached engine (3 train, 2 validation rows), its model, data seed -> losses, and the truth for
     data seed 1."""
     case = BY_NAME[name]
     model = case.model()
     engine = GradDotProdEngine(model, val_batch_size=2)
     engine.attach()
-    truth = per_sample(case.model(), case.logits, *case.data(5), 3)
-    return engine, model, lambda seed: case.losses(model, *case.data(5, seed)), truth
+    return engine, model, lambda seed: case.losses(model, *case.data(5, seed)), case.truth(3, 2)
+
+
+def end(engine: GradDotProdEngine, loss: Tensor) -> None:
+    """What follows the loss in a step."""
+    loss.backward()
+    engine.prepare_gradients()
 
 
 def finish(engine: GradDotProdEngine, model: nn.Module, losses: Tensor, truth: Truth) -> None:
     """The rest of a step, which must be exact."""
     model.zero_grad()
-    engine.joint_loss(losses).backward()
-    engine.prepare_gradients()
+    end(engine, engine.joint_loss(losses))
     assert truth.dot_error(engine.dot_products()) < 1e-10
     assert truth.gradient_error(model) < 1e-10
 
@@ -63,7 +71,7 @@ def test_every_step_has_its_turn() -> None:
 @pytest.mark.parametrize(
     "bad", [lambda v: v[:3], lambda v: v.mean(), lambda v: v[:, None], lambda v: v.repeat(2)]
 )
-def test_joint_loss_takes_one_loss_per_sample(bad) -> None:
+def test_joint_loss_takes_one_loss_per_sample(bad: Callable[[Tensor], Tensor]) -> None:
     engine, _, run, _ = started()
     with pytest.raises(ValueError, match=r"one loss per sample, \(5,\)"):
         engine.joint_loss(bad(run(1)))
@@ -72,24 +80,35 @@ def test_joint_loss_takes_one_loss_per_sample(bad) -> None:
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda engine, losses: losses[:3].mean(),
-        lambda engine, losses: losses.sum(),
-        lambda engine, losses: engine.joint_loss(losses.detach()),
-        lambda engine, losses: engine.joint_loss(losses) + losses.sum(),
-        lambda engine, losses: engine.joint_loss(losses) - 0.5 * losses[4],
+        lambda engine, losses, _: losses[:3].mean(),
+        lambda engine, losses, _: losses.sum(),
+        lambda engine, losses, _: engine.joint_loss(losses.detach()),
+        lambda engine, losses, _: engine.joint_loss(losses) + losses.sum(),
+        lambda engine, losses, _: engine.joint_loss(losses) - 0.5 * losses[4],
+        # Only the last forward pass has probes.
+        lambda engine, losses, before: engine.joint_loss(before) + engine.joint_loss(losses),
+        lambda engine, losses, before: engine.joint_loss(before),
     ],
-    ids=["train mean", "sum", "detached", "joint loss and sum", "joint loss and one row"],
+    ids=[
+        "train mean",
+        "sum",
+        "detached",
+        "joint loss and sum",
+        "joint loss and one row",
+        "two forward passes",
+        "an earlier forward pass",
+    ],
 )
-def test_the_backward_pass_is_that_of_the_joint_loss(loss) -> None:
-    engine, _, run, _ = started()
-    combined = loss(engine, run(1))
-
-    def rest() -> None:
-        combined.backward()
-        engine.prepare_gradients()
-
+def test_the_backward_pass_is_that_of_the_joint_loss(
+    loss: Callable[[GradDotProdEngine, Tensor, Tensor], Tensor],
+) -> None:
+    """Of the last forward pass; after the error a right step is exact."""
+    engine, model, run, truth = started()
+    before, losses = run(2), run(1)
+    combined = loss(engine, losses, before)
     with pytest.raises(LOUD, match="joint_loss"):
-        rest()
+        end(engine, combined)
+    finish(engine, model, run(1), truth)
 
 
 def test_a_joint_loss_for_the_log() -> None:
@@ -101,8 +120,7 @@ def test_a_joint_loss_for_the_log() -> None:
     finish(engine, model, losses, truth)
     model.zero_grad()
     losses = run(1)
-    (0.25 * engine.joint_loss(losses) + 0.75 * engine.joint_loss(losses)).backward()
-    engine.prepare_gradients()
+    end(engine, 0.25 * engine.joint_loss(losses) + 0.75 * engine.joint_loss(losses))
     assert truth.dot_error(engine.dot_products()) < 1e-10
 
 
@@ -111,39 +129,8 @@ def test_two_backward_passes_of_one_forward() -> None:
     engine, _, run, _ = started()
     loss = engine.joint_loss(run(1))
     loss.backward(retain_graph=True)
-
-    def rest() -> None:
-        loss.backward()
-        engine.prepare_gradients()
-
     with pytest.raises(LOUD, match="backward"):
-        rest()
-
-
-def test_two_forward_passes_in_one_backward() -> None:
-    """Only the last forward pass has probes."""
-    engine, _, run, _ = started()
-    first, second = run(2), run(1)
-
-    def rest() -> None:
-        (engine.joint_loss(first) + engine.joint_loss(second)).backward()
-        engine.prepare_gradients()
-
-    with pytest.raises(LOUD):
-        rest()
-
-
-def test_the_backward_of_an_earlier_forward() -> None:
-    engine, model, run, truth = started()
-    first, _ = run(2), run(1)
-
-    def rest() -> None:
-        engine.joint_loss(first).backward()
-        engine.prepare_gradients()
-
-    with pytest.raises(RuntimeError, match="joint_loss"):
-        rest()
-    finish(engine, model, run(1), truth)
+        end(engine, loss)
 
 
 def test_a_forward_pass_that_is_thrown_away() -> None:
@@ -176,8 +163,7 @@ def test_a_layer_called_outside_of_the_model() -> None:
     hidden = torch.randn(5, T, D, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="ran outside of the model"):
         model.transformer.h[0](hidden)
-    engine.joint_loss(run(1)).backward()
-    engine.prepare_gradients()
+    end(engine, engine.joint_loss(run(1)))
     with pytest.raises(RuntimeError, match="ran outside of the model"):
         model.transformer.h[0](hidden)
 
@@ -188,7 +174,7 @@ def test_a_second_derivative_raises() -> None:
 
     def penalised() -> None:
         engine.joint_loss(run(1)).backward(create_graph=True)
-        sum(p.grad.square().sum() for p in model.parameters()).backward()
+        torch.stack([gradient_of(p).square().sum() for p in model.parameters()]).sum().backward()
 
     with pytest.warns(UserWarning, match="create_graph"), pytest.raises(LOUD):
         penalised()
@@ -204,46 +190,33 @@ def test_parameters_that_are_unfrozen_while_attached() -> None:
     model.transformer.h[0].requires_grad_(False)
     engine.attach()
     model.transformer.h[0].requires_grad_(True)
-
-    def step() -> None:
-        engine.joint_loss(run(1)).backward()
-        engine.prepare_gradients()
-
     with pytest.raises(LOUD, match=r"transformer\.h\.0"):
-        step()
+        end(engine, engine.joint_loss(run(1)))
 
 
 def test_parameters_that_are_frozen_while_attached() -> None:
     engine, model, run, _ = started()
     for p in (*model.transformer.h[0].parameters(), model.transformer.ln_f.bias):
         p.requires_grad_(False)
-    case = BY_NAME["gpt2-tied"]
-    truth = per_sample(deepcopy_detached(model, engine), case.logits, *case.data(5), 3)
+    engine.detach()
+    truth = BY_NAME["gpt2-tied"].truth(3, 2, model=deepcopy(model))
     engine.attach()
     finish(engine, model, run(1), truth)
-
-
-def deepcopy_detached(model: nn.Module, engine: GradDotProdEngine) -> nn.Module:
-    engine.detach()
-    return deepcopy(model)
 
 
 def test_weights_that_are_tied_while_attached() -> None:
     """Nobody has laid the route for the cross terms of their gradients."""
     engine, model, run, _ = started("gpt2-untied")
     model.lm_head.weight = model.transformer.wte.weight
-
-    def step() -> None:
-        engine.joint_loss(run(1)).backward()
-        engine.prepare_gradients()
-
     with pytest.raises(LOUD, match="lm_head"):
-        step()
+        end(engine, engine.joint_loss(run(1)))
 
 
 @pytest.mark.parametrize("copy", [deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("after_a_step", [False, True])
-def test_a_copy_of_an_attached_model_is_refused(copy, after_a_step: bool) -> None:
+def test_a_copy_of_an_attached_model_is_refused(
+    copy: Callable[[nn.Module], object], after_a_step: bool
+) -> None:
     """It would carry an engine of its own, which nobody could detach."""
     engine, model, run, truth = started()
     if after_a_step:

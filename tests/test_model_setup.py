@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import replace
-from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from run_helpers import start, write_shards
@@ -134,14 +134,11 @@ def test_precision(model_dtype: str, train_dtype: str) -> None:
     assert {p.dtype for p in build_model(config).parameters()} == {getattr(torch, model_dtype)}
 
 
-def test_compiled_blocks_make_the_same_scores_and_two_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("compiled_eagerly")
+def test_compiled_blocks_make_the_same_scores_and_two_graphs(tmp_path: Path) -> None:
     """One graph for all blocks under the engine, one for all of them in evaluation, however often the two
     take turns. Without a C++ compiler: the graphs are run as PyTorch traced them."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     data = write_shards(tmp_path / "shards")
-    torch._dynamo.reset()
     counters.clear()
     runs = [
         start(data, tmp_path, run_name=name, max_steps=3, eval_interval=1, **flags)
@@ -149,8 +146,8 @@ def test_compiled_blocks_make_the_same_scores_and_two_graphs(
     ]
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     eager, compiled = (run.scores() for run in runs)
-    assert torch.allclose(*(torch.tensor(each.dot_product) for each in (eager, compiled)), rtol=1e-4)
-    assert torch.allclose(*(torch.tensor(each.train_loss) for each in (eager, compiled)), rtol=1e-5)
+    np.testing.assert_allclose(compiled.dot_product, eager.dot_product, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(compiled.train_loss, eager.train_loss, rtol=1e-5, atol=1e-8)
     for got, want in zip(*(run.evaluations() for run in runs), strict=True):
         assert got["loss/val"] == pytest.approx(want["loss/val"], rel=1e-5)
 

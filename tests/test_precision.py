@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from allocations import Allocations
-from cases import BY_NAME, call_with_targets, copy_in, joint_step
+from cases import BY_NAME, call_with_targets, copy_in, fused_logits, gradient_of, joint_step
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -65,7 +65,7 @@ def test_autocast_ranks_as_float32_does(dtype: torch.dtype, strategy: str | None
         dots = scaled_step(engine, model, dtype, 1024.0, *small_data())
     assert dots.dtype == torch.float32
     assert spearman(dots, float32_dots()) >= 0.99
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(gradient_of(p).dtype == torch.float32 for p in model.parameters())
 
 
 def test_the_ranking_is_no_matter_of_course() -> None:
@@ -112,7 +112,7 @@ def test_backward_inside_autocast(name: str, forward_too: bool, dtype: torch.dty
 
 
 def training_gradient_error(model: nn.Module, truth: Truth) -> dict[str, float]:
-    got = {name: p.grad.double() for name, p in model.named_parameters()}
+    got = {name: gradient_of(p).double() for name, p in model.named_parameters()}
     return {
         name: ((got[name] - want).norm() / want.norm()).item()
         for name, want in truth.training_gradient().items()
@@ -122,9 +122,7 @@ def training_gradient_error(model: nn.Module, truth: Truth) -> dict[str, float]:
 def small_truth(dtype: torch.dtype, x: Tensor, y: Tensor, n: int) -> Truth:
     """In float64, at the very weights that the model in `dtype` has."""
     model = small_model().to(dtype).double()
-    return per_sample(
-        model, lambda m, x: m.hf.transformer(x).last_hidden_state @ m.hf.lm_head.weight.T, x, y, n
-    )
+    return per_sample(model, lambda _, x: fused_logits(model, x), x, y, n)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

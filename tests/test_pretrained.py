@@ -1,5 +1,4 @@
-"""Models from folders in Hugging Face format: what is read, and what is refused, in one line that names the
-file."""
+"""Models from folders in Hugging Face format: what is read, and what is refused and how."""
 
 import json
 import os
@@ -40,7 +39,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **flags: Any) -> GPT2LMHeadModel:
-    given = {"architecture": "GPT2-Tiny", "device": "cpu", "block_size": 8} | flags
+    given: dict[str, Any] = {"architecture": "GPT2-Tiny", "device": "cpu", "block_size": 8} | flags
     return load_model(folder, resolve(TrainingConfig(**given), {}), drop_dropout=True).hf
 
 

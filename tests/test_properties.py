@@ -37,7 +37,7 @@ def truth_of(network: Network, model: DrawnNetwork, options: Options, step: int)
     twin.load_state_dict(model.state_dict())
     rows = network.n * options.micro_batches
     try:
-        return per_sample(twin, DrawnNetwork.logits, *network.data(rows + network.m, step), rows)
+        return per_sample(twin, lambda _, x: twin.logits(x), *network.data(rows + network.m, step), rows)
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error) or "does not require grad" in str(error):
             reject()

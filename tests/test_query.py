@@ -27,20 +27,22 @@ from attribution.query.lookup import find_extreme_pairs, find_sample, find_text,
 from attribution.query.text_search import Place, find_documents
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.units import write_units
-from data_processing.shards import EOT, Shard, ShardError, ShardWriter, open_shard
-from data_processing.tokenizers import get_tokenizer
+from data_processing.shard_files import ShardError
+from data_processing.shards import EOT, Shard, ShardWriter, open_shard
+from data_processing.tokenizers import Gpt2Bytes, get_tokenizer
 
 T = 32
 VALIDATION_ROWS = 3
 TRAINED = DOMAINS[1]
 
 
-class Pieces:
+class Pieces(Gpt2Bytes):
     """A tokenizer of some byte strings, which may be parts of characters."""
 
     name = "pieces"
 
     def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__()
         self._pieces = pieces
 
     def token_bytes(self) -> list[bytes]:
@@ -156,8 +158,11 @@ def test_a_sample_stands_where_pandas_ranks_it(
     units = write_units(database, shards, "samples", tmp_path)
     for block in (values.idxmax(), values.idxmin(), values.index[5]):
         rank = int(values.rank(ascending=False, method="min")[block])
-        expected = Standing(pytest.approx(values[block]), rank, len(values), (values < values[block]).mean())
-        assert find_standing(database, units, "samples", TRAINED, int(block)) == expected
+        found = find_standing(database, units, "samples", TRAINED, int(block))
+        assert found is not None and found == Standing(
+            found.value, rank, len(values), (values < values[block]).mean()
+        )
+        assert found.value == pytest.approx(values[block])
     assert find_standing(database, units, "samples", DOMAINS[0], 0) is None
 
 

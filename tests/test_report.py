@@ -1,5 +1,4 @@
-"""The report as a file: what a browser makes of it, whether hostile texts stay texts, and its numbers against
-pandas."""
+"""The report as a file: as a browser reads it, with hostile texts, and its numbers against pandas."""
 
 import base64
 import json
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -226,7 +226,7 @@ def test_every_plot_has_an_alternative_text_and_labels_at_its_axes(page: Element
     ]
     found = list(svgs(page))
     assert len(found) == 2 * len(labels)
-    for (image, svg), wanted in zip(found, np.repeat(labels, 2), strict=True):
+    for (image, svg), wanted in zip(found, [each for each in labels for _ in range(2)], strict=True):
         assert len(image.attributes["alt"]) > 40
         texts = ["".join(each.itertext()).strip() for each in svg.iter() if each.tag.endswith("}text")]
         for label in wanted:
@@ -340,7 +340,7 @@ def test_the_same_run_gives_the_same_file_but_for_the_date(run: Run, html: str, 
     output = tmp_path / "again.html"
     write_report([ScoredRun.open(run.folder)], output, date=DATE)
     again = output.read_text(encoding="utf-8")
-    assert "Made on 2030-01-02 03:04 UTC." in again
+    assert "Made on 2030-01-02 03:04 UTC," in again
     made = r"Made on [-\d]+ [\d:]+ UTC"
     assert re.sub(made, "", again) == re.sub(made, "", html)
     assert [path.name for path in tmp_path.iterdir()] == ["again.html"]
@@ -469,7 +469,11 @@ def test_units_make_numbers_of_one_to_three_places(
 
 def test_curves_are_means_of_neighbours_and_evaluations_of_the_window() -> None:
     assert average_neighbours(np.arange(7), 3).tolist() == [1, 4, 6]
-    records = [{"step": 1, "loss/val": 5.0}, {"step": 3, "loss/val": None}, {"step": 3, "train_loss": 1.0}]
+    records: list[dict[str, Any]] = [
+        {"step": 1, "loss/val": 5.0},
+        {"step": 3, "loss/val": None},
+        {"step": 3, "train_loss": 1.0},
+    ]
     steps, losses = collect_evaluations(records, "loss/val", 2, 9)
     assert steps.tolist() == [3]
     assert np.isnan(losses).all()

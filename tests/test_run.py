@@ -6,8 +6,11 @@ import logging
 import math
 import re
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +22,6 @@ from transformers import GPT2LMHeadModel
 
 import evaluation
 import main
-import training_loop
 from attribution.screen import first_words
 from benchmarks.oracle import per_sample
 from data_processing.tokenizers import get_tokenizer
@@ -236,7 +238,8 @@ class Spy:
     """Stands in for training_loop.evaluate: notes the model and the batches of every evaluation."""
 
     def __init__(self, folder: Path) -> None:
-        self.original, self.folder = training_loop.evaluate, folder
+        self.original: Callable[..., Any] = evaluation.evaluate
+        self.folder = folder
         self.batches: list[list] = []
         self.written: list[int] = []
 
@@ -266,7 +269,7 @@ def test_evaluation_is_without_the_engine_and_on_the_same_batches(
     data: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(results / "spied" / "grad_dotprods")
-    monkeypatch.setattr(training_loop, "evaluate", spy)
+    monkeypatch.setattr("training_loop.evaluate", spy)
     flags = {"max_steps": 6, "eval_interval": 3, "eval_bs": 5, "eval_iter": 2, "dot_prod_save_interval": 2}
     run = start(data, results, run_name="spied", **flags)
     assert run.status == 0 and len(spy.batches) == 2
@@ -283,41 +286,49 @@ def test_evaluation_is_without_the_engine_and_on_the_same_batches(
     assert len(trained) == 10, "the evaluation sees the same row again"
 
 
-def test_eval_only_finds_the_losses_of_the_runs_last_evaluation(
-    scored: Run, data: Path, results: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    found = []
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What --eval_only finds."""
+    found: list[dict[str, float]] = []
     evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: found.append(evaluate(*args)) or found[-1])
+
+    def noted(*args: Any) -> dict[str, float]:
+        found.append(evaluate(*args))
+        return found[-1]
+
+    monkeypatch.setattr(evaluation, "evaluate", noted)
+    return found
+
+
+def test_eval_only_finds_the_losses_of_the_runs_last_evaluation(
+    scored: Run, data: Path, results: Path, evaluated: list[dict], caplog: pytest.LogCaptureFixture
+) -> None:
     before = tree(results)
     with caplog.at_level(logging.INFO):
         again = start(data, results, run_name="scored", eval_only=True, **FLAGS)
     assert again.status == 0 and again.out == "" and tree(results) == before
     last = scored.evaluations()[-1]
-    assert list(found[0]) == ["train", "val", "test"]
-    for name, loss in found[0].items():
+    assert list(evaluated[0]) == ["train", "val", "test"]
+    for name, loss in evaluated[0].items():
         assert loss == pytest.approx(last[f"loss/{name}"], rel=1e-12)
         assert f"loss on {name}: {loss:.4f}" in caplog.text
 
 
 def test_eval_only_without_a_name_evaluates_the_untrained_model(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, evaluated: list[dict]
 ) -> None:
-    found = []
-    evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: found.append(evaluate(*args)) or found[-1])
     results = tmp_path / "results"
     assert start(data, results, eval_only=True).status == 0
     assert not results.exists()
-    assert all(abs(loss - math.log(50304)) < 0.5 for loss in found[0].values())
+    assert all(abs(loss - math.log(50304)) < 0.5 for loss in evaluated[0].values())
 
 
 # ---- other ways to train
 
 
-@pytest.mark.parametrize("grad_clip", [0.0, 0.5])
+@pytest.mark.parametrize(("grad_clip", "clipped"), [(0.0, False), (0.5, True), (1000.0, False)])
 def test_the_values_of_an_sgd_step_are_the_fall_of_the_validation_loss(
-    grad_clip: float, data: Path, results: Path
+    grad_clip: float, clipped: bool, data: Path, results: Path
 ) -> None:
     """For plain gradient descent the prediction is exact to first order in the learning rate."""
     run = start(
@@ -329,7 +340,8 @@ def test_the_values_of_an_sgd_step_are_the_fall_of_the_validation_loss(
     with torch.no_grad():
         before, after = (model(tokens[:, :-1], tokens[:, 1:]).mean() for model in (run.initial, run.model))
     assert run.scores().value.sum() == pytest.approx((before - after).item(), rel=1e-3)
-    assert run.metrics().clip_factor[0] < 0.5 if grad_clip else run.metrics().clip_factor[0] == 1
+    factor = run.metrics().clip_factor[0]
+    assert factor < 0.5 if clipped else factor == 1
 
 
 def test_chosen_domains_sgd_and_a_log_of_every_second_step(data: Path, results: Path) -> None:
@@ -401,8 +413,7 @@ def test_activation_checkpointing_changes_nothing(scored: Run, data: Path, resul
 def test_what_float16_cannot_hold_is_skipped_and_has_no_score(
     data: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kw: scaler(*args, **kw, init_scale=2.0**18))
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**18))
     run = start(data, results, run_name="float16", train_dtype="float16", max_steps=8)
     assert run.status == 0
     scores, metrics = run.scores(), run.metrics().set_index("step")

@@ -21,12 +21,12 @@ import pandas as pd
 import pytest
 import torch
 import wandb
-from run_helpers import ROOT, Run, command, environment, python, start, tree
+from run_helpers import ROOT, Run, calling, command, environment, python, start, tree
 from transformers import GPT2LMHeadModel
 
+import evaluation
 import main
 import model_setup
-import training_loop
 from benchmarks.launch import fork
 from config_file import TrainingConfig, resolve
 from data_processing.shards import ShardWriter
@@ -55,6 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def refusal(arguments: list[str], results: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What main() says to a command line that is wrong; it leaves the results as they are."""
     before = tree(results.parent)
+    status: object
     try:
         status = main.main(arguments)
     except SystemExit as exit:  # argparse's way
@@ -136,6 +137,7 @@ def test_a_file_system_without_locks(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("wandb_key")
 @pytest.mark.parametrize(
     ("where", "error", "said"),
     [
@@ -154,7 +156,6 @@ def test_what_weights_and_biases_refuses(
     def refuse() -> None:
         raise error
 
-    monkeypatch.setattr(wandb, "login", lambda: True)
     monkeypatch.setattr(wandb, where, refuse)
     message = refusal(command(data, tmp_path / "results", wandb_mode="online"), tmp_path / "results", capsys)
     assert message.startswith("--wandb_mode online: ") and said in message and "\n" not in message
@@ -229,9 +230,9 @@ def test_an_id_beyond_the_models_vocabulary(
 
 
 def test_no_gpu(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpu_is_there: Callable[[bool], None]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu_is_there(False)
     message = refusal(command(data, tmp_path / "results", device="cuda"), tmp_path / "results", capsys)
     assert message.startswith("--device cuda: ")
 
@@ -327,7 +328,8 @@ def meddle(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable) -> list[d
         build(self, *args, **options | {"guard": False})
 
     monkeypatch.setattr(GradDotProdEngine, "__init__", unguarded)
-    forward, seen = CausalLM.forward, []
+    forward = CausalLM.forward
+    seen: list[dict] = []
     calls = iter(range(1_000_000))
 
     def meddled(self, x, y):
@@ -374,6 +376,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert "steps                  3 of 6" in run.out
 
 
+@pytest.mark.usefixtures("waits_to_log")
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 @pytest.mark.parametrize("method", ["GradDotProd", "Regular"])
 def test_a_loss_that_nobody_looks_at_in_its_step(
@@ -382,7 +385,6 @@ def test_a_loss_that_nobody_looks_at_in_its_step(
 ) -> None:  # fmt: skip
     """As on a GPU, which is waited for in every fifth step only: step 1 fails, steps 2 to 4 change nothing
     any more and have no scores."""
-    monkeypatch.setattr(Trainer, "_waits", Trainer._logs)
     failing = iter([False, True, *[False] * 10])
     seen = meddle(monkeypatch, 0, lambda losses: losses + math.nan if next(failing) else losses)
     run = start(data, tmp_path, run_name="a", max_steps=9, log_interval=5, method=method, optimizer=optimizer)
@@ -494,7 +496,7 @@ def parameters_of(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_ctrl_c_in_a_forward_pass(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = meddle(monkeypatch, 3, lambda losses: interrupt() or losses)
+    seen = meddle(monkeypatch, 3, calling(interrupt, lambda losses: losses))
     run = start(data, tmp_path, run_name="a", dot_prod_save_interval=100)
     assert run.status == 130
     assert steps_scored(run) == [0, 1, 2] and saved_is(run, seen[0])
@@ -502,7 +504,7 @@ def test_ctrl_c_in_a_forward_pass(data: Path, tmp_path: Path, monkeypatch: pytes
     assert "loss on val            not evaluated yet" in run.out
 
 
-@pytest.mark.parametrize("where", [(torch.optim.AdamW, "step"), (training_loop.Trainer, "_record")])
+@pytest.mark.parametrize("where", [(torch.optim.AdamW, "step"), (Trainer, "_record")])
 def test_ctrl_c_in_an_update_waits_for_its_end(
     where: tuple[type, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,7 +516,7 @@ def test_ctrl_c_in_an_update_waits_for_its_end(
 
 
 def test_ctrl_c_in_an_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_loop, "evaluate", interrupting(training_loop.evaluate))
+    monkeypatch.setattr("training_loop.evaluate", interrupting(evaluation.evaluate))
     run = start(data, tmp_path, run_name="a", eval_interval=3, dot_prod_save_interval=100)
     assert run.status == 130
     assert steps_scored(run) == [0, 1, 2] and run.evaluations() == []
@@ -526,9 +528,11 @@ def test_ctrl_c_while_the_engine_is_put_back_or_taken_off(
     where: str, when: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For an evaluation. What is not attached could not be detached at the end."""
-    original, evaluate, evaluated = getattr(GradDotProdEngine, where), training_loop.evaluate, []
+    original = getattr(GradDotProdEngine, where)
+    evaluated: list[int] = []
     monkeypatch.setattr(GradDotProdEngine, where, interrupting(original, when, after=where == "detach"))
-    monkeypatch.setattr(training_loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
+    noted = calling(lambda: evaluated.append(1), evaluation.evaluate)
+    monkeypatch.setattr("training_loop.evaluate", noted)
     run = start(data, tmp_path, run_name="a", eval_interval=3, dot_prod_save_interval=100)
     assert run.status == 130
     assert steps_scored(run) == [0, 1, 2] and saved_is(run, parameters_of(run))
@@ -609,7 +613,7 @@ def test_ctrl_c_while_saving_does_not_break_what_is_saved(
 ) -> None:
     """A second one, after that which ended the run, or a first one after the last step."""
     if interrupted:
-        meddle(monkeypatch, 3, lambda losses: interrupt() or losses)
+        meddle(monkeypatch, 3, calling(interrupt, lambda losses: losses))
     close = GradDotProdManager.close
     monkeypatch.setattr(GradDotProdManager, "close", interrupting(close))
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", interrupting(GPT2LMHeadModel.save_pretrained))

@@ -11,6 +11,7 @@ from cases import (
     Wired,
     call_with_targets,
     fused_gpt2,
+    gradient_of,
     joint_step,
     seeded,
     tiny_gpt2,
@@ -170,7 +171,7 @@ def test_every_way_to_meet_the_samples(unit: None, rows: int, micro_batches: int
         assert torch.allclose(got, want, rtol=1e-10, atol=1e-12 * want.abs().max().item())
     for name, p in model.named_parameters():
         want = torch.stack([truth.training_gradient()[name] for truth in truths]).mean(0)
-        assert torch.allclose(p.grad, want, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradient_of(p), want, rtol=1e-9, atol=1e-12), name
 
 
 def test_pairs_of_rows() -> None:

@@ -306,7 +306,7 @@ def train_sh(folder: Path) -> Path:
 )
 def test_torchrun_does_not_handle_what_is_ignored(before: list[str], left: str, tmp_path: Path) -> None:
     """It would end the run that nohup protects when the terminal is closed."""
-    command = [*before, train_sh(tmp_path), "--nproc_per_node", "2"]
+    command = [*before, str(train_sh(tmp_path)), "--nproc_per_node", "2"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     lines = done.stdout.splitlines()
     assert lines[lines.index("--signals_to_handle") + 1] == left

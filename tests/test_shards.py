@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data_processing import shard_files
-from data_processing.shard_files import BUFFER_BYTES
-from data_processing.shards import EOT, ShardError, ShardWriter, domain_file_name, list_shards, open_shard
+from data_processing.shard_files import BUFFER_BYTES, ShardError
+from data_processing.shards import EOT, ShardWriter, domain_file_name, list_shards, open_shard
 
 DOCUMENTS = [[1, 2, 3], [50255], [7] * 10]
 
@@ -62,9 +62,9 @@ def test_cut_documents_begin_where_they_are_said_to(tmp_path: Path) -> None:
         shard.extend_cut(np.array([5, EOT], "<u2"), np.array([], np.int64))  # the document goes on
         shard.append([6])
         shard.extend_cut(np.array([EOT], "<u2"), np.array([0]))
-    shard = open_shard(tmp_path / "A.json", verify_checksum=True)
-    assert shard.tokens.tolist() == [1, 2, 3, EOT, 4, 5, EOT, 6, EOT, EOT]
-    assert shard.document_starts.tolist() == [0, 2, 4, 7, 9]
+    written = open_shard(tmp_path / "A.json", verify_checksum=True)
+    assert written.tokens.tolist() == [1, 2, 3, EOT, 4, 5, EOT, 6, EOT, EOT]
+    assert written.document_starts.tolist() == [0, 2, 4, 7, 9]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,12 @@ def change(**fields: object) -> Callable[[Path], None]:
 
 def rewrite(suffix: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """Damage: other bytes in a file."""
-    return lambda path: (
-        path.with_suffix(suffix).write_bytes(edit(path.with_suffix(suffix).read_bytes())) and None
-    )
+
+    def damage(path: Path) -> None:
+        file = path.with_suffix(suffix)
+        file.write_bytes(edit(file.read_bytes()))
+
+    return damage
 
 
 DAMAGES = {

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -95,15 +95,21 @@ def test_plain_gzip_and_zstd_files_of_a_folder_in_order(tmp_path: Path) -> None:
         assert shard.document_starts.tolist() == list(starts)
 
 
+@pytest.fixture
+def read_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many bytes are read at a time."""
+    return lambda size: monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
+
+
 def test_the_number_of_workers_and_the_batches_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_at_once: Callable[[int], None]
 ) -> None:
     inputs = [
         write_jsonl(tmp_path / "1.jsonl", RECORDS[:50]),
         write_jsonl(tmp_path / "2.jsonl", RECORDS[50:]),
     ]
     run(inputs, tmp_path / "one")
-    monkeypatch.setattr(pile_records, "BATCH_BYTES", 300)
+    read_at_once(300)
     monkeypatch.setattr(split_parts, "JOIN_TOKENS", 100)
     run(inputs, tmp_path / "three", num_workers=3)
     assert contents(tmp_path / "one" / "train") == contents(tmp_path / "three" / "train")
@@ -148,12 +154,14 @@ def test_without_a_terminal_the_log_tells_how_far_it_is(
 # Reading lines
 
 
-def test_batches_are_whole_lines_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_whole_lines_with_their_numbers(
+    tmp_path: Path, read_at_once: Callable[[int], None]
+) -> None:
     lines = [b"x" * length for length in (5, 0, 70, 3, 200, 64, 63, 1, 0, 0, 9)]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     (source,) = find_inputs([tmp_path / "in.jsonl"])
     for size in (1, 7, 64, 1000):
-        monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
+        read_at_once(size)
         batches = list(read_line_batches(source))
         assert [batch.is_last for batch in batches] == [False] * (len(batches) - 1) + [True]
         assert b"".join(batch.data for batch in batches) == b"\n".join(lines)
@@ -163,14 +171,14 @@ def test_batches_are_whole_lines_with_their_numbers(tmp_path: Path, monkeypatch:
 
 
 def test_a_line_too_long_is_bad_but_the_others_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_at_once: Callable[[int], None]
 ) -> None:
     lines = [b"a" * 10, b"b" * 10_000, b"c" * 10, b"d" * 100, b"e" * 10_000, b"f"]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     (source,) = find_inputs([tmp_path / "in.jsonl"])
     monkeypatch.setattr(pile_records, "MAX_LINE_BYTES", 100)
     for size in (16, 101, 150):
-        monkeypatch.setattr(pile_records, "BATCH_BYTES", size)
+        read_at_once(size)
         batches = list(read_line_batches(source))
         assert max(len(batch.data) for batch in batches) <= 100 + 2 * size  # the long lines are never held
         read = dict(line for batch in batches for line in number_lines(batch))
@@ -214,9 +222,9 @@ def zstd_with_window(log: int, data: bytes) -> bytes:
 )
 @pytest.mark.parametrize("batch_bytes", [1, 1 << 20])
 def test_what_zstd_and_gzip_read_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, batch_bytes: int
+    tmp_path: Path, read_at_once: Callable[[int], None], name: str, data: bytes, batch_bytes: int
 ) -> None:
-    monkeypatch.setattr(pile_records, "BATCH_BYTES", batch_bytes)
+    read_at_once(batch_bytes)
     (tmp_path / name).write_bytes(data)
     (source,) = find_inputs([tmp_path])
     assert b"".join(batch.data for batch in read_line_batches(source)) == TEXT

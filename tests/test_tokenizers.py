@@ -14,7 +14,8 @@ import requests
 import tiktoken
 
 from data_processing import tokenizers
-from data_processing.tokenizers import EOT, Gpt2, TokenizerError, byte_ids, get_tokenizer
+from data_processing.shards import EOT
+from data_processing.tokenizers import Gpt2, TokenizerError, byte_ids, get_tokenizer
 
 needs_vocabulary = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no GPT-2 vocabulary"
@@ -157,7 +158,8 @@ def test_the_home_folder_in_the_vocabularys_is_expanded(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(variable, "~/cache")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: os.environ[variable])
-    assert Gpt2.load()._encoding == str(tmp_path / "cache")
+    found: object = Gpt2.load()._encoding
+    assert found == str(tmp_path / "cache")
 
 
 def test_unknown_names_and_ids_are_errors() -> None:

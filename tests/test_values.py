@@ -9,8 +9,8 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -116,7 +116,8 @@ def test_values_of_samples(
 ) -> None:
     values = values_of(tmp_path, *folders[:runs], normalise=normalise, steps=window)
     got = values.read("samples").to_pandas()
-    first, last = (0, 11) if window == (None, None) else window
+    first, last = window
+    first, last = 0 if first is None else first, 11 if last is None else last
     want = want_samples(folders[:runs], normalise, first, last)
     assert want.value.isna().any() and (runs == 1 or want.steps.max() > 1)
     pd.testing.assert_frame_equal(
@@ -242,13 +243,13 @@ def test_sums_are_the_same_every_time(tmp_path: Path, data: Path) -> None:
 # ---- what docs/values.md shows to write oneself
 
 
-def answers_of_the_page(folder: Path) -> list[object]:
+def answers_of_the_page(folder: Path) -> list[Any]:
     """The values of all expressions in its Python lines about results/NAME, with this folder instead."""
     blocks = re.findall(
         r"^```python\n(.*?)^```$", VALUES_PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     blocks = [block for block in blocks if "results/NAME" in block]
-    answers: list[object] = []
+    answers: list[Any] = []
     for block in blocks:
         lines = block.replace("results/NAME", json.dumps(str(folder))[1:-1])
         names: dict[str, object] = {}
@@ -386,6 +387,11 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
     return spoil
 
 
+def stopped_after_its_last_files(run: Path) -> None:
+    remove("*-00000000001*")(run)
+    (run / "checkpoints/step_000012").mkdir(parents=True)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no settings": (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
     "a saved model": (lambda run: (run / "config.json").write_text("{}"), "is not of a run"),
@@ -403,7 +409,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         remove("step-000000000006-*.rank-00001*"), "scores of 3 samples in step 6, .* has 6: a process"
     ),
     "the last files": (
-        lambda run: (remove("*-00000000001*")(run), (run / "checkpoints/step_000012").mkdir(parents=True)),
+        stopped_after_its_last_files,
         "a checkpoint after 12 steps, but no scores of steps 10 to 11",
     ),
     "another version": (
@@ -428,13 +434,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_an_error_of_the_disk_or_the_database_is_one_line(
     of_the_disk: bool, damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*arguments: object) -> None:
-        raise OSError(28, "No space left on device") if of_the_disk else duckdb.InvalidInputException("ZSTD")
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def fails(self: ScoreDatabase, sql: str, path: Path, doing: str) -> None:
+        self.query("SELECT error('ZSTD')", doing)
 
     if of_the_disk:
-        monkeypatch.setattr(attribution.values, "write_json_atomically", fails)
+        monkeypatch.setattr(attribution.values, "write_json_atomically", full)
     else:
-        monkeypatch.setattr(ScoreDatabase, "write", lambda self, sql, path, doing: self._run(fails, doing))
+        monkeypatch.setattr(ScoreDatabase, "write", fails)
     status, _, err = command(capsys, damaged)
     assert status == 2 and "Traceback" not in err
     seen = "No space left on device" if of_the_disk else "ZSTD"

@@ -1,4 +1,4 @@
-"""The check that a user runs first: on a model of one's own, with and without faults."""
+"""`ghostEngines.verify` on models with and without faults."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a step reads of its tensors' values: on a GPU every such look waits for the device."""
+"""Between logging steps, training reads no tensor's values, for which a GPU would have to be waited for."""
 
 from pathlib import Path
 
@@ -7,9 +7,6 @@ import torch
 from run_helpers import start
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ghostEngines.graddotprod_engine
-import ghostEngines.layer_rules.cross_entropy_head
-import ghostEngines.losses
 from run.state import TrainingState
 from training_loop import Trainer
 
@@ -26,6 +23,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("values_unread", "waits_to_log")
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 @pytest.mark.parametrize("method", ["GradDotProd", "Regular"])
@@ -37,14 +35,6 @@ def test_a_step_reads_no_values_between_logging_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`require`, which on a GPU is checked by the device itself, is left out."""
-    for module in (
-        ghostEngines.losses,
-        ghostEngines.graddotprod_engine,
-        ghostEngines.layer_rules.cross_entropy_head,
-    ):
-        monkeypatch.setattr(module, "require", lambda condition, message: None)
-    monkeypatch.setattr(Trainer, "_waits", Trainer._logs)
     monkeypatch.setattr(TrainingState, "save", lambda *args: None)
     step, counts = Trainer._step, []
 

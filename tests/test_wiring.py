@@ -1,25 +1,17 @@
-"""How a model may be wired: what the engine takes is exact, and what it cannot take raises."""
+"""Ways to wire a model: what the engine takes is exact, and what it cannot take is an error."""
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, D, T, V, Wired, joint_step, seeded, token_rows
+from cases import BY_NAME, D, T, V, Wired, exact, gradient_of, joint_step, seeded, token_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.oracle import per_sample
 from ghostEngines import GradDotProdEngine, RowsError, per_sample_losses
-
-
-def exact(model: nn.Module, rows: int = 5, positions: int = T, losses: Callable = per_sample_losses) -> bool:
-    """One step of the model on token rows agrees with the oracle, dots and gradients."""
-    x, y = token_rows(rows, positions)
-    truth = per_sample(deepcopy(model), lambda m, x: m(x), x, y, rows - 2)
-    dots, _ = joint_step(model, x, y, 2, losses)
-    return truth.dot_error(dots) < 1e-10 and truth.gradient_error(model) < 1e-10
-
 
 # The first dimension of a layer's input
 
@@ -28,14 +20,15 @@ def exact(model: nn.Module, rows: int = 5, positions: int = T, losses: Callable 
 @pytest.mark.parametrize(
     "run",
     [
+        lambda m, h: m.out(m.lin(h).tanh()),
         lambda m, h: m.out(m.lin(h.flatten(0, 1)).view(h.shape)),  # (N·T, D)
         lambda m, h: m.out(h + m.lin(torch.ones(D, dtype=h.dtype))),  # (D,)
         lambda m, h: m.out(h * m.lin(torch.ones(1, D, dtype=h.dtype)).tanh()),  # (1, D)
         lambda m, h: m.out(m.lin(h.repeat_interleave(2, 0)).view(len(h), 2, *h.shape[1:]).sum(1)),
     ],
-    ids=["flattened", "a vector for all", "a factor for all", "two entries for a row"],
+    ids=["the sample", "flattened", "a vector for all", "a factor for all", "two entries for a row"],
 )
-def test_layers_whose_first_dimension_is_not_the_sample(run, rows: int) -> None:
+def test_the_first_dimension_of_a_layers_input(run: Callable, rows: int) -> None:
     assert exact(seeded(lambda: Wired(run)), rows)
 
 
@@ -58,10 +51,8 @@ def test_too_few_rows(rows: int) -> None:
 
 def test_an_input_without_a_number_of_rows() -> None:
     model = Wired(lambda m, h: m.out(h))
-    model.forward = lambda x: model.out(model.wte(torch.tensor(x)))
     with GradDotProdEngine(model, 2), pytest.raises(ValueError, match="without a tensor"):
         model([[1, 2], [3, 4], [5, 6]])
-    model = Wired(lambda m, h: m.out(h))
     with GradDotProdEngine(model, 2), pytest.raises(ValueError, match="row"):
         model(torch.tensor(1))
 
@@ -86,7 +77,7 @@ def test_an_input_without_a_number_of_rows() -> None:
         "regulariser inside",
     ],
 )
-def test_a_weight_is_used_by_one_call_of_its_layer(run) -> None:
+def test_a_weight_is_used_by_one_call_of_its_layer(run: Callable) -> None:
     """Whatever the model does with a weight beside calling its layer once would be in p.grad, for the
     validation rows too, and not in the dot products."""
     with pytest.raises(RuntimeError, match=r"layer '(lin|wte)'"):
@@ -95,17 +86,11 @@ def test_a_weight_is_used_by_one_call_of_its_layer(run) -> None:
 
 def test_a_layer_that_is_not_used_is_no_error() -> None:
     model = seeded(lambda: Wired(lambda m, h: m.out(h)))
-    truth = per_sample(model, lambda m, x: m(x), *token_rows(), 3)
-    dots, _ = joint_step(model, *token_rows(), 2)
-    assert truth.dot_error(dots) < 1e-12
+    assert exact(model)
     assert model.lin.weight.grad is None
 
 
 # Shapes that could be taken for others
-
-
-def test_as_many_positions_as_rows() -> None:
-    assert exact(seeded(lambda: Wired(lambda m, h: m.out(m.lin(h).tanh()))), rows=T)
 
 
 POSITIONS = {
@@ -173,13 +158,8 @@ def test_relative_positions() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"granularity": "pairwise"}, {"strategy": "gram"}, {"guard": False}], ids=str
 )
-def test_a_layer_that_is_called_several_times(run, options: dict) -> None:
-    model, (x, y) = seeded(lambda: Wired(run)), token_rows()
-    truth = per_sample(deepcopy(model), lambda m, x: m(x), x, y, 3)
-    dots, _ = joint_step(model, x, y, 2, **options)
-    error = truth.pairwise_error if "granularity" in options else truth.dot_error
-    assert error(dots) < 1e-10
-    assert truth.gradient_error(model) < 1e-10
+def test_a_layer_that_is_called_several_times(run: Callable, options: dict[str, Any]) -> None:
+    assert exact(seeded(lambda: Wired(run)), **options)
 
 
 # What must simply work
@@ -198,7 +178,7 @@ def test_a_layer_that_is_called_several_times(run, options: dict) -> None:
     ],
     ids=["in-place linear", "in-place embedding", "in-place sum", "keyword", "strided", "sliced", "expanded"],
 )
-def test_wirings(run) -> None:
+def test_wirings(run: Callable) -> None:
     assert exact(seeded(lambda: Wired(run)))
 
 
@@ -229,13 +209,13 @@ def test_an_input_that_needs_a_gradient() -> None:
     x, y = case.data(5)
     x.requires_grad_()
     model = case.model()
-    truth = per_sample(case.model(), case.logits, x.detach(), y, 3)
+    truth = case.truth(3, 2)
     dots, losses = joint_step(model, x, y, 2)
     assert truth.dot_error(dots) < 1e-10
     plain = x.detach().clone().requires_grad_()
     losses = per_sample_losses(case.model(), plain, y)
     (losses[:3].mean() + losses[3:].mean()).backward()
-    assert torch.allclose(x.grad, plain.grad, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(gradient_of(x), gradient_of(plain), rtol=1e-12, atol=1e-14)
 
 
 class LooksAtItself(nn.Module):

@@ -1,4 +1,4 @@
-"""How the layers of each kind are described: one file each, which registers its rules when it is imported here."""
+"""The rules of all layer families: one file each, whose rules are registered when it is imported here."""
 
 from torch import nn
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def find_rule(layer: nn.Module) -> LayerRule | None:
-    """Return the rule of a layer, by its type or by what it does; None if there is none."""
+    """Return the rule of a layer, by its type or by what it computes; None if there is none."""
     kind = type(layer)
     name = f"{kind.__module__}.{kind.__qualname__}"
     found = UNITS.get(kind) or RULES.get(kind) or RULES.get(name) or norm_rule(layer) or subclass_rule(layer)

@@ -12,7 +12,7 @@ from .registry import register_rule
 
 
 def check_convolution(layer: nn.Conv1d | nn.Conv2d) -> None:
-    """Raise AttachError for a padding that is not of zeros."""
+    """Raise AttachError for a padding other than zeros."""
     if layer.padding_mode != "zeros":
         raise AttachError(
             f"{type(layer).__name__} with padding_mode={layer.padding_mode!r} is not covered: use 'zeros'."
@@ -20,7 +20,7 @@ def check_convolution(layer: nn.Conv1d | nn.Conv2d) -> None:
 
 
 def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """Return what the kernel sees at each position: x (N, C, ...) -> (N, C·k, positions)."""
+    """Return the kernel's input at each position: x (N, C, ...) -> (N, C·k, positions)."""
     flat = x.dim() == 3
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     if layer.padding == "same":
@@ -40,8 +40,7 @@ def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 def convolution(
     layer: nn.Conv1d | nn.Conv2d, inputs: tuple[Any, ...], backprops: Tensor
 ) -> dict[str, Description]:
-    """Describe a convolution as a matrix product with the patches of its input; in groups of channels, sample
-    by sample."""
+    """Describe a convolution as a matrix product with the patches of its input."""
     seen, gradients = patches(layer, inputs[0]), backprops.flatten(2)  # (N, C·k, L), (N, O, L)
     bias = PerPosition(gradients.mT)
     if layer.groups == 1:
@@ -52,7 +51,7 @@ def convolution(
 
 @register_rule(nn.GroupNorm, wide=True)
 def group_norm(layer: nn.GroupNorm, inputs: tuple[Any, ...], backprops: Tensor) -> dict[str, Description]:
-    """Describe y = x̂ · w + b, with x̂ normalised over groups of channels of one sample."""
+    """Describe y = x̂ · w + b, where x̂ is x normalised over each sample's groups of channels."""
     normalised = F.group_norm(inputs[0], layer.num_groups, eps=layer.eps)
     return {
         "weight": PerPosition(torch.movedim(normalised * backprops, 1, -1)),

@@ -1,13 +1,16 @@
-"""The output layer fused with its cross entropy: one loss per row, and never more than some positions' logits
-at a time.
+"""The output layer fused with its cross entropy: one loss per row, without the logits of all positions.
 
-The logits, (n+m) · T · V numbers, are the largest tensor of a language model's training step. The head makes
-them part by part, and from them at once its own gradients, so that none has to be kept for the backward
-pass. A part is several rows, or a piece of one: losses and dot products are sums over positions. The row
-weights of the loss must therefore be known beforehand: uniform without an engine, 1/n and 1/m with one; the
-backward pass accepts only a common factor on them."""
+The logits, (n+m) · T · V numbers, are the largest tensor of a language model's training step. The head
+computes them part by part and computes its own gradients from each part at once, so that no logits are kept
+for the backward pass. A part is several rows, or a piece of one row, since losses and dot products are sums
+over positions.
+
+So the head must know the weights of the rows' losses in its forward pass. They are uniform without an engine,
+and 1/n and 1/m with one. The backward pass accepts only a common factor on them.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +28,16 @@ from ..uses import Uses
 from .head_gradient import HeadGradient, HeadPlan, Part
 from .registry import register_rule
 
-# How many positions' logits are there at a time: enough for full speed of the matrix products.
+# The logits of this many positions are in memory at a time: enough for matrix products at full speed.
 PART_POSITIONS = 512
-# Softmax runs over this many positions at a time, so that its temporaries stay in the cache.
+# Softmax processes this many positions at a time, so that its temporaries stay in the cache.
 SOFTMAX_POSITIONS = 64
 
 
 class CrossEntropyHead(nn.Module):
-    """Output layer without bias and cross entropy in one: (hidden, targets) -> per-sample losses.
+    """Output layer without bias, and cross entropy: (hidden, targets) -> per-sample losses.
 
-    weight (V, d); assign an embedding's weight to it to tie them.
+    Its parameter is `weight` (V, d). To tie it, assign an embedding's weight to it.
     """
 
     def __init__(self, in_features: int, vocabulary: int) -> None:
@@ -43,20 +46,32 @@ class CrossEntropyHead(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Any:
-        """hidden (N, T, d), targets (N, T) token ids that are shifted already, -100 for positions without a
-        target.
+        """Return the mean cross entropy of each row over its own targets, in nats.
 
-        Returns (N,): for each row the mean cross entropy over its own targets, in nats, float32 (float64 for
-        float64 inputs). In training, its backward accepts the gradient of `losses.mean()`, times any factor,
-        and nothing else. Raises ValueError for a row without a target."""
+        With gradients, the backward pass accepts the gradient of `losses.mean()` times any factor, and
+        nothing else.
+
+        Args:
+            hidden: (N, T, d).
+            targets: (N, T), the token ids that follow; -100 for positions without a target.
+
+        Returns:
+            (N,) in float32 (float64 for float64 inputs).
+
+        Raises:
+            ValueError: a row without a target, or other shapes.
+        """
         rows = len(hidden)
         weights = hidden.new_full((rows,), 1 / rows, dtype=accumulation_dtype(hidden.dtype))
         return run_head(hidden, self.weight, targets, weights, plan=None)
 
 
 def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targets: Tensor) -> Any:
-    """Return the same losses (n+m,), for row weights 1/n and 1/m, with the dot products. tapped: the layer's
-    TappedLayer."""
+    """Return the losses (n+m,) of a head under the engine; its backward pass returns the dot products, too.
+
+    Args:
+        tapped: the head's TappedLayer.
+    """
     pass_ = tapped.pass_
     if not isinstance(tapped.enter(hidden, (hidden, targets)), Identity):
         raise ValueError(
@@ -87,18 +102,17 @@ def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targe
     return run_head(hidden, weight, targets, pass_.row_weights(), plan)
 
 
-@register_rule(
-    CrossEntropyHead, run=run_under_engine, product=True, always=True
-)  # frozen, too, it needs the row weights
+# always: a frozen head needs the row weights, too.
+@register_rule(CrossEntropyHead, run=run_under_engine, product=True, always=True)
 def cross_entropy_head(
     layer: CrossEntropyHead, inputs: tuple[Any, ...], backprops: Tensor
 ) -> dict[str, Description]:
-    """The head makes its gradients in its forward pass, part by part, and has nothing left to describe."""
+    """Raise AssertionError: the head makes its gradients in its forward pass and is never described."""
     raise AssertionError("the fused head is not tapped")
 
 
 def head_strategy(split: Split, positions: int, vocabulary: int, d: int, by_direction: bool = False) -> str:
-    """Return the cheapest strategy, but for gram where it would hold more validation logits than a part has."""
+    """Return the cheapest strategy, without gram if it would hold more validation logits than a part has."""
     if split.m * positions > PART_POSITIONS:
         return "instantiate"
     return choose_strategy(split, positions, vocabulary, d, by_direction)
@@ -107,7 +121,13 @@ def head_strategy(split: Split, positions: int, vocabulary: int, d: int, by_dire
 def run_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, plan: HeadPlan | None
 ) -> Any:
-    """Common to the head with and without an engine; row_weights (N,)."""
+    """Return the losses (N,) with or without an engine.
+
+    Args:
+        hidden, weight, targets: (N, T, d), (V, d) and (N, T).
+        row_weights: (N,), of each row's loss in the loss that is differentiated.
+        plan: how to contract under an engine; None: no engine.
+    """
     if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
         raise ValueError(
             f"the head takes hidden states (N, T, d) and targets (N, T), got {tuple(hidden.shape)} and "
@@ -120,16 +140,28 @@ def run_head(
     if not torch.is_grad_enabled():
         return _losses_only(hidden, weight, targets, counts, dtype)
     probe, link = (None, None) if plan is None else (plan.probe, plan.uses.link)
-    return FusedHead.apply(hidden, weight, probe, link, targets, counts, row_weights, plan, dtype)
+    return FusedHead.apply(
+        hidden, weight, probe, link, HeadTargets(targets, counts, row_weights), plan, dtype
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTargets:
+    """The targets of a call, and how much each of them counts."""
+
+    tokens: Tensor  # (N, T), -100 for none
+    counts: Tensor  # (N,) the number of targets of each row
+    row_weights: Tensor  # (N,) of each row's loss
 
 
 class FusedHead(torch.autograd.Function):
-    """Losses (N,) from hidden (N, T, d); the gradients are made here and only scaled in the backward pass.
+    """Losses (N,) from hidden (N, T, d). The forward pass makes the gradients; the backward pass scales them.
 
-    A part's residuals are softmax minus one-hot, (g, t, V), zero where there is no target. They are not
-    scaled by the row weights, since in float16 nearly all of them would flush to zero: the row's number of
-    targets, relative to the smallest one of the batch, goes into the other factor of the product, and
-    everything else into the float32 result."""
+    A part's residuals (g, t, V) are softmax minus one-hot, zero where there is no target. They are not
+    multiplied by the row weights: in float16 nearly all of them would underflow to zero. The row's number of
+    targets, relative to the smallest one of the batch, goes into the other factor of the product, and all
+    other factors into the float32 result.
+    """
 
     @staticmethod
     def forward(
@@ -138,12 +170,11 @@ class FusedHead(torch.autograd.Function):
         weight: Tensor,
         probe: Tensor | None,
         link: Tensor | None,
-        targets: Tensor,
-        counts: Tensor,
-        row_weights: Tensor,
+        targets: HeadTargets,
         plan: HeadPlan | None,
         dtype: torch.dtype,
     ) -> Tensor:
+        counts, row_weights = targets.counts, targets.row_weights
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         wide = accumulation_dtype(dtype)
         with without_autocast(hidden):
@@ -154,7 +185,7 @@ class FusedHead(torch.autograd.Function):
             losses = row_weights.new_zeros(len(rows))
             grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
             gradient = HeadGradient.make(weight, wide, plan) if needs_weight else None
-            for part, residuals in _residual_parts(rows, matrix, targets, counts, losses, plan):
+            for part, residuals in _residual_parts(rows, matrix, targets.tokens, counts, losses, plan):
                 if grad_hidden is not None:
                     torch.mul(residuals @ matrix, position_weights[part[0]], out=grad_hidden[part])
                 if gradient is not None:
@@ -170,9 +201,8 @@ class FusedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         row_weights, scales = ctx.saved_tensors
-        some = (
-            (row_weights != 0).int().argmax(0, keepdim=True)
-        )  # a row that counts, without waiting for the device
+        # A row with a weight, found without waiting for the device.
+        some = (row_weights != 0).int().argmax(0, keepdim=True)
         common = (grad_losses.take(some) / row_weights.take(some)).squeeze()
         require(
             torch.isclose(grad_losses, common * row_weights, rtol=1e-4, atol=0).all(),
@@ -192,12 +222,14 @@ class FusedHead(torch.autograd.Function):
         grad_weight = dots = None
         if gradient is not None:
             grad_weight, dots = gradient.finish(common * scales[0], common * scales[-1])
-        return grad_hidden, grad_weight, dots, *(None,) * 6
+        return grad_hidden, grad_weight, dots, *(None,) * 4
 
 
 def _parts(rows: int, positions: int, split: Split | None) -> Iterator[Part]:
-    """What is taken together, validation rows before train rows: rows, or pieces of a row that is longer than
-    PART_POSITIONS."""
+    """Yield the parts, validation rows before train rows.
+
+    A part is several rows, or a piece of a row that is longer than PART_POSITIONS.
+    """
     pieces = -(-positions // PART_POSITIONS)
     group, length = max(1, PART_POSITIONS // positions), -(-positions // pieces)
     bounds = [(0, rows)] if split is None else [(split.n, rows), (0, split.n)]
@@ -210,8 +242,10 @@ def _parts(rows: int, positions: int, split: Split | None) -> Iterator[Part]:
 def _residual_parts(
     rows: Tensor, matrix: Tensor, targets: Tensor, counts: Tensor, losses: Tensor, plan: HeadPlan | None
 ) -> Iterator[tuple[Part, Tensor]]:
-    """For each part its residuals (g, t, V), in a buffer that the next part overwrites; adds to losses (N,),
-    which are zero at first."""
+    """Yield each part with its residuals (g, t, V), in a buffer that the next part overwrites.
+
+    Adds to losses (N,), which must be zero at first.
+    """
     (n_rows, positions, _), vocabulary = rows.shape, len(matrix)
     parts = list(_parts(n_rows, positions, None if plan is None else plan.split))
     buffer = rows.new_empty(max(targets[part].numel() for part in parts), vocabulary)
@@ -225,16 +259,21 @@ def _residual_parts(
 
 
 def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
-    """Replaces logits (P, V) by softmax minus one-hot, in place; rows whose target (P,) is -100 become zero.
+    """Replace logits (P, V) by softmax minus one-hot, in place; rows without a target become zero.
 
-    Returns the cross entropy (P,) in nats, zero where there is no target; softmax and its sum run in the wide
-    dtype."""
+    Args:
+        targets: (P,), -100 for none.
+        wide: the dtype of softmax and of its sum.
+
+    Returns:
+        The cross entropy (P,) in nats, zero where there is no target.
+    """
     position_losses = logits.new_empty(len(logits), dtype=wide)
     for start in range(0, len(logits), SOFTMAX_POSITIONS):
         chunk = slice(start, start + SOFTMAX_POSITIONS)
         valid = (targets[chunk] != IGNORE_INDEX)[:, None]
         index = targets[chunk, None].clamp(min=0)
-        scores = logits[chunk].to(wide)  # the logits themselves, unless they are of half precision
+        scores = logits[chunk].to(wide)  # the logits themselves, unless they are in half precision
         scores -= scores.amax(1, keepdim=True)
         target_scores = scores.gather(1, index)
         norm = scores.exp_().sum(1, keepdim=True)
@@ -249,7 +288,7 @@ def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) ->
 def _losses_only(
     hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Evaluation: the losses (N,) without any gradient."""
+    """Return the losses (N,) without any gradient, for an evaluation."""
     with without_autocast(hidden):
         losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(dtype))
         for _ in _residual_parts(hidden.to(dtype), weight.to(dtype), targets, counts, losses, None):

@@ -1,4 +1,4 @@
-"""`nn.Embedding`: tokens, and positions, which most models look up once for all rows."""
+"""`nn.Embedding`, of tokens and of positions."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The gradient of the fused head's weight, gathered part by part, with the train rows' dot products."""
+"""The gradient of the fused head's weight and the train rows' dot products, summed part by part."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,16 @@ from ..uses import Shared, Uses
 
 @dataclass(frozen=True, eq=False)
 class HeadPlan:
-    """How the head divides its rows and contracts its gradients under an engine."""
+    """How the head contracts its gradients under an engine."""
 
     sink: DotProducts
     strategy: str
-    probe: Tensor
+    probe: Tensor  # (n, k)
     site: Site
     uses: Uses
     shared: Shared  # the weight's uses
-    position: int  # of this one
-    tokens: Tensor | None  # (n+m, L) of the lookups of the same weight, if there are any
+    position: int  # of this use
+    tokens: Tensor | None  # (n+m, L) of the lookups of the same weight; None: there are none
 
     @property
     def split(self) -> Split:
@@ -33,35 +33,36 @@ Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
 
 
 class HeadGradient:
-    """Gathers the gradient of the head's weight, part by part, validation rows first.
+    """Sum the gradient of the head's weight, part by part, validation rows first.
 
-    Everything in here lacks the factor row_weight / fewest targets, which `finish` applies.
+    Everything here lacks the factor row weight / fewest targets, which `finish` applies.
     """
 
     def __init__(self, total: Tensor) -> None:
-        self.total = total  # (V, d), of which nothing counts before the first train rows are in
+        self.total = total  # (V, d), uninitialised while fresh
         self.fresh = True
 
     @staticmethod
     def make(weight: Tensor, dtype: torch.dtype, plan: HeadPlan | None) -> "HeadGradient":
+        """Return the sum for a weight, with dot products if there is a plan."""
         total = torch.empty_like(weight, dtype=dtype)
         return HeadGradient(total) if plan is None else ScoredHeadGradient(total, plan)
 
     def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
-        """residuals (g, t, V), rows (g, t, d)"""
+        """Add a part: residuals (g, t, V) and rows (g, t, d)."""
         add_gradient(residuals, rows, self.total, self.fresh)
         self.fresh = False
 
     def seal(self) -> None:
-        """All parts are in: let go of what the backward pass does not need."""
+        """Drop what the backward pass does not need, after the last part."""
 
     def finish(self, train_scale: Tensor, val_scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of weight and probe."""
+        """Return the gradients of the weight and of the probe."""
         return self.total.mul_(train_scale), None
 
 
 class ScoredHeadGradient(HeadGradient):
-    """The same for the train rows, with the dot products and what lookups of the same weight need."""
+    """Sum the gradient of the train rows alone, and their dot products."""
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         super().__init__(total)
@@ -105,7 +106,7 @@ class ScoredHeadGradient(HeadGradient):
             if self.keep.first:
                 self.keep.direction(lambda: direction.mul_(val_scale))
             else:
-                val_scale = torch.ones_like(val_scale)  # the direction has it already
+                val_scale = torch.ones_like(val_scale)  # the kept direction includes it
         dots, plan = self.dots.mul_(train_scale * val_scale), self.plan
         if plan.tokens is None:
             return total, dots
@@ -115,13 +116,12 @@ class ScoredHeadGradient(HeadGradient):
 
 
 class ValidationGradient(Whole):
-    """What train rows are contracted with, for strategies that need it: the direction (k, V, d)."""
+    """The direction (k, V, d), for strategies that contract with it."""
 
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         self.split, self.scratch, keep = plan.split, plan.sink.scratch, plan.site.keep
-        self.preconditioner = (
-            plan.site.preconditioner if plan.split.m > 0 else None
-        )  # None: nothing left to do
+        # Without validation rows the direction is a kept one, which is preconditioned already.
+        self.preconditioner = plan.site.preconditioner if plan.split.m > 0 else None
         if keep is None or keep.first:
             super().__init__(total.new_empty(plan.split.directions, *total.shape))
         else:
@@ -129,6 +129,7 @@ class ValidationGradient(Whole):
         self.fresh = [True] * plan.split.directions
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        """Add a part of the validation rows in this group."""
         if not self.split.pairwise:
             self._add(residuals, rows, 0)
             return
@@ -140,17 +141,17 @@ class ValidationGradient(Whole):
         self.fresh[j] = False
 
     def seal(self) -> None:
-        """All validation rows are in."""
+        """Precondition the direction, after the last validation rows."""
         precondition_tiles(self.direction, self.preconditioner, self.scratch)
         self.preconditioner = None
 
     def gather(self, tokens: Tensor) -> Tensor:
+        """Return the direction at tokens (n, L), (k, n, L, d)."""
         return self.direction[:, tokens]
 
 
 class ValidationRows:
-    """The same for gram, which needs the validation rows themselves: of each part its rows' numbers,
-    residuals (g, t, V) and rows (g, t, d)."""
+    """The validation rows themselves, for gram, in parts: residuals (g, t, V) and rows (g, t, d)."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -161,15 +162,18 @@ class ValidationRows:
         return self.split.directions
 
     def add(self, residuals: Tensor, rows: Tensor, group: slice) -> None:
+        """Keep a part of the validation rows in this group."""
         self._parts.append((group if self.split.pairwise else slice(None), residuals.clone(), rows))
 
     def seal(self) -> None:
-        """All validation rows are in."""
+        """Do nothing: there is no direction to precondition."""
 
     def parts(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """Return the parts: their columns in the dots, residuals and rows."""
         return self._parts
 
     def gather(self, tokens: Tensor) -> Tensor:
+        """Return the validation gradient at tokens (n, L), (k, n, L, d)."""
         rows = self._parts[0][2]
         shape = (self.k, *tokens.shape, rows.shape[2])
         gathered = rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))

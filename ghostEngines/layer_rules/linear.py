@@ -1,5 +1,7 @@
-"""`nn.Linear`, and Hugging Face's `Conv1D`, a linear layer with its weight transposed, which is known by name:
-the engine needs no transformers."""
+"""`nn.Linear`, and Hugging Face's `Conv1D`, a linear layer with a transposed weight.
+
+`Conv1D` is registered by name, so that the engine does not need transformers.
+"""
 
 from typing import Any
 

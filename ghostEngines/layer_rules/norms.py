@@ -1,8 +1,8 @@
-"""Norms, by what they do and not by their class: every family of models has norms of its own.
+"""Norms, recognised by what they compute: every family of models has classes of its own.
 
-A module is a norm if on random inputs its output is x̂ · (c + w) + b, where x̂ is x divided by its root mean
-square (RMSNorm, Zhang & Sennrich, arXiv 1910.07467) or centred and divided by its standard deviation
-(LayerNorm), over the last dimension, and c is 0 or 1.
+A module is a norm if on random inputs its output is x̂ · (c + w) + b over the last dimension, with c = 0 or
+1. Here x̂ is x divided by its root mean square (RMSNorm, Zhang & Sennrich, arXiv 1910.07467), or x minus its
+mean, divided by its standard deviation (LayerNorm).
 """
 
 import inspect
@@ -18,19 +18,19 @@ from ..contraction import accumulation_dtype
 from ..descriptions import Description, PerPosition
 from .registry import LayerRule, anything_goes
 
-SIZES = (1.0, 30.0, 3e-3)  # of the probes' entries; the last has a mean square near ε
-NEAR = 1e-5  # how far a norm in float32 may be from the formula
+SIZES = (1.0, 30.0, 3e-3)  # of the random inputs' entries; the last one has a mean square near ε
+NEAR = 1e-5  # largest accepted relative difference between a float32 norm and the formula
 
 
 @dataclass(frozen=True)
 class Norm:
-    """How a norm normalises. centred: whether it takes the mean off; offset: c."""
+    """How a norm normalises."""
 
-    centred: bool
+    centred: bool  # it subtracts the mean
     eps: float
-    offset: float
-    scale: str  # the parameters' names
-    shift: str | None
+    offset: float  # c
+    scale: str  # the name of the parameter w
+    shift: str | None  # the name of the parameter b; None: there is none
 
     def normalised(self, x: Tensor) -> Tensor:
         """Return x̂."""
@@ -50,7 +50,7 @@ def describe_norm(
 
 
 def norm_rule(layer: nn.Module) -> LayerRule | None:
-    """Return the rule of a module that is a norm; None if it is none."""
+    """Return the rule of a module that is a norm; None if it is not one."""
     norm = recognise(layer)
     if norm is None:
         return None
@@ -75,7 +75,7 @@ def expected(norm: Norm, layer: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
 
 @torch.no_grad()
 def recognise(layer: nn.Module) -> Norm | None:
-    """Return how a module normalises, measured on random inputs in its present mode; None if it is no norm."""
+    """Return how a module normalises, measured on random inputs; None if it is not a norm."""
     parameters = {name: p for name, p in layer._parameters.items() if p is not None}
     if not 1 <= len(parameters) <= 2 or next(layer.children(), None) is not None:
         return None
@@ -95,6 +95,7 @@ def recognise(layer: nn.Module) -> Norm | None:
 
 
 def _measured(layer: nn.Module, scale: str, shift: str | None, weight: Tensor) -> Norm | None:
+    """Return how a module with these parameters normalises; None if it is not a norm."""
     generator, features = torch.Generator().manual_seed(0), len(weight)
     dtype = accumulation_dtype(weight.dtype)
 
@@ -111,7 +112,7 @@ def _measured(layer: nn.Module, scale: str, shift: str | None, weight: Tensor) -
         try:
             output = type(layer).forward(probe, x)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            return None  # it takes other inputs than a norm
+            return None  # a norm would accept this input
         return output if isinstance(output, Tensor) and output.shape == x.shape else None
 
     zeros, ones = torch.zeros(features, dtype=dtype), torch.ones(features, dtype=dtype)
@@ -134,7 +135,7 @@ def _measured(layer: nn.Module, scale: str, shift: str | None, weight: Tensor) -
 
 
 def _epsilon(run: Any, offset: float, zeros: Tensor, layer: nn.Module) -> float | None:
-    """Measure ε, on an input whose mean square is next to nothing against it."""
+    """Measure ε on an input whose mean square is far below it; None if the output is not that of a norm."""
     x = zeros.expand(1, 1, -1).clone()
     x[..., 0], x[..., 1:2] = 1e-12, -1e-12
     output = run(x, zeros + 1 - offset, zeros)
@@ -144,7 +145,7 @@ def _epsilon(run: Any, offset: float, zeros: Tensor, layer: nn.Module) -> float 
     measured = ratio**2
     if not 0 < measured < 1:
         return None
-    # The module's own number, to its last digit, where it has one that agrees.
+    # If the module has a float attribute that agrees with the measurement, take its exact value.
     candidates = [each for each in vars(layer).values() if isinstance(each, float)]
     candidates += [torch.finfo(zeros.dtype).eps, float(f"{measured:.2g}")]
     close = [each for each in candidates if each > 0 and abs(each / measured - 1) < 1e-3]
@@ -152,6 +153,7 @@ def _epsilon(run: Any, offset: float, zeros: Tensor, layer: nn.Module) -> float 
 
 
 def _agrees(run: Any, norm: Norm, x: Tensor, w: Tensor, b: Tensor) -> bool:
+    """Return True if the module's output is that of the formula."""
     output = run(x, w, b)
     want = norm.normalised(x.double()) * (norm.offset + w.double())
     if norm.shift is not None:

@@ -1,4 +1,4 @@
-"""Which layers are covered, and how a rule says what a layer's per-sample gradients are."""
+"""What a layer rule is, and the registry of rules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ from ..descriptions import Description
 Describe = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, Description]]
 """describe(layer, inputs, backprops) -> {parameter: description}.
 
-inputs: as the layer's forward got them, named ones last; backprops: the gradient of its output. Pure: it
-changes neither its arguments nor the layer, and reads the layer's options only. The first dimension is the
-sample, or whatever the layer's row map maps to samples.
+Args:
+    inputs: of the layer's forward, named ones last.
+    backprops: the gradient of its output.
+
+The first dimension is the sample, or what the layer's row map maps to samples. The function is pure: it
+changes neither its arguments nor the layer, and reads only the layer's options.
 """
 
 RuleCheck = Callable[[Any], None]
@@ -25,32 +28,28 @@ class LayerRule:
     """How layers of one kind are described."""
 
     describe: Describe
-    parameters: tuple[str, ...]  # those that the rule knows; a layer with another one is not covered
+    parameters: tuple[str, ...]  # that the rule knows; with other ones each parameter is covered by itself
     check: RuleCheck  # raises AttachError for options of a layer that the rule does not cover
-    product: bool = (
-        False  # a matrix product: the first input is cast to autocast's dtype before the layer, once
-    )
-    wide: bool = False  # the rule wants floating-point tensors in the accumulation dtype
-    lookup: bool = False  # the first input are tokens, and the parameter `weight` is looked up
-    again: bool = False  # the output can be recomputed from the first input, by the layer that takes it
-    whole: bool = False  # the parameters of the layer's children are its own
-    parameter: bool = (
-        False  # no layer: one parameter by itself, wherever it is used (tapped.TappedParameters)
-    )
-    unit: bool = False  # the module is run again, one sample at a time (units.py)
-    run: Run | None = None  # run(layer, tapped, *inputs) in the place of the tap (the fused head)
-    # expected(layer, inputs) -> the output that the rule takes for granted; compared with the output at the
-    # first step
+    product: bool = False  # a matrix product, whose first input is cast to autocast's dtype once
+    wide: bool = False  # floating-point tensors are passed to the rule in the accumulation dtype
+    lookup: bool = False  # the first input has tokens, whose rows of the parameter `weight` are looked up
+    again: bool = False  # the next layer can recompute the output from the first input
+    whole: bool = False  # the rule covers the parameters of the layer's children, too
+    parameter: bool = False  # for a single parameter, wherever it is used (tapped.TappedParameters)
+    unit: bool = False  # the module is rerun, one sample at a time (units.py)
+    run: Run | None = None  # run(layer, tapped, *inputs), called instead of the tap (the fused head)
+    # expected(layer, inputs) -> the output that the rule assumes; the first step compares it with the layer's
+    # output.
     expected: Callable[[Any, tuple[Any, ...]], Tensor] | None = None
-    always: bool = False  # it is there for a layer without trainable parameters, too
+    always: bool = False  # used for layers without trainable parameters, too
 
 
 RULES: dict[type[nn.Module] | str, LayerRule] = {}
-"""By exact type, or by the full name of a type whose library need not be installed."""
+"""The rules by exact type, or by the full name of a type whose library need not be installed."""
 
 
 def anything_goes(layer: nn.Module) -> None:
-    """Most layers have no option that a rule could fail to cover."""
+    """Accept every layer: most have no option that a rule could fail to cover."""
 
 
 def register_rule(
@@ -59,11 +58,19 @@ def register_rule(
     check: RuleCheck = anything_goes,
     **flags: Any,
 ) -> Callable[[Describe], Describe]:
-    """Return a decorator: the function describes layers of exactly these types, or types of these full names.
+    """Return a decorator that registers a function as the rule of these layer types.
 
-    Exact types, not subclasses: a subclass may use its weight in a way its parent does not (the `out_proj` of
-    `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called). flags: those of `LayerRule`.
-    Raises ValueError for a type that has a rule.
+    A rule is for exact types, not for subclasses. A subclass may use its weight in another way than its
+    parent: the `out_proj` of `nn.MultiheadAttention` is a subclass of `nn.Linear` and is never called.
+
+    Args:
+        layer_types: types, or full names of types.
+        parameters: that the rule knows.
+        check: raises AttachError for a layer whose options the rule does not cover.
+        flags: the other fields of `LayerRule`.
+
+    Raises:
+        ValueError: a type that has a rule already.
     """
 
     def register(describe: Describe) -> Describe:

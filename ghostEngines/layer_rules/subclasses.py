@@ -1,4 +1,4 @@
-"""Subclasses of `nn.Linear` and `nn.Embedding` that do what their parent does, or that times a number."""
+"""Subclasses of `nn.Linear` and `nn.Embedding` that compute what their parent does, or a multiple of it."""
 
 import inspect
 from dataclasses import replace
@@ -17,7 +17,7 @@ ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 
 @torch.no_grad()
 def subclass_rule(layer: nn.Module) -> LayerRule | None:
-    """Return the rule of a subclass's instance, tried out on random inputs; None if it does something else."""
+    """Return the rule of a subclass's instance, tested on random inputs; None if it has none."""
     takes = [p for p in inspect.signature(type(layer).forward).parameters.values() if p.name != "self"]
     if len(takes) != 1 or takes[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return None
@@ -41,7 +41,7 @@ def scaled_embedding(
 
 
 def _probe(layer: nn.Module, parameters: dict[str, Tensor | None], x: Tensor) -> Tensor | None:
-    """The layer's output with other parameters."""
+    """Return the layer's output with other parameters."""
     probe = object.__new__(type(layer))
     probe.__dict__ = dict(layer.__dict__)
     probe._parameters = parameters  # type: ignore[assignment]
@@ -54,6 +54,7 @@ def _probe(layer: nn.Module, parameters: dict[str, Tensor | None], x: Tensor) ->
 
 
 def _is_linear(layer: nn.Linear) -> bool:
+    """Return True if a subclass computes what `nn.Linear` does."""
     generator = torch.Generator().manual_seed(0)
     p, d = layer.weight.shape
     x, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 3, d), (p, d)))
@@ -68,7 +69,7 @@ def _is_linear(layer: nn.Linear) -> bool:
 
 
 def _factor(layer: nn.Embedding) -> float | None:
-    """What the parent's output is multiplied by; None if it is something else."""
+    """Return the number that the parent's output is multiplied by; None if it is something else."""
     weight = layer.weight
     tokens = torch.arange(min(len(weight), 6)).view(1, -1)
     ones = _probe(layer, {"weight": torch.ones(weight.shape, dtype=weight.dtype)}, tokens)

@@ -1,7 +1,7 @@
-"""Whole modules as one layer: slow, but exact whatever they compute.
+"""Units: whole modules taken as one layer, slow but exact whatever they compute.
 
-The gradient of one sample is that of the module run again on that sample's part of its inputs. For modules
-that keep stacked parameters of experts this is done by itself, for any other on the user's word
+The gradient of one sample is that of the module rerun on that sample's part of its inputs. Modules that keep
+stacked parameters of experts are units automatically, other modules if the user registers them
 (`register_unit`).
 """
 
@@ -25,26 +25,28 @@ UNIT = LayerRule(_by_rerun, (), anything_goes, whole=True, unit=True)
 
 
 def register_unit(*kinds: type[nn.Module]) -> None:
-    """Take modules of exactly these types, with all parameters in them, as one layer each.
+    """Take modules of exactly these types as one layer each, with all parameters in them.
 
-    Every such module is run again on each row in the backward pass, forward and backward: its own share of a
-    step's time is about doubled, and the gradient of one sample at a time is in memory. Its output for a row
-    must not depend on the other rows, which is checked at the first step.
+    Such a module is rerun in the backward pass, forward and backward, once per row. Its share of a step's
+    time is about doubled, and one sample's gradient at a time is in memory. Its output for a row must not
+    depend on the other rows, which the first step checks.
     """
     for kind in kinds:
         UNITS[kind] = UNIT
 
 
 def stacked_rule(layer: nn.Module) -> LayerRule | None:
-    """Return the rule of a module with stacked parameters of experts, (experts, p, d); None for another one."""
+    """Return the rule of a module with stacked parameters (experts, p, d); None for other modules."""
     own = [p for p in layer._parameters.values() if p is not None]
     return UNIT if any(p.dim() == 3 and min(p.shape) > 1 for p in own) else None
 
 
 def part_of(value: Any, i: int, samples: Samples) -> Any:
-    """Return sample i's part of an input or output: of a tensor whose first dimension is a multiple of the
-    samples, its entries, one sample after the other. Anything else belongs to all samples, and so does all of it
-    where samples are not the rows."""
+    """Return sample i's part of an input or output.
+
+    A tensor whose first dimension is a multiple of the number of samples has one sample's entries after the
+    other's. Any other value belongs to all samples. So does every value if the samples are not the rows.
+    """
     if samples.index is not None or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     each, rest = divmod(value.shape[0], samples.count)
@@ -52,8 +54,13 @@ def part_of(value: Any, i: int, samples: Samples) -> Any:
 
 
 def backprop_of(gradient: Tensor, i: int, samples: Samples) -> Tensor:
-    """Return the gradient of sample i's part of an output, or the whole with zeros at all others where samples
-    are not the rows. Raises RuntimeError if it cannot be told which they are."""
+    """Return the gradient of sample i's part of an output.
+
+    If the samples are not the rows it is the whole gradient, with zeros at the other samples' entries.
+
+    Raises:
+        RuntimeError: it is unknown which entries belong to the sample.
+    """
     if samples.index is None:
         part: Tensor = part_of(gradient, i, samples)
         return part
@@ -77,8 +84,11 @@ def rerun(
     i: int,
     samples: Samples,
 ) -> list[Tensor]:
-    """Run a module on sample i's part of its inputs and return its floating-point outputs. names: of the last
-    inputs."""
+    """Run a module on sample i's part of its inputs and return its floating-point outputs.
+
+    Args:
+        names: of the last inputs, which are passed by keyword.
+    """
     parts = [part_of(each, i, samples) for each in inputs]
     positional = len(parts) - len(names)
     output = forward(*parts[:positional], **dict(zip(names, parts[positional:], strict=True)))
@@ -100,7 +110,13 @@ def sample_gradients(
     i: int,
     samples: Samples,
 ) -> list[Tensor]:
-    """Return sample i's gradient of each parameter; forward runs the module with these very parameters."""
+    """Return sample i's gradient of each parameter.
+
+    Args:
+        forward: runs the module with these very parameters.
+        names: of the last inputs, which are passed by keyword.
+        backprops: of the floating-point outputs; None for one on which the loss does not depend.
+    """
     with torch.enable_grad():
         outputs = rerun(forward, inputs, names, i, samples)
     pairs = [

@@ -1,4 +1,4 @@
-"""gram ("ghost"): no gradient of a single sample or of the validation rows is built at all."""
+"""gram ("ghost"): dot products without computing the gradient of any sample or of the validation rows."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from .registry import Problem, Strategy, register_strategy
 class Gram(Strategy):
     """<G_i, G_j> = Σ_ts (left_i left_jᵀ)_ts (right_i right_jᵀ)_ts.
 
-    2·n·m·T²·(p+d) extra operations, 2·n·m·T² numbers: good where T is small against p·d/(p+d). It spares the
-    validation rows' gradient.
+    It costs 2·n·m·T²·(p+d) extra operations and holds 2·n·m·T² numbers, but saves the validation rows'
+    gradient. It is good where T is small compared with p·d/(p+d).
     """
 
     name = "gram"
@@ -40,7 +40,8 @@ def gram(left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, pairw
     left (n, T, p), right (n, T, d), val_left (m, T', p), val_right (m, T', d).
     """
     n, m = len(left), len(val_left)
-    # In the wide dtype: in float16 these products overflow and flush, and no scale of the loss serves both.
+    # In the wide dtype: in float16 some of these products overflow and some underflow, whatever the loss
+    # scale.
     dtype = accumulation_dtype(left.dtype)
     grams = [
         train.flatten(0, 1).to(dtype) @ val.flatten(0, 1).to(dtype).mT  # (n·T, m·T')

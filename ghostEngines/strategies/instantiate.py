@@ -1,4 +1,4 @@
-"""instantiate: build each sample's gradient tile by tile, dot it with the direction, add it to the sum."""
+"""instantiate: compute each sample's gradient tile by tile, dot it with the direction, add it to the sum."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from ..memory import Scratch
 from . import registry
 from .registry import Problem, Strategy, register_strategy
 
-# On a GPU, where each call costs, the tile is the whole weight, for as many samples at once as fit in this
+# On a GPU, where each call has a cost, a tile is the whole weight, for as many samples at once as have this
 # many numbers.
 GPU_NUMEL = 1 << 26
 
 
 @register_strategy
 class Instantiate(Strategy):
-    """No extra matrix product, but passes over every sample's gradient: good where T is large.
+    """Compute all per-sample gradients, without an extra matrix product; good where T is large.
 
-    On a CPU it needs 1+k tiles of extra memory.
+    Each sample's gradient is written and read several times. On a CPU it needs 1+k tiles of extra memory.
     """
 
     name = "instantiate"
@@ -56,8 +56,8 @@ class Instantiate(Strategy):
 
 
 def inner_products(gradients: Tensor, directions: Tensor) -> Tensor:
-    """(b, q), (k, q) -> (b, k)"""
-    if gradients.device.type == "cpu":  # whose matrix products use one thread if the results are so few
+    """Return the inner products (b, k) of (b, q) and (k, q)."""
+    if gradients.device.type == "cpu":  # its matrix products use a single thread for so few results
         return torch.stack([torch.stack([torch.dot(g, v) for v in directions]) for g in gradients])
     return gradients @ directions.mT
 

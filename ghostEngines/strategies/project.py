@@ -1,4 +1,4 @@
-"""project: push the train rows through the direction. A simple cross-check, rarely the cheapest."""
+"""project: multiply the train rows by the direction. Rarely the cheapest, but a simple cross-check."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .registry import Problem, Strategy, register_strategy
 class Project(Strategy):
     """<left_iᵀ right_i, D> = Σ_t right_it · (left_it D).
 
-    2·k·n·T·d·p extra operations, k·n·T·d numbers.
+    It costs 2·k·n·T·d·p extra operations and holds k·n·T·d numbers.
     """
 
     name = "project"

@@ -1,4 +1,4 @@
-"""What a contraction strategy is, which there are, and which one is chosen for a weight."""
+"""What a contraction strategy is, the registry of strategies, and the choice for a weight."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,36 +10,36 @@ from torch import Tensor
 from ..contraction import Split
 from ..memory import Scratch
 
-# What it costs to pass over an entry of one sample's gradient (write it, read it for the dot product, add it
-# to the sum), in multiply-adds of a matrix product.
+# The cost of an entry of one sample's gradient (write it, read it for the dot product, add it to the sum), in
+# multiply-adds of a matrix product.
 PASSES = 40
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of one contraction: n train and m validation rows of `positions`, a weight (p, d)."""
+    """The sizes of one contraction."""
 
-    split: Split
-    positions: int
-    p: int
+    split: Split  # n train and m validation rows
+    positions: int  # T
+    p: int  # the weight is (p, d)
     d: int
 
 
 class Strategy(ABC):
-    """One way to get a weight's training gradient and its dot products.
-
-    name: as it is asked for. by_direction: it contracts with the direction itself, which may then be
-    preconditioned, and kept for other micro-batches. automatic: it may be chosen by its cost.
-    """
+    """One way to compute a weight's training gradient and its dot products."""
 
     name: ClassVar[str]
-    by_direction: ClassVar[bool] = True
-    automatic: ClassVar[bool] = True
+    by_direction: ClassVar[bool] = (
+        True  # it contracts with the direction, which can be preconditioned and kept
+    )
+    automatic: ClassVar[bool] = True  # it may be chosen by its cost
 
     @abstractmethod
     def extra_cost(self, problem: Problem) -> float:
-        """Return what it costs on top of the product that gives the gradient of all n+m rows, in
-        multiply-adds of a matrix product."""
+        """Return the cost besides the product that gives the gradient of all n+m rows.
+
+        The unit is a multiply-add of a matrix product.
+        """
 
     @abstractmethod
     def contract(
@@ -49,10 +49,9 @@ class Strategy(ABC):
 
         Args:
             left, right: (n, T, p) and (n, T, d), the train rows.
-            against: what they are contracted with (contraction.py): a `Whole`, or something with the methods
-            of
-                `Validation`.
-            total: in the accumulation dtype.
+            against: the direction (contraction.py): a `Whole`, or an object with the methods of `Validation`.
+            total: (p, d), in the accumulation dtype.
+            fresh: True if the content of `total` is to be ignored.
 
         Returns:
             The dot products (n, k), in the accumulation dtype.
@@ -63,7 +62,7 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def register_strategy(kind: type[Strategy]) -> type[Strategy]:
-    """Make a strategy known under its name. Raises ValueError if the name is taken."""
+    """Register a strategy under its name. Raises ValueError if the name is taken."""
     if kind.name in STRATEGIES:
         raise ValueError(f"there is a strategy {kind.name!r} already")
     STRATEGIES[kind.name] = kind()
@@ -73,9 +72,11 @@ def register_strategy(kind: type[Strategy]) -> type[Strategy]:
 def choose_strategy(split: Split, positions: int, p: int, d: int, by_direction: bool = False) -> str:
     """Return the name of the cheapest strategy for n train rows of `positions` positions and a (p, d) weight.
 
-    Chosen by shape alone, never by a clock: strategies round differently, so a timed choice would break
-    resuming and agreement between processes. by_direction: the direction itself is needed, for other
-    micro-batches or to precondition it.
+    The choice depends on the shapes alone, never on measured times. Strategies round differently, so with a
+    timed choice a resumed run, or another process, could compute other numbers.
+
+    Args:
+        by_direction: the direction itself is needed, for other micro-batches or to precondition it.
     """
     problem = Problem(split, positions, p, d)
     best, least = "", math.inf
