@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from .errors import AttachError
+from .passes import Pass
 from .tapped import TappedLayer
 
 
@@ -19,6 +21,26 @@ def eager() -> AbstractContextManager[None]:
     """Return a context in which compiled modules run uncompiled."""
     context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return context
+
+
+WHOLE_MODEL = (
+    "the whole model is compiled, so that the engine cannot begin a pass before it: compile its blocks instead, "
+    "block.compile()"
+)
+
+
+def check_whole_model(model: nn.Module) -> None:
+    """Raise AttachError for a model that is compiled as a whole."""
+    if model._compiled_call_impl is not None or isinstance(model, OptimizedModule):
+        raise AttachError(WHOLE_MODEL)
+
+
+def check_guarded_pass(pass_: Pass, layers: Iterable[TappedLayer]) -> None:
+    """Raise RuntimeError if a guarded pass ran in code that the caller compiled around the model.
+
+    Outside of compiled code every call of a layer is entered in `pass_.uses`."""
+    if pass_.guard is not None and any(each.calls > 0 and each.group not in pass_.uses for each in layers):
+        raise RuntimeError(WHOLE_MODEL)
 
 
 def check_samples_in_uncompiled_code(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach_checks import check_rows_are_independent, mixing_modules
-from .compiled_code import check_layers_in_uncompiled_code, eager, is_compiled
+from .compiled_code import check_guarded_pass, check_layers_in_uncompiled_code, eager
 from .covered_layers import Covered
 from .guard import Guard, GuardPlan, check_random, random_states
 from .guard_passes import check_by_rehearsal, has_fused_head
@@ -53,6 +53,7 @@ class ForwardHooks:
         self._mixing = mixing_modules(model)
         self._open = ExitStack()  # contexts that stay open during the forward pass
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass: divide the rows, run the guard if it is needed, give probes to the layers."""
         if not torch.is_grad_enabled() or self._current.rehearsing:
@@ -68,8 +69,9 @@ class ForwardHooks:
         self._current.autocast = autocast_of(weight)
         pass_.random_states = random_states(weight.device) if self._guard_plan.enabled else []
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End the forward pass; raise RowsError if it drew random numbers."""
+        """End the forward pass; raise if it was compiled, or drew random numbers."""
         # The phase is not "forward" if the pass could not begin, or the model called itself without
         # gradients.
         if torch.is_grad_enabled() and not self._current.rehearsing and self._current.phase == "forward":
@@ -77,6 +79,8 @@ class ForwardHooks:
             self._open.close()
             assert self._current.pass_ is not None
             self._current.pass_.end_forward()
+            if not has_fused_head(self._layers):  # else the guard made passes of its own
+                check_guarded_pass(self._current.pass_, self._layers)
             check_random(self._current.pass_.random_states, self._weight().device)
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> JointBatch:
@@ -100,7 +104,7 @@ class ForwardHooks:
             new_pass, forward = partial(self._new_pass, batch, guard), partial(self._model, *args, **kwargs)
             with eager():
                 check_by_rehearsal(guard, self._current, self._layers, new_pass, forward)
-        elif is_compiled(self._model):  # the guard cannot see into compiled code
+        else:  # the guard cannot see into compiled code, and a caller may have compiled the model
             self._open.enter_context(eager())
         return guard
 

@@ -28,7 +28,7 @@ from .attach_checks import (
 )
 from .backward_checks import LossScale, check_autocast, check_backward, check_calls
 from .bypass import find_bypass, raise_bypassed
-from .compiled_code import check_samples_in_uncompiled_code
+from .compiled_code import check_samples_in_uncompiled_code, check_whole_model
 from .covered_layers import Covered, cover
 from .forward_pass import ForwardHooks
 from .graph import Graph, is_reentrant
@@ -139,6 +139,7 @@ class GradDotProdEngine:
         if self._restore:
             raise RuntimeError("the engine is attached already: detach it first")
         options, row_maps = self._options, self._options.row_maps
+        check_whole_model(self.model)
         if options.samples is not None:
             check_samples_in_uncompiled_code(self.model)
         check_rows_are_independent(mixing_modules(self.model))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import tiny_llama, token_rows
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ghostEngines import GradDotProdEngine, per_sample_losses
+from ghostEngines import AttachError, GradDotProdEngine, per_sample_losses
 
 
 @pytest.mark.usefixtures("compiled_eagerly")
@@ -39,3 +39,18 @@ def test_a_llama_has_two_graphs_and_no_breaks() -> None:
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     for mine, want in zip(compiled, eager, strict=True):
         assert torch.allclose(mine, want, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("compiled_eagerly")
+def test_a_model_compiled_as_a_whole_is_refused() -> None:
+    """Also where the engine has the model itself, and only its caller compiled it."""
+    model, (x, y) = tiny_llama(), token_rows()
+    whole = torch.compile(model, backend="aot_eager")
+    assert isinstance(whole, nn.Module)
+    with GradDotProdEngine(model, 2), pytest.raises(RuntimeError, match=r"block\.compile\(\)"):
+        per_sample_losses(lambda x: whole(input_ids=x, use_cache=False), x, y)
+    with pytest.raises(AttachError, match=r"block\.compile\(\)"):
+        GradDotProdEngine(whole, 2).attach()
+    model.compile()
+    with pytest.raises(AttachError, match=r"block\.compile\(\)"):
+        GradDotProdEngine(model, 2).attach()
