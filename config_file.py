@@ -346,7 +346,7 @@ class TrainingConfig:
             )
         if goes_on and self.overwrite:
             raise ConfigError(
-                "--resume and --overwrite: a run goes on, or is replaced; leave one of them out"
+                "--resume and --overwrite: a run is resumed, or replaced; leave one of them out"
             )
         if self.resume == "auto" and self.resume_from is not None:
             raise ConfigError(

@@ -65,7 +65,7 @@ class BatchLoader:
 class Prefetch:
     """A loader's batches, of which the next one is read while the present one is at work.
 
-    pin: in memory from which a GPU copies while the program goes on. An error in reading a batch is raised
+    pin: in memory from which a GPU copies while the program runs. An error in reading a batch is raised
     when that batch is asked for.
     """
 

@@ -104,7 +104,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         there = list_checkpoints(checkpoint.parent)
         before = [path.name for path in there if step_of(path) < step_of(checkpoint)]
         advice = (
-            f"--resume_from {before[-1]} goes on from the one before it" if before else "there is no other"
+            f"--resume_from {before[-1]} resumes from the one before it" if before else "there is no other"
         )
         raise CheckpointError(f"checkpoint {checkpoint} is damaged: {error}; {advice}") from error
     if manifest.get("format") != FORMAT:
@@ -192,7 +192,7 @@ def remove_after(checkpoint: Path) -> None:
     _point_to(checkpoint)
     for path in list_checkpoints(checkpoint.parent):
         if step_of(path) > step_of(checkpoint):
-            logger.info("%s is removed: the run goes on from before it", path)
+            logger.info("%s is removed: the run resumes from an earlier one", path)
             _remove(path)
 
 

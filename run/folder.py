@@ -63,7 +63,7 @@ def check_result_dir(config: "TrainingConfig") -> None:
     elif os.path.lexists(config.result_dir) and not config.overwrite:
         raise ConfigError(
             f"--run_name {config.run_name}: {config.result_dir} is there already; choose another name, or "
-            "replace that run with --overwrite, or go on with it with --resume"
+            "replace that run with --overwrite, or resume it with --resume"
         )
 
 
@@ -253,18 +253,18 @@ def prepare_result_dir(config: "TrainingConfig", resources: ExitStack, space: Sp
 
 
 def _set_aside(config: "TrainingConfig") -> None:
-    """Give a run without a checkpoint another name: it has nothing to go on from, but scores, perhaps."""
+    """Give a run without a checkpoint another name: it cannot resume, but may have scores."""
     folder = config.result_dir
     with locked(config), file_errors(folder, ConfigError):
         if list_checkpoints(config.folder.checkpoints):
             raise ConfigError(
-                f"--resume auto: {folder} has got a checkpoint from another process; start again to go on "
+                f"--resume auto: {folder} has got a checkpoint from another process; start again to resume "
                 "from it"
             )
         names = (folder.with_name(f"{folder.name}.stopped-{number}") for number in count(1))
         aside = next(name for name in names if not os.path.lexists(name))
         folder.rename(aside)
-    logger.info("%s has no checkpoint to go on from: it is now %s, and the run begins", folder, aside)
+    logger.info("%s has no checkpoint to resume from: it is now %s, and the run begins", folder, aside)
 
 
 def save(config: "TrainingConfig", path: Path, extra: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ the screen."""
 import json
 import logging
 import math
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from foundation.errors import ConfigError, UserError, file_errors
 from foundation.files import sync, write_text
+from foundation.progress import progress_bar
 from run.checkpoint import read_manifest, step_of
 from run.processes import World
 
@@ -58,7 +57,7 @@ class RunLog(SilentLog):
     at once.
 
     step: the first one that is to come; records of it and later ones, which a run left that was killed after
-    its last checkpoint, are removed. evaluation_due: so is an evaluation before it, which is made again."""
+    its last checkpoint, are removed. evaluation_due: so is an evaluation before it, which is repeated."""
 
     def __init__(self, config: "TrainingConfig", step: int, evaluation_due: bool) -> None:
         self._first = step
@@ -70,7 +69,9 @@ class RunLog(SilentLog):
             if config.resumes:
                 keep_records_before(path, step, evaluation_due)
             path.touch()
-            self._bar = opened.enter_context(progress_bar(config.max_steps, step))
+            self._bar = opened.enter_context(
+                progress_bar("", config.max_steps, "step", done=step, at_once=True)
+            )
             opened.enter_context(logging_redirect_tqdm())
             self._resources = opened.pop_all()
 
@@ -154,18 +155,6 @@ def keep_records_before(path: Path, step: int, evaluation_due: bool) -> None:
         if not (evaluation_due and record["step"] == step - 1 and "train_loss" not in record)
     ]
     write_text(path, "".join(kept))
-
-
-def progress_bar(steps: int, done: int) -> tqdm:
-    """Return a bar of steps with a text behind it; in a file, where lines stay, a line every 10 seconds."""
-    in_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=steps,
-        initial=done,
-        unit="step",
-        dynamic_ncols=in_terminal,
-        mininterval=0.1 if in_terminal else 10,
-    )
 
 
 def check_wandb(config: "TrainingConfig") -> None:

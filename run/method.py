@@ -101,7 +101,7 @@ def open_scores_to_write(
 
 
 def score_metadata(config: "TrainingConfig", model: nn.Module, data: "TrainingData") -> dict[str, str]:
-    """Return what every score file says of its run: what tells it from other runs, and what its ids mean."""
+    """Return what every score file says of its run: what distinguishes it from other runs, and what its ids mean."""
     train = data.blocks["train"]
     return {
         "run_configuration": json.dumps(lasting(config)),

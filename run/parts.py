@@ -1,4 +1,4 @@
-"""Whether all that a run wrote before a checkpoint is there, so that it can go on from it without a hole."""
+"""Check that all that a run wrote before a checkpoint exists, so that it can resume without a gap."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,6 @@ def _check_parts(config: "TrainingConfig", checkpoint: Path, global_batch: int) 
     if rows != step * global_batch:
         raise ConfigError(
             f"--resume: {folder.scores} has {rows} scores of the steps before {checkpoint.name}, and "
-            f"the run had {step * global_batch} samples in them: copy the whole folder of the run, or go on "
+            f"the run had {step * global_batch} samples in them: copy the whole folder of the run, or resume "
             "from an earlier checkpoint with --resume_from"
         )

@@ -1,4 +1,4 @@
-"""What a run must remember to go on as if it had not been stopped, in and out of a checkpoint."""
+"""What a run needs to resume as if it had not been stopped: into a checkpoint, and out of it."""
 
 import math
 import shutil

@@ -59,7 +59,7 @@ class _Rows:
 class ScoreWriter:
     """Writes the scores of one process of a run into `folder`, which all processes of the run share.
 
-    `metadata` tells runs apart (configuration, validation rows, shard checksums, ...) and goes into every
+    `metadata` distinguishes runs (configuration, validation rows, shard checksums, ...) and goes into every
     file; what may change when a run is resumed does not belong in it. Opening the folder puts in order what
     this rank's last writer left when it was killed. As a context manager it closes itself, also after an
     exception.
@@ -141,7 +141,7 @@ class ScoreWriter:
         if step < latest or (step == latest and not self._buffer):
             raise ValueError(
                 f"step {step} is not in order: {self.folder} has rank {self.rank} at step {latest} already; "
-                f"a run that goes on from step {step} calls drop_from({step}) first"
+                f"a run that resumes from step {step} calls drop_from({step}) first"
             )
         row = _Rows(
             step=step,
@@ -180,7 +180,7 @@ class ScoreWriter:
         self._take_stock()
 
     def drop_from(self, step: int) -> None:
-        """Remove this rank's rows of `step` and later, which a run that goes on from there computes again.
+        """Remove this rank's rows of `step` and later, which a run that resumes there computes again.
 
         If it is interrupted, the rows before `step` are all there and the later ones perhaps: call it again.
         """
@@ -268,7 +268,7 @@ def drop_rows_from(
     folder: str | os.PathLike[str], step: int, *, metadata: Mapping[str, str], granularity: Granularity
 ) -> None:
     """Remove the rows of `step` and later of all processes that ever wrote here, none of which is at work: a
-    run that goes on from there computes them again. Raises as `ScoreWriter`."""
+    run that resumes there computes them again. Raises as `ScoreWriter`."""
     folder = Path(folder)
     if not folder.is_dir():
         return

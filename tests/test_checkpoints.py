@@ -383,7 +383,7 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], file: str, data: P
     damage(copied / "a" / "checkpoints" / "step_000008" / file)
     message = refused(data, copied, max_steps=9, lr_decay_steps=8)
     assert "step_000008 is damaged" in message and file in message
-    assert "--resume_from step_000006 goes on from the one before it" in message
+    assert "--resume_from step_000006 resumes from the one before it" in message
 
 
 def test_the_one_before_a_damaged_checkpoint_by_name(alone: Run, data: Path, copied: Path) -> None:
