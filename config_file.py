@@ -23,7 +23,7 @@ from foundation.granularity import Granularity
 from foundation.paths import expand_home
 from ghostEngines.passes import Direction
 from ghostEngines.strategies import STRATEGIES
-from models.gpt2 import ARCHITECTURES
+from models.architectures import ARCHITECTURES, AUTO
 from run.method import METHODS
 from score_store.run_folder import RunFolder
 
@@ -43,8 +43,9 @@ class TrainingConfig:
     )
     architecture: str = flag(
         "GPT2-Small",
-        "model, in its published size; GPT2-Tiny is for tests and quick looks",
-        choices=ARCHITECTURES,
+        "model, in its published size; those called Tiny are for tests and quick looks; auto: what the model in "
+        "--init_from is",
+        choices=(*ARCHITECTURES, AUTO),
     )
     dot_prod_save_interval: int = flag(
         10,
@@ -81,7 +82,8 @@ class TrainingConfig:
 
     pile_data_dir: str | None = flag(
         None,
-        "folder of token shards [environment variable PILE_DATA_DIR, else data/demo beside main.py]",
+        "folder of token shards [environment variable PILE_DATA_DIR, else the demo corpus beside main.py: "
+        "data/demo, or data/demo_bpe for Llama, whose vocabulary is smaller]",
         may_change=True,  # the shards' checksums may not
         group="Data",
     )
@@ -148,8 +150,8 @@ class TrainingConfig:
 
     init_from: str | None = flag(
         None,
-        "folder of a GPT-2 in Hugging Face format to start from (its dropout, if any, is set to 0: all "
-        "training here is without) [a freshly initialised model]",
+        "folder of a causal language model in Hugging Face format to start from (its dropout, if any, is set to "
+        "0: all training here is without) [a freshly initialised model]",
         group="Start, checkpoints and resuming",
     )
     checkpoint_interval: int = flag(500, "steps between two checkpoints", at_least=1, may_change=True)
@@ -280,6 +282,11 @@ class TrainingConfig:
                 f"choose from {', '.join(dtypes)}"
             )
         self.selections()
+        if self.architecture == AUTO and self.init_from is None and not self.eval_only:
+            raise ConfigError(
+                f"--architecture {AUTO} reads what the model is from its folder: give --init_from FOLDER, or the "
+                "name of an architecture"
+            )
         if self.run_name is not None and (
             self.run_name in (".", "..") or "/" in self.run_name or not self.run_name.isprintable()
         ):
@@ -411,7 +418,7 @@ def resolve(
         "min_lr": (config.learning_rate / 10, "learning_rate / 10"),
         "lr_decay_steps": (config.max_steps, "max_steps"),
         "eval_bs": (config.batch_size, "batch_size"),
-        "pile_data_dir": _folder("pile_data_dir", config.pile_data_dir, ROOT / "data" / "demo", environ),
+        "pile_data_dir": _folder("pile_data_dir", config.pile_data_dir, demo_corpus(config), environ),
         "results_dir": _folder("results_dir", config.results_dir, ROOT / "results", environ),
         "run_name": (_run_name(config, now or datetime.now(UTC)), "method, architecture, batch_size, time"),
     }
@@ -424,6 +431,12 @@ def resolve(
         values["init_from"] = expand_home(config.init_from, "--init_from")
     sources = {name: found[name][1] for name in found if name in is_open}
     return replace(config, **values, resolved_from={**config.resolved_from, **sources})
+
+
+def demo_corpus(config: TrainingConfig) -> Path:
+    """Return the folder of the demo corpus whose tokens the architecture's vocabulary has."""
+    name = "demo" if config.architecture == AUTO else ARCHITECTURES[config.architecture].corpus
+    return ROOT / "data" / name
 
 
 def _device(config: TrainingConfig) -> str:

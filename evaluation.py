@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from config_file import TrainingConfig
 from dataloader import BatchLoader, TrainingData
 from model_setup import Precision
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 from run.ending import OK
 from run.finite_guard import NonFiniteLoss
 from run.folder import differences

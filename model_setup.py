@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import PreTrainedConfig
 
 from config_file import TrainingConfig
 from foundation.errors import ConfigError
-from models.gpt2 import ARCHITECTURES, DROPOUT_FIELDS, CausalLM, architecture_config
+from models.architectures import ARCHITECTURES, AUTO, architecture_config
+from models.causal_lm import CausalLM, dropout_fields
+from models.gpt2 import FrugalMLP
 from models.pretrained import read_config, read_model
 from run.checkpoint import find_saved_model
 from run.processes import World
@@ -75,7 +77,7 @@ def build_model(config: TrainingConfig) -> CausalLM:
     hf_config = architecture_config(config.architecture)
     check_positions(hf_config, config)
     torch.manual_seed(config.seed)
-    return place(CausalLM(GPT2LMHeadModel(hf_config)), config)
+    return place(CausalLM(ARCHITECTURES[config.architecture].model(hf_config)), config)
 
 
 def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = False) -> CausalLM:
@@ -89,31 +91,52 @@ def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = Fal
     """
     hf_config = read_config(folder)
     check_positions(hf_config, config)
-    check_sizes(hf_config, config)
+    check_sizes(hf_config, config, folder)
     if drop_dropout:
-        for name in DROPOUT_FIELDS:
-            if getattr(hf_config, name) != 0:
-                logger.info("%s: %s=%s is set to 0", folder, name, getattr(hf_config, name))
-                setattr(hf_config, name, 0.0)
-    return place(CausalLM(read_model(folder, hf_config, getattr(torch, config.model_dtype))), config)
+        for holder, name, value in list(dropout_fields(hf_config)):
+            logger.info("%s: %s=%s is set to 0", folder, name, value)
+            setattr(holder, name, 0.0)
+    model = CausalLM(read_model(folder, hf_config, getattr(torch, config.model_dtype)))
+    if config.architecture == AUTO:
+        logger.info("%s: %s", folder, in_words(model))
+    return place(model, config)
 
 
-def check_sizes(hf_config: GPT2Config, config: TrainingConfig) -> None:
+def in_words(model: CausalLM) -> str:
+    """Return what a model is, in one line."""
+    sizes = model.hf.config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = (
+        "" if model.fused else "; its logits are not the output layer's alone, so they are computed in full"
+    )
+    return (
+        f"{type(model.hf).__name__} with {sizes.num_hidden_layers} blocks of width {sizes.hidden_size}, a vocabulary "
+        f"of {sizes.vocab_size} and {parameters:,} parameters{head}"
+    )
+
+
+def check_sizes(hf_config: PreTrainedConfig, config: TrainingConfig, folder: Path) -> None:
     """Raise ConfigError if a loaded model is not of the architecture that was asked for."""
-    for name, want in ARCHITECTURES[config.architecture].items():
-        if getattr(hf_config, name) != want:
+    if config.architecture == AUTO:
+        return
+    want = {"model_type": ARCHITECTURES[config.architecture].model_type}
+    want |= ARCHITECTURES[config.architecture].sizes[config.architecture]
+    for name, value in want.items():
+        seen = getattr(hf_config, name, None)
+        if seen != value:
             raise ConfigError(
-                f"--architecture {config.architecture} has {name} {want}, the model in the folder "
-                f"{getattr(hf_config, name)}: give the architecture that it has"
+                f"--architecture {config.architecture} has {name} {value}, the model in {folder} {seen}: give the "
+                f"architecture that it has, or --architecture {AUTO}, which reads it from there"
             )
 
 
-def check_positions(hf_config: GPT2Config, config: TrainingConfig) -> None:
-    """Raise ConfigError if a block has more positions than the model."""
-    if config.block_size > hf_config.n_positions:
+def check_positions(hf_config: PreTrainedConfig, config: TrainingConfig) -> None:
+    """Raise ConfigError if a block has more positions than the model. A model whose configuration names no largest
+    number of them has none."""
+    positions = getattr(hf_config.get_text_config(), "max_position_embeddings", config.block_size)
+    if config.block_size > positions:
         raise ConfigError(
-            f"--block_size {config.block_size} is longer than the {hf_config.n_positions} positions of "
-            f"{config.architecture}"
+            f"--block_size {config.block_size} is longer than the {positions} positions of {config.architecture}"
         )
 
 
@@ -127,11 +150,15 @@ def place(model: CausalLM, config: TrainingConfig) -> CausalLM:
 
 def set_up_blocks(model: CausalLM, *, compiled: bool, checkpointing: bool) -> None:
     """Set how the model's blocks run, and what they keep for the backward pass."""
-    model.checkpointing = checkpointing
-    for block in model.hf.transformer.h:
-        block.mlp.frugal = not (compiled or checkpointing)
-        if compiled:  # one graph serves all blocks; the head chooses its own parts
-            block.compile()
+    if checkpointing:
+        model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, FrugalMLP):
+            module.frugal = not (compiled or checkpointing)
+    for block in (
+        model.blocks() if compiled else ()
+    ):  # one graph serves all blocks; the head chooses its own parts
+        block.compile()
 
 
 def parallelise(model: CausalLM, config: TrainingConfig, world: World) -> nn.Module:
@@ -142,7 +169,7 @@ def parallelise(model: CausalLM, config: TrainingConfig, world: World) -> nn.Mod
     if world.size == 1:
         return model
     if config.parallel == "fsdp":
-        for block in model.hf.transformer.h:
+        for block in model.blocks():
             fully_shard(block)
         fully_shard(model)
         return model

@@ -23,7 +23,8 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from model_setup import set_up_blocks
-from models.gpt2 import ARCHITECTURES, CausalLM, architecture_config
+from models.architectures import ARCHITECTURES, architecture_config
+from models.causal_lm import CausalLM
 
 HuggingFace: TypeAlias = GPT2LMHeadModel | LlamaForCausalLM
 ENGINE_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,1 +1,1 @@
-"""Models: one file for each architecture, and models in Hugging Face format."""
+"""Models: one file for each family, what is common to all of them, and models in Hugging Face format."""

@@ -1,14 +1,17 @@
-"""A GPT-2 in a folder in Hugging Face format: config.json, and weights that are read without unpickling.
+"""A causal language model in a folder in Hugging Face format: config.json, and weights that are read without
+unpickling.
 
 Weights are safetensors, or what torch.load(weights_only=True) accepts, which makes tensors only. Every weight
 of the model must be there, with the shape that config.json says, and every weight of the files must be the
-model's.
+model's; Hugging Face gives older files the names of today.
 """
 
 import json
+import logging
 import pickle
-import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from foundation.errors import ConfigError, file_errors
 
@@ -30,15 +33,17 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-PREFIX = "transformer."
-# The causal mask, which older versions of transformers saved with the weights.
-MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 SHOWN = 3  # names in a message
 
 
-def read_config(folder: Path) -> GPT2Config:
-    """Return the configuration of a saved GPT-2. Raises ConfigError, naming the file and what is wrong in it."""
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return Hugging Face's class for causal models of this configuration. Raises KeyError if there is none."""
+    found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+    return found
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of a saved model. Raises ConfigError, naming the file and what is wrong in it."""
     path = folder / "config.json"
     with file_errors(path, ConfigError):
         there = path.is_file()
@@ -47,62 +52,91 @@ def read_config(folder: Path) -> GPT2Config:
     values = _read_json(path)
     if {"method", "run_name"} <= values.keys():
         raise ConfigError(f"{folder} is the folder of a run, not of a model: name its model, {folder}/model")
-    if values.get("model_type") != "gpt2":
+    kind = values.get("model_type")
+    try:
+        config_class = type(AutoConfig.for_model(kind))
+        model = AutoModelForCausalLM._model_mapping[config_class]
+    except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"{path}: its model_type is {values.get('model_type')!r}; only models of type 'gpt2' can be "
-            "trained"
-        )
+            f"{path}: its model_type is {kind!r}, and transformers knows no causal language model of that type: "
+            "name the folder of one that it knows"
+        ) from error
     if values.get("quantization_config") is not None:
         raise ConfigError(f"{path}: the model is quantized; name the folder of the model before that")
     try:
-        config: GPT2Config = GPT2Config.from_dict(values)
+        config: PreTrainedConfig = config_class.from_dict(values)
         with torch.device("meta"):
-            GPT2LMHeadModel(config)
-    except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{path}: no GPT-2 can be made of it: {_one_line(error)}") from error
+            model(config)
+    except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"{path}: no model of type {kind} can be made of it: {_one_line(error)}") from error
     return config
 
 
-def read_model(folder: Path, config: GPT2Config, dtype: torch.dtype) -> GPT2LMHeadModel:
+def read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model with the folder's weights, in this dtype."""
     with file_errors(folder, ConfigError):
         path, weights = _read_weights(folder)
-    if not any(name.startswith(PREFIX) for name in weights):  # as the published GPT-2 has them
-        weights = {name if name == HEAD else PREFIX + name: tensor for name, tensor in weights.items()}
-    with no_init_weights():  # which leaves out the tying, too
-        model = GPT2LMHeadModel(config).to(dtype)
-    model.tie_weights()
-    weights = {name: tensor for name, tensor in weights.items() if not MASKS.fullmatch(name)}
-    _check_weights(path, weights, model)
-    model.load_state_dict(weights, strict=False)  # a tied head need not be in it
-    return model.eval()
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and not _is_mask(name):
+            raise ConfigError(f"{path}: {name} is {tensor.dtype}: quantized weights cannot be trained")
+        if not tensor.isfinite().all() and not _is_mask(name):
+            raise ConfigError(f"{path}: {name} has values that are not finite")
+    with _quiet():
+        model, found = model_class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in words of our own
+        )
+    _check_weights(path, model, found)
+    trained: PreTrainedModel = model.eval()
+    return trained
 
 
-def _check_weights(path: Path, weights: dict[str, Tensor], model: GPT2LMHeadModel) -> None:
-    want = model.state_dict()
-    tied = bool(model.config.tie_word_embeddings)
-    if missing := [name for name in want if name not in weights and not (tied and name == HEAD)]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Hugging Face from printing what is checked and said here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _is_mask(name: str) -> bool:
+    """Return whether it is an attention mask, which older versions of transformers saved with the weights."""
+    return name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"))
+
+
+def _check_weights(path: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise ConfigError unless the file's weights were the model's. found: what transformers reports of loading."""
+    if missing := _in_order(model, found["missing_keys"]):
         raise ConfigError(f"{path}: the model's {_names(missing)} {_are(missing)} missing")
-    if unknown := [name for name in weights if name not in want]:
+    if unknown := sorted(name for name in found["unexpected_keys"] if not _is_mask(name)):
         raise ConfigError(
             f"{path}: the model that config.json describes has no {_names(unknown)}: give the config.json "
             "that belongs to the weights"
         )
-    for name, tensor in weights.items():
-        if tensor.shape != want[name].shape:
-            raise ConfigError(
-                f"{path}: {name} has the shape {tuple(tensor.shape)}, config.json says "
-                f"{tuple(want[name].shape)}: give the config.json that belongs to the weights"
-            )
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{path}: {name} is {tensor.dtype}: quantized weights cannot be trained")
-        if not tensor.isfinite().all():
-            raise ConfigError(f"{path}: {name} has values that are not finite")
-    if tied and HEAD in weights and not (weights[HEAD] == weights[EMBEDDING]).all():
+    for name, seen, want in sorted(found["mismatched_keys"]):
         raise ConfigError(
-            f"{path}: {HEAD} is not {EMBEDDING}, and config.json says that they are one: set its "
-            "tie_word_embeddings to false"
+            f"{path}: {name} has the shape {tuple(seen)}, config.json says {tuple(want)}: give the config.json "
+            "that belongs to the weights"
         )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        names = {id(module): name for name, module in model.named_modules()}
+        raise ConfigError(
+            f"{path}: {names[id(head)]}.weight is not {names[id(embedding)]}.weight, and config.json says that they "
+            "are one: set its tie_word_embeddings to false"
+        )
+
+
+def _in_order(model: PreTrainedModel, names: set[str]) -> list[str]:
+    return [name for name in model.state_dict() if name in names]
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

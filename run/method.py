@@ -14,7 +14,7 @@ from ghostEngines.covered_layers import contraction_plan, cover
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.strategies.instantiate import GPU_NUMEL
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 from run.checkpoint import step_of
 from run.folder import lasting
 from run.processes import World

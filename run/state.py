@@ -19,7 +19,7 @@ from score_store.validation_rows import hash_of_rows
 if TYPE_CHECKING:
     from config_file import TrainingConfig
     from dataloader import TrainingData
-    from models.gpt2 import CausalLM
+    from models.causal_lm import CausalLM
 
 SCORE_BYTES = 26  # of a sample's row in one step, compressed, without its parts
 

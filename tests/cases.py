@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.oracle import Truth, per_sample
 from ghostEngines import CrossEntropyHead, GradDotProdEngine, per_sample_losses
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 
 V, T, D = 17, 6, 8
 

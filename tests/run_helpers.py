@@ -24,7 +24,7 @@ from benchmarks.launch import flags_of, fork, world_of
 from config_file import TrainingConfig
 from data_processing.shards import ShardWriter, domain_file_name
 from data_processing.tokenizers import get_tokenizer
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("Alpha", "Beta [b]")

@@ -677,8 +677,6 @@ def test_init_from_a_pretrained_gpt2(data: Path, tmp_path: Path, caplog) -> None
 def test_init_from_another_architecture(data: Path, tmp_path: Path) -> None:
     folder = pretrained(tmp_path / "gpt2")
     run = start(data, tmp_path, run_name="a", init_from=folder, architecture="GPT2-Small")
-    assert (
-        run.status == 2 and "--architecture GPT2-Small has n_layer 12, the model in the folder 2" in run.err
-    )
+    assert run.status == 2 and f"--architecture GPT2-Small has n_layer 12, the model in {folder} 2" in run.err
     run = start(data, tmp_path, run_name="a", init_from=tmp_path / "nowhere")
     assert run.status == 2 and "there is no saved model in" in run.err

@@ -15,7 +15,8 @@ from ghostEngines.descriptions import Matrix
 from ghostEngines.memory import Scratch
 from ghostEngines.sinks import DotProducts, Site
 from ghostEngines.strategies import STRATEGIES
-from models.gpt2 import CausalLM, architecture_config
+from models.architectures import architecture_config
+from models.causal_lm import CausalLM
 
 pytestmark = pytest.mark.usefixtures("values_unread")  # tensors without values have none
 aten = torch.ops.aten

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ghostEngines import GradDotProdEngine
 from ghostEngines.passes import Pass
 from model_setup import set_up_blocks
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 
 N, M = 3, 2
 BLOCKS = 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ghostEngines import GradDotProdEngine, per_sample_losses
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 
 N, MICRO = 2, 3  # train rows of a micro-batch, micro-batches
 SMALL = [case for case in CASES if "gpt2" in case.name or case.rules]

@@ -15,20 +15,29 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.oracle import row_loss
 from config_file import TrainingConfig, resolve
-from model_setup import (
-    Precision,
-    build_model,
-    build_optimizer,
-    load_model,
-)
-from models.gpt2 import ARCHITECTURES, CausalLM, architecture_config
+from model_setup import Precision, build_model, build_optimizer, load_model
+from models.architectures import ARCHITECTURES, architecture_config
+from models.causal_lm import CausalLM
 from training_loop import learning_rate
 
-PUBLISHED = {  # parameters of gpt2, gpt2-medium and gpt2-large, whose vocabulary has 50257 entries
+# Parameters as published: of GPT-2 with its 50257 ids (openai/gpt2*; the rows added by padding are counted apart);
+# of Pythia, Biderman et al. 2023; of the Llamas, see models/llama.py.
+PUBLISHED = {
     "GPT2-Small": 124_439_808,
     "GPT2-Medium": 354_823_168,
     "GPT2-Large": 774_030_080,
+    "GPT2-XL": 1_557_611_200,
+    "Pythia-14m": 14_067_712,
+    "Pythia-31m": 30_494_720,
+    "Pythia-70m": 70_426_624,
+    "Pythia-160m": 162_322_944,
+    "Pythia-410m": 405_334_016,
+    "Pythia-1b": 1_011_781_632,
+    "Pythia-1.4b": 1_414_647_808,
+    "Llama-60M": 58_073_600,
+    "Llama-130M": 134_105_856,
 }
+OF_OUR_OWN = {"GPT2-Tiny", "Llama-Tiny"}  # for tests and quick looks
 
 
 def tiny_config(**given: object) -> TrainingConfig:
@@ -52,15 +61,29 @@ def small_hf(**given: object) -> GPT2LMHeadModel:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_as_published(name: str) -> None:
     with torch.device("meta"):
-        model = CausalLM(GPT2LMHeadModel(architecture_config(name)))
-    padding = (50304 - 50257) * model.hf.config.n_embd
+        model = CausalLM(ARCHITECTURES[name].model(architecture_config(name)))
+    padding = (50304 - 50257) * model.hf.config.hidden_size if name.startswith("GPT2") else 0
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name] + padding
-    assert model.hf.config.n_embd // model.hf.config.n_head == 64
-    assert model.hf.config.n_positions == 1024
+    assert len(model.blocks()) == model.hf.config.num_hidden_layers
 
 
 def test_all_architectures_of_the_command_line_are_there() -> None:
-    assert ARCHITECTURES.keys() == PUBLISHED.keys() | {"GPT2-Tiny"}
+    assert ARCHITECTURES.keys() == PUBLISHED.keys() | OF_OUR_OWN
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["GPT2-Tiny", "Pythia-14m", "Llama-Tiny"])
+def test_losses_are_those_of_hugging_faces_model(name: str, dtype: torch.dtype) -> None:
+    """Judged in float64, whose own rounding is far below both bounds."""
+    torch.manual_seed(2)
+    hf = ARCHITECTURES[name].model(architecture_config(name)).to(dtype)
+    x, y = torch.randint(hf.config.vocab_size, (2, 2, 24))
+    with torch.no_grad():
+        want = torch.stack(
+            [row_loss(logits.double(), row) for logits, row in zip(hf(x).logits, y, strict=True)]
+        )
+        got = CausalLM(hf)(x, y)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
 
 
 def test_input_and_output_layer_share_their_weight(tiny: CausalLM) -> None:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.oracle import Truth, per_sample
 from ghostEngines import GradDotProdEngine, per_sample_losses
 from ghostEngines.strategies import STRATEGIES
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 
 VOCABULARY, POSITIONS, N, M = 61, 24, 64, 4
 HALF = [torch.bfloat16, torch.float16]

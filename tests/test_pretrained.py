@@ -159,14 +159,14 @@ WTE, LN = "transformer.wte.weight", "transformer.ln_f.weight"
             lambda folder: (folder / "config.json").write_text("[]"),
             "config.json is not a JSON object",
         ),
-        "another type": (configured(model_type="llama"), "config.json: its model_type is 'llama'"),
+        "another type": (configured(model_type="llama"), "--architecture GPT2-Tiny has model_type gpt2, the model in "),
         "no type": (configured(model_type=None), "config.json: its model_type is None"),
-        "a text for a number": (configured(n_embd="x"), "config.json: no GPT-2 can be made of it: "),
+        "a text for a number": (configured(n_embd="x"), "config.json: no model of type gpt2 can be made of it: "),
         "unknown activation": (
             configured(activation_function="x"),
-            "config.json: no GPT-2 can be made of it: ",
+            "config.json: no model of type gpt2 can be made of it: ",
         ),
-        "heads that do not fit": (configured(n_head=3), "config.json: no GPT-2 can be made of it: "),
+        "heads that do not fit": (configured(n_head=3), "config.json: no model of type gpt2 can be made of it: "),
         "quantized": (configured(quantization_config={"load_in_8bit": True}), "the model is quantized"),
         "a run": (
             configured(method="Regular", run_name="a"),

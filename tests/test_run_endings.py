@@ -34,7 +34,7 @@ from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine
 from ghostEngines.engine_manager import GradDotProdManager
 from models import gpt2
-from models.gpt2 import CausalLM
+from models.causal_lm import CausalLM
 from run.log import RunLog
 from run.signals import SIGNALS, drop_closed_outputs, interrupt_deferred, stop_signals
 from score_store.writer import ScoreWriter
