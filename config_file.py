@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from data_processing.domain_lists import Selection, parse_domains, parse_set
+from data_processing.tokenizers import TOKENIZERS
 from foundation.errors import ConfigError
 from foundation.flags import check_flags, flag, flag_parser, flags_of
 from foundation.granularity import Granularity
@@ -87,6 +88,23 @@ class TrainingConfig:
         may_change=True,  # the shards' checksums may not
         group="Data",
     )
+    llava_data_dir: str | None = flag(
+        None,
+        "folder of LLaVA records, for the LLaVA architectures: SPLIT.json, and images/ where their image paths start; "
+        "the domains of a split are the first folders of these paths [environment variable LLAVA_DATA_DIR, else "
+        "data/llava_demo beside main.py]",
+        may_change=True,  # the checksums of its files may not
+    )
+    tokenizer: str = flag(
+        "gpt2_bytes",
+        "tokenizer of LLaVA records: gpt2, gpt2_bytes, or a tokenizer.json or its folder; shards say which one made "
+        "them",
+    )
+    on_bad_record: Literal["error", "skip"] = flag(
+        "error",
+        "a LLaVA record that cannot be used (no image, a truncated or huge one, an unknown role, more tokens than a "
+        "row): error, or skip, which counts such records and decodes every image once before the run",
+    )
     train_set: str = flag("train", "training samples: SPLIT or SPLIT:DOMAINS, as in train:ArXiv,Pile-CC")
     val_set: str = flag("val", "validation rows and validation loss: SPLIT or SPLIT:DOMAINS")
     test_set: str = flag("test", "test loss: SPLIT or SPLIT:DOMAINS")
@@ -108,6 +126,12 @@ class TrainingConfig:
     )
     val_batch_size: int = flag(
         1, "validation rows that the dot products refer to: the same ones in every step", at_least=1
+    )
+
+    train_only: Literal["all", "projector"] = flag(
+        "all",
+        "the part of the model that is trained: all, of LLaVA without the vision tower, as in its second stage; "
+        "projector, as in its first",
     )
 
     max_steps: int = flag(
@@ -252,6 +276,14 @@ class TrainingConfig:
     def folder(self) -> RunFolder:
         """The paths in this run's folder, of a resolved configuration."""
         return RunFolder(self.result_dir)
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The folder in Hugging Face format that the model comes from; None for a new one; of a resolved
+        configuration."""
+        if self.eval_only and "run_name" not in self.resolved_from:
+            return self.folder.model
+        return None if self.init_from is None else Path(self.init_from)
 
     @property
     def resumes(self) -> bool:
@@ -418,6 +450,9 @@ def resolve(
         "min_lr": (config.learning_rate / 10, "learning_rate / 10"),
         "lr_decay_steps": (config.max_steps, "max_steps"),
         "eval_bs": (config.batch_size, "batch_size"),
+        "llava_data_dir": _folder(
+            "llava_data_dir", config.llava_data_dir, ROOT / "data" / "llava_demo", environ
+        ),
         "pile_data_dir": _folder("pile_data_dir", config.pile_data_dir, demo_corpus(config), environ),
         "results_dir": _folder("results_dir", config.results_dir, ROOT / "results", environ),
         "run_name": (_run_name(config, now or datetime.now(UTC)), "method, architecture, batch_size, time"),
@@ -425,10 +460,12 @@ def resolve(
     is_open = {name for name in found if getattr(config, name) is None}
     is_open |= {name for name in ("device", "train_dtype") if getattr(config, name) == "auto"}
     values = {name: found[name][0] for name in is_open}
-    for name in ("pile_data_dir", "results_dir"):
+    for name in ("llava_data_dir", "pile_data_dir", "results_dir"):
         values[name] = os.path.abspath(found[name][0])
     if config.init_from is not None:
         values["init_from"] = expand_home(config.init_from, "--init_from")
+    if config.tokenizer not in TOKENIZERS:
+        values["tokenizer"] = os.path.abspath(expand_home(config.tokenizer, "--tokenizer"))
     sources = {name: found[name][1] for name in found if name in is_open}
     return replace(config, **values, resolved_from={**config.resolved_from, **sources})
 

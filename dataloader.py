@@ -6,11 +6,11 @@ is as large as the data.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 from config_file import TrainingConfig
 from data_processing.block_order import BatchOrder, seeded_choice
@@ -18,11 +18,18 @@ from data_processing.blocks import Batch, BlockDataset
 from data_processing.domain_lists import Selection, shown
 from data_processing.tokenizers import Tokenizer, get_tokenizer
 from foundation.errors import ConfigError
+from llava_dataloader import LlavaDataset
+from models.architectures import BY_TYPE
+from models.pretrained import configuration
 from run.processes import World
+from score_store.samples import IMAGES, Sample
+from score_store.validation_rows import Shown, tokens_of
 
 EVALUATION_SEED = 1_000_003  # added to the run's seed: evaluation batches are not the first training batches
 
 logger = logging.getLogger(__name__)
+
+Dataset: TypeAlias = BlockDataset | LlavaDataset
 
 
 class BatchLoader:
@@ -34,7 +41,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: BlockDataset,
+        dataset: Dataset,
         *,
         batch_size: int,
         seed: int,
@@ -87,14 +94,14 @@ class Prefetch:
 
     def _read(self, step: int, micro_batch: int) -> Batch:
         batch = self._loader.batch(step, micro_batch)
-        return replace(batch, x=batch.x.pin_memory(), y=batch.y.pin_memory()) if self._pin else batch
+        return batch.pinned() if self._pin else batch
 
     def close(self) -> None:
         """End the reading thread."""
         self._reader.shutdown(cancel_futures=True)
 
 
-def validation_batch(dataset: BlockDataset, m: int, seed: int) -> Batch:
+def validation_batch(dataset: Dataset, m: int, seed: int) -> Batch:
     """Return m distinct blocks, all equally likely, chosen by the seed alone.
 
     Raises ConfigError if there are fewer.
@@ -116,7 +123,7 @@ class TrainingData:
     evaluation: dict[str, BatchLoader]
     validation: Batch
     tokenizer: Tokenizer
-    blocks: dict[str, BlockDataset]
+    blocks: dict[str, Dataset]
 
     @classmethod
     def open(cls, config: TrainingConfig, world: World) -> "TrainingData":
@@ -127,12 +134,8 @@ class TrainingData:
             ConfigError: a domain that was named does not exist or has no complete block, a split has none,
                 there are too few validation blocks, or the shards are of different tokenizers.
         """
-        assert config.pile_data_dir is not None
-        data_dir, selections = Path(config.pile_data_dir), config.selections()
-        blocks = {
-            name: BlockDataset.open(data_dir, config.block_size, selection)
-            for name, selection in selections.items()
-        }
+        selections = config.selections()
+        blocks, tokenizer = open_datasets(config, selections)
         check_tokenizers(blocks)
         log_short_domains(selections, blocks, config.block_size)
         train = BatchLoader(
@@ -151,7 +154,19 @@ class TrainingData:
         }
         validation = validation_batch(blocks["val"], config.val_batch_size, config.seed)
         ahead = Prefetch(train, pin=config.device == "cuda")
-        return cls(ahead, evaluation, validation, get_tokenizer(blocks["train"].tokenizer), blocks)
+        return cls(ahead, evaluation, validation, tokenizer, blocks)
+
+    def shown(self, rows: Batch) -> list[Shown]:
+        """Return what is shown of validation rows."""
+        blocks = self.blocks["val"]
+        if isinstance(blocks, LlavaDataset):
+            return [blocks.shown(number) for number in rows.blocks.tolist()]
+        return [Shown(self.tokenizer.decode(row)) for row in tokens_of(rows).tolist()]
+
+    def kept_samples(self) -> Iterator[Sample] | None:
+        """Return the training samples that the run keeps in its folder; None if they are blocks of shards."""
+        train = self.blocks["train"]
+        return train.samples() if isinstance(train, LlavaDataset) else None
 
     def __enter__(self) -> Self:
         return self
@@ -160,8 +175,41 @@ class TrainingData:
         self.train.close()
 
 
+def open_datasets(
+    config: TrainingConfig, selections: Mapping[str, Selection]
+) -> tuple[dict[str, Dataset], Tokenizer]:
+    """Return the samples of each selection, and the tokenizer of their texts: LLaVA records for a model that takes
+    images, else the blocks of shards.
+
+    Raises as `TrainingData.open`, and as LlavaDataset.
+    """
+    model = configuration(config.architecture, config.model_folder)
+    if model.model_type in BY_TYPE and BY_TYPE[model.model_type].images:
+        assert config.llava_data_dir is not None
+        folder, tokenizer = Path(config.llava_data_dir), get_tokenizer(config.tokenizer)
+        return {
+            name: LlavaDataset(
+                folder / f"{selection.split}.json",
+                folder / IMAGES,
+                selection,
+                model=model,
+                tokenizer=tokenizer,
+                block_size=config.block_size,
+                on_bad_record=config.on_bad_record,
+            )
+            for name, selection in selections.items()
+        }, tokenizer
+    assert config.pile_data_dir is not None
+    data_dir = Path(config.pile_data_dir)
+    blocks: dict[str, Dataset] = {
+        name: BlockDataset.open(data_dir, config.block_size, selection)
+        for name, selection in selections.items()
+    }
+    return blocks, get_tokenizer(blocks["train"].tokenizer)
+
+
 def log_short_domains(
-    selections: Mapping[str, Selection], blocks: Mapping[str, BlockDataset], block_size: int
+    selections: Mapping[str, Selection], blocks: Mapping[str, Dataset], block_size: int
 ) -> None:
     """Log one line that names the domains without a whole block, if there are any."""
     found = [
@@ -179,14 +227,14 @@ def log_short_domains(
         )
 
 
-def check_tokenizers(blocks: dict[str, BlockDataset]) -> None:
+def check_tokenizers(blocks: Mapping[str, Dataset]) -> None:
     """Raise ConfigError for splits of different tokenizers."""
     tokenizers = {name: part.tokenizer for name, part in blocks.items()}
     if len(set(tokenizers.values())) > 1:
         raise ConfigError(f"the splits were made by different tokenizers, {tokenizers}: make them with one")
 
 
-def check_tokens(blocks: dict[str, BlockDataset], vocabulary: int) -> None:
+def check_tokens(blocks: Mapping[str, Dataset], vocabulary: int) -> None:
     """Raise ConfigError for token ids that the model has no row for."""
     for name, part in blocks.items():
         if part.max_token_id >= vocabulary:

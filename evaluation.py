@@ -60,9 +60,9 @@ def mean_loss(
         index = first + world.rank
         # a process without a batch of its own repeats the last: the parts of a model that is divided among
         # processes come together in every forward pass
-        x, y = loader.batch(min(index, config.eval_iter - 1)).to(precision.device)
+        inputs = loader.batch(min(index, config.eval_iter - 1)).to(precision.device)
         with precision.autocast():
-            losses = model(x, y)
+            losses = model(*inputs)
         if index < config.eval_iter:
             total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
     losses_sum, rows = world.sum(total).tolist()

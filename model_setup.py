@@ -1,7 +1,7 @@
 """From a configuration to a model that can take a step: precision, weights, optimizer, DDP or FSDP2."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from config_file import TrainingConfig
 from foundation.errors import ConfigError
-from models.architectures import ARCHITECTURES, AUTO, architecture_config
+from models.architectures import ARCHITECTURES, AUTO, BY_TYPE, architecture_config
 from models.causal_lm import CausalLM, dropout_fields
 from models.gpt2 import FrugalMLP
 from models.pretrained import read_config, read_model
@@ -119,15 +119,24 @@ def check_sizes(hf_config: PreTrainedConfig, config: TrainingConfig, folder: Pat
     """Raise ConfigError if a loaded model is not of the architecture that was asked for."""
     if config.architecture == AUTO:
         return
-    want = {"model_type": ARCHITECTURES[config.architecture].model_type}
-    want |= ARCHITECTURES[config.architecture].sizes[config.architecture]
-    for name, value in want.items():
-        seen = getattr(hf_config, name, None)
+    family = ARCHITECTURES[config.architecture]
+    want = {"model_type": family.model_type, **family.sizes[config.architecture]}
+    for name, value, seen in compared(want, hf_config):
         if seen != value:
             raise ConfigError(
                 f"--architecture {config.architecture} has {name} {value}, the model in {folder} {seen}: give the "
                 f"architecture that it has, or --architecture {AUTO}, which reads it from there"
             )
+
+
+def compared(want: Mapping[str, Any], hf_config: PreTrainedConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each size, also of those of configurations within it, as it should be and as it is."""
+    for name, value in want.items():
+        seen = getattr(hf_config, name, None)
+        if isinstance(value, Mapping) and isinstance(seen, PreTrainedConfig):
+            yield from compared(value, seen)
+        else:
+            yield name, value, seen
 
 
 def check_positions(hf_config: PreTrainedConfig, config: TrainingConfig) -> None:
@@ -143,9 +152,28 @@ def check_positions(hf_config: PreTrainedConfig, config: TrainingConfig) -> None
 def place(model: CausalLM, config: TrainingConfig) -> CausalLM:
     """Move the model to its device and precision, and compile its blocks if so configured."""
     model.to(config.device, getattr(torch, config.model_dtype)).train()
+    freeze(model, config.train_only)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_up_blocks(model, compiled=config.compile, checkpointing=config.activation_checkpointing)
     return model
+
+
+def freeze(model: CausalLM, train_only: str) -> None:
+    """Leave out of training what its family never trains, and all but the part that is to be trained.
+
+    Raises ConfigError if the model has no such part.
+    """
+    family = BY_TYPE.get(model.hf.config.model_type)
+    if train_only != "all" and (family is None or train_only not in family.parts):
+        raise ConfigError(
+            f"--train_only {train_only}: {type(model.hf).__name__} has no such part; leave it out"
+        )
+    for name, parameter in model.named_parameters():
+        modules = name.split(".")
+        if family is not None and any(frozen in modules for frozen in family.frozen):
+            parameter.requires_grad_(False)
+        if train_only != "all" and family is not None and family.parts[train_only] not in modules:
+            parameter.requires_grad_(False)
 
 
 def set_up_blocks(model: CausalLM, *, compiled: bool, checkpointing: bool) -> None:

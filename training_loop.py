@@ -239,13 +239,13 @@ class Trainer:
     def _forward_backward(self, batch: Batch) -> Tensor:
         """Run one micro-batch forward and backward, and return the losses of its rows, without gradient."""
         manager = self.manager
-        x, y = batch.to(self.precision.device)
+        inputs = batch.to(self.precision.device)
         manager.attach_train_batch(
-            x, y, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks
+            *inputs, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks
         )
-        x, y = manager.prepare_forward_input()  # (n+m, T)
+        inputs = manager.prepare_forward_input()  # (n+m, ...) each
         with self.precision.autocast():
-            losses: Tensor = self.parallel(x, y)  # (n+m,)
+            losses: Tensor = self.parallel(*inputs)  # (n+m,)
         self.scaler.scale(manager.joint_loss(losses)).backward()
         manager.prepare_gradients(losses)
         return losses.detach()

@@ -40,8 +40,12 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
 
     Args:
         samples: a Parquet file with domain, block and value, sorted by domain and block.
+        shards: whose documents they are; none where samples have no documents, and the file is empty.
         target: the Parquet file to write, with DOCUMENT_SCHEMA.
     """
+    if not shards:
+        pq.write_table(DOCUMENT_SCHEMA.empty_table(), target)
+        return
     by_name = {shard.domain: shard for shard in shards}
     with (
         pq.ParquetWriter(target, DOCUMENT_SCHEMA, compression="zstd", use_dictionary=["domain"]) as writer,

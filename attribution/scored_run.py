@@ -10,11 +10,13 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attribution.samples import BlockSamples, Samples, StoredSamples
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import Selection
 from data_processing.shards import Shard, list_shards
 from foundation.errors import UserError, file_errors
 from score_store.run_folder import RunFolder
+from score_store.samples import IMAGES, KEPT, open_samples
 from score_store.writer import open_scores
 
 # Keys that the metadata of the score files must have.
@@ -130,6 +132,30 @@ class ScoredRun:
         """Return the training samples, with the ids of the scores. Raises as `shards`."""
         used = Selection("--train_set", self.metadata["split"], self.split, tuple(self.checksums))
         return BlockDataset(self.shards(pile_data_dir), self.block_size, used)
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether the run keeps its samples in its folder; if not, they are blocks of shards."""
+        return self.metadata.get("samples") == KEPT
+
+    def samples(self, data_dir: Path | None = None) -> Samples:
+        """Return what the tools show of the training samples.
+
+        Args:
+            data_dir: the folder of the splits; None: the one that the run used.
+
+        Raises:
+            ScoreError: the run's own samples are missing or damaged.
+            AttributionError, ShardError: as `shards`.
+        """
+        if self.keeps_samples:
+            folder = open_samples(RunFolder(self.folder).samples)
+            return StoredSamples(folder, self.domains, self.records_folder(data_dir) / IMAGES)
+        return BlockSamples(self.blocks(data_dir), self.shards(data_dir))
+
+    def records_folder(self, data_dir: Path | None = None) -> Path:
+        """Return the folder of the records and images that a run with samples of its own was trained on."""
+        return Path(self.config["llava_data_dir"]) if data_dir is None else data_dir
 
     def validation_rows(self) -> pa.Table:
         """Return the m validation rows of the scores: sample_id, domain, block, tokens (T+1 each), text.

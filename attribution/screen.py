@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attribution.efficiency import Efficiency
-from data_processing.blocks import BlockDataset
-from data_processing.tokenizers import Tokenizer
+from attribution.samples import Samples
 
 FIRST_TOKENS = 200  # decoded to show a sample's first words
 FIRST_CHARACTERS = 100
@@ -30,9 +29,7 @@ def first_words(text: str) -> str:
     return printable(text)[:FIRST_CHARACTERS]
 
 
-def print_samples(
-    screen: Console, extremes: Mapping[str, pa.Table], blocks: BlockDataset, tokenizer: Tokenizer
-) -> None:
+def print_samples(screen: Console, extremes: Mapping[str, pa.Table], samples: Samples) -> None:
     """Print one line per sample, with its first words.
 
     Args:
@@ -41,8 +38,8 @@ def print_samples(
     for title, rows in extremes.items():
         table = Table.grid(padding=(0, 2))
         for row in rows.to_pylist():
-            tokens = blocks.tokens(row["domain"], row["block"])
-            words = Text(first_words(tokenizer.decode(tokens[:FIRST_TOKENS].tolist())), no_wrap=True)
+            text = samples.excerpt(row["domain"], row["block"], FIRST_TOKENS).text
+            words = Text(first_words(text), no_wrap=True)
             words.overflow = "ellipsis"
             table.add_row(f"{row['value']:+.3e}", f"{printable(row['domain'])}, block {row['block']}", words)
         screen.print(title if len(rows) else f"{title}: none", soft_wrap=True)

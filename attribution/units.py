@@ -6,6 +6,7 @@ from typing import Literal
 
 from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
+from attribution.scored_run import AttributionError
 from attribution.values import write_tables
 from data_processing.shards import Shard
 
@@ -18,6 +19,10 @@ def write_units(database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, fo
 
     Its columns are those in a folder of values. Raises as `write_tables`.
     """
+    if unit == "documents" and not shards:
+        raise AttributionError(
+            f"{database.runs[0].folder}: its samples have no documents in them; take --unit samples"
+        )
     write_tables(database, folder)
     samples = folder / "samples.parquet"
     if unit == "samples":

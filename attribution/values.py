@@ -26,7 +26,6 @@ from attribution.screen import plain_console, print_domains, print_efficiency, p
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
 from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import write_json_atomically
-from data_processing.tokenizers import get_tokenizer
 from foundation.paths import path_argument
 from score_store.run_folder import RunFolder
 
@@ -53,7 +52,7 @@ def write_values(
             and holds something else, or another process writes it.
         ShardError: as `ScoredRun.shards`.
     """
-    shards = runs[0].shards(pile_data_dir)
+    shards = runs[0].samples(pile_data_dir).shards
     with being_written(folder) as unfinished:
         with ScoreDatabase(
             runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
@@ -80,7 +79,7 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
         runs, pile_data_dir: those that the values were computed from.
     """
     screen = plain_console()
-    blocks = runs[0].blocks(pile_data_dir)
+    samples = runs[0].samples(pile_data_dir)
     normalise = values.manifest["normalise"]
     unit = (
         "predicted fall of the validation loss, in nats"
@@ -94,7 +93,7 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
         "\nmost helpful samples": highest.filter(pc.greater(highest["value"], 0)),
         "\nmost harmful samples, the worst first": lowest.filter(pc.less(lowest["value"], 0)),
     }
-    print_samples(screen, titles, blocks, get_tokenizer(blocks.tokenizer))
+    print_samples(screen, titles, samples)
     screen.print()
     if normalise == "none":
         half, count = count_steps_of_half(values.read("steps"))

@@ -5,7 +5,7 @@ a target exactly once. Tokens after a domain's last whole block are not used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -30,10 +30,21 @@ class Batch:
     sample_ids: npt.NDArray[np.int64]  # (b,)
     domains: tuple[str, ...]  # length b
     blocks: npt.NDArray[np.int64]  # (b,) within the domain
+    images: torch.Tensor | None = None  # (b, 3, height, width) one image a sample, where samples have one
 
-    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x, y (b, T) on a device, copied without waiting where they are in pinned memory."""
-        return self.x.to(device, non_blocking=True), self.y.to(device, non_blocking=True)
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What a model is called with: x, y, and the images if there are any."""
+        return (self.x, self.y) if self.images is None else (self.x, self.y, self.images)
+
+    def to(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return the inputs on a device, copied without waiting where they are in pinned memory."""
+        return tuple(each.to(device, non_blocking=True) for each in self.inputs)
+
+    def pinned(self) -> Self:
+        """Return the batch in memory from which a GPU copies while the program runs."""
+        x, y, *images = (each.pin_memory() for each in self.inputs)
+        return replace(self, x=x, y=y, images=images[0] if images else None)
 
 
 class BlockDataset:

@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
     """The interface of both tokenizers."""
 
     name: str
+    end_of_text: int
+    begin_of_text: int | None
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
         """Return the ids of a text, (tokens,). Names of special tokens are encoded as ordinary text."""
@@ -70,6 +72,8 @@ class Gpt2:
     """
 
     name = "gpt2"
+    end_of_text = EOT
+    begin_of_text: int | None = None
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -145,6 +149,8 @@ class Gpt2Bytes:
     """Encode each byte of the UTF-8 text as one id of GPT-2's vocabulary."""
 
     name = "gpt2_bytes"
+    end_of_text = EOT
+    begin_of_text: int | None = None
 
     def __init__(self) -> None:
         self._ids = byte_ids()

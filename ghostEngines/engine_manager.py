@@ -32,8 +32,7 @@ from .graddotprod_engine import GradDotProdEngine
 class TrainRows:
     """The n train rows of a pass."""
 
-    x: Tensor  # (n, T) token ids
-    y: Tensor  # (n, T) the tokens that follow
+    inputs: tuple[Tensor, ...]  # (n, ...) each, what the model is called with
     sample_ids: npt.NDArray[np.int64]  # (n,) permanent
     domains: Sequence[str]
     blocks: npt.NDArray[np.int64]  # (n,)
@@ -50,19 +49,22 @@ class GhostEngineManager:
 
     def attach_train_batch(
         self,
-        x: Tensor,
-        y: Tensor,
-        *,
+        *inputs: Tensor,
         sample_ids: npt.NDArray[np.int64],
         domains: Sequence[str],
         blocks: npt.NDArray[np.int64],
     ) -> None:
-        """Set the train rows of the next pass; x and y are on the model's device."""
-        self.rows = TrainRows(x, y, sample_ids, domains, blocks)
+        """Set the train rows of the next pass.
 
-    def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
-        """Return (x, y) for the model: the n train rows, and m validation rows if the method needs them."""
-        return self.rows.x, self.rows.y
+        Args:
+            inputs: (n, ...) each, what the model is called with: token ids and targets (n, T), and what else it
+                takes of each row; on the model's device.
+        """
+        self.rows = TrainRows(inputs, sample_ids, domains, blocks)
+
+    def prepare_forward_input(self) -> tuple[Tensor, ...]:
+        """Return the model's inputs: of the n train rows, and of m validation rows if the method needs them."""
+        return self.rows.inputs
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         """Return the loss to call backward() on, given the model's per-sample losses."""
@@ -77,7 +79,7 @@ class GhostEngineManager:
 
     def train_losses(self, losses: Tensor) -> Tensor:
         """Return the train rows' losses (n,) without gradient, for the log."""
-        return losses[: len(self.rows.x)].detach()
+        return losses[: len(self.rows.sample_ids)].detach()
 
     def dot_products(self) -> Tensor | None:
         """Return the dot products of the step's micro-batches so far, (n·G,).
@@ -130,8 +132,7 @@ class GradDotProdManager(GhostEngineManager):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        val_x: Tensor,
-        val_y: Tensor,
+        validation: tuple[Tensor, ...],
         scores: ScoreWriter,
         save_interval: int,
         micro_batches: int = 1,
@@ -141,7 +142,7 @@ class GradDotProdManager(GhostEngineManager):
         """Attach an engine to the model.
 
         Args:
-            val_x, val_y: (m, T) each, the validation rows of every step, on the model's device.
+            validation: (m, ...) each, the inputs of every step's validation rows, on the model's device.
             save_interval: steps between two writes to the disk.
             micro_batches: G.
             loss_scale: of GradDotProdEngine.attach.
@@ -154,15 +155,16 @@ class GradDotProdManager(GhostEngineManager):
         self._loss_scale = loss_scale
         self._recorded: list[tuple[TrainRows, Tensor, Tensor]] = []  # rows, dot products, train losses
         self._optimizer = optimizer
-        self._val_x, self._val_y = val_x, val_y
+        self._validation = validation
         self._scores, self._save_interval = scores, save_interval
-        self._engine = GradDotProdEngine(model, len(val_x), micro_batches=micro_batches, **options)
+        self._engine = GradDotProdEngine(model, len(validation[0]), micro_batches=micro_batches, **options)
         self._engine.attach(optimizer, loss_scale=loss_scale)
 
-    def prepare_forward_input(self) -> tuple[Tensor, Tensor]:
+    def prepare_forward_input(self) -> tuple[Tensor, ...]:
         if self._recorded:  # the validation rows go with the first micro-batch
-            return self.rows.x, self.rows.y
-        return torch.cat([self.rows.x, self._val_x]), torch.cat([self.rows.y, self._val_y])
+            return self.rows.inputs
+        pairs = zip(self.rows.inputs, self._validation, strict=True)
+        return tuple(torch.cat([train, validation]) for train, validation in pairs)
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         return self._engine.joint_loss(losses)
@@ -170,7 +172,7 @@ class GradDotProdManager(GhostEngineManager):
     def prepare_gradients(self, losses: Tensor) -> None:
         self._engine.prepare_gradients()
         if not self._recorded:
-            self.val_loss = losses[len(self.rows.x) :].detach().mean()
+            self.val_loss = losses[len(self.rows.sample_ids) :].detach().mean()
         self._recorded.append((self.rows, self._engine.dot_products(), self.train_losses(losses)))
 
     def begin_step(self) -> None:

@@ -49,12 +49,18 @@ class CausalLM(nn.Module):
             hf.set_output_embeddings(fused_head(hf))
         self.hf = hf
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the losses (N,) in nats per token of token ids x (N, T) and the ids y (N, T) that follow them, -100
-        for none."""
+    def forward(self, x: Tensor, y: Tensor, images: Tensor | None = None) -> Tensor:
+        """Return the losses (N,) in nats per token.
+
+        Args:
+            x: (N, T) token ids.
+            y: (N, T) the ids that follow them, -100 for none.
+            images: (N, 3, height, width) for a model that takes one image a row.
+        """
+        inputs = {} if images is None else {"pixel_values": images}
         if not self.fused:
-            return per_sample_losses(lambda x: self.hf(input_ids=x, use_cache=False), x, y)
-        hidden = self.hf.base_model(input_ids=x, use_cache=False).last_hidden_state  # (N, T, d)
+            return per_sample_losses(lambda x: self.hf(input_ids=x, use_cache=False, **inputs), x, y)
+        hidden = self.hf.base_model(input_ids=x, use_cache=False, **inputs).last_hidden_state  # (N, T, d)
         losses: Tensor = self.hf.get_output_embeddings()(hidden, y)
         return losses
 

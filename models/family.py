@@ -1,7 +1,7 @@
 """What a recipe for a family of models says. Everything else is common to all of them (causal_lm.py)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,6 +20,9 @@ class Family:
     sizes: what distinguishes each architecture of the family in its configuration.
     config: makes the configuration of one of them.
     corpus: the demo corpus whose tokens its vocabulary has (data/{corpus} of a checkout).
+    frozen: names of the modules whose parameters are never trained.
+    parts: what `--train_only` can name, and the module that it is.
+    images: whether a row has an image besides its tokens.
     adapt: changes modules of a model in place, and neither its parameters' names nor what it computes.
     """
 
@@ -28,4 +31,7 @@ class Family:
     sizes: Mapping[str, Mapping[str, Any]]
     config: Callable[[Mapping[str, Any]], PreTrainedConfig]
     corpus: str
+    frozen: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    images: bool = False
     adapt: Callable[[PreTrainedModel], None] = unchanged

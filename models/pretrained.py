@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from foundation.errors import ConfigError, file_errors
+from models.architectures import AUTO, BY_TYPE, architecture_config
 
 # In the order in which they are looked for, as transformers does.
 WEIGHT_FILES = (
@@ -38,6 +39,8 @@ SHOWN = 3  # names in a message
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return Hugging Face's class for causal models of this configuration. Raises KeyError if there is none."""
+    if config.model_type in BY_TYPE:
+        return BY_TYPE[config.model_type].model
     found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
     return found
 
@@ -55,7 +58,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     kind = values.get("model_type")
     try:
         config_class = type(AutoConfig.for_model(kind))
-        model = AutoModelForCausalLM._model_mapping[config_class]
+        if kind not in BY_TYPE:
+            AutoModelForCausalLM._model_mapping[config_class]
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"{path}: its model_type is {kind!r}, and transformers knows no causal language model of that type: "
@@ -66,10 +70,21 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = config_class.from_dict(values)
         with torch.device("meta"):
-            model(config)
+            model_class(config)(config)
     except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ConfigError(f"{path}: no model of type {kind} can be made of it: {_one_line(error)}") from error
     return config
+
+
+def configuration(architecture: str, folder: Path | None) -> PreTrainedConfig:
+    """Return the configuration of an architecture; of "auto", that of the model in the folder.
+
+    Raises ConfigError as `read_config`.
+    """
+    if architecture != AUTO:
+        return architecture_config(architecture)
+    assert folder is not None, "checked with the flags"
+    return read_config(folder)
 
 
 def read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from models.causal_lm import CausalLM
 from run.checkpoint import step_of
 from run.folder import lasting
 from run.processes import World
+from score_store.samples import KEPT, write_samples
 from score_store.validation_rows import hash_of_rows, save_validation_rows
 from score_store.writer import ScoreWriter, drop_rows_from
 
@@ -59,12 +60,11 @@ def grad_dot_prod(training: Training) -> GhostEngineManager:
     scores of the steps after its checkpoint, which it computes again.
     """
     config, model, data = training.config, training.model, training.data
-    val_x, val_y = data.validation.to(torch.device(config.device))
+    device = torch.device(config.device)
     return GradDotProdManager(
         model,
         training.optimizer,
-        val_x=val_x,
-        val_y=val_y,
+        validation=data.validation.to(device),
         scores=open_scores_to_write(config, model, data, training.world, training.start),
         save_interval=config.dot_prod_save_interval,
         granularity=config.score_granularity,
@@ -72,7 +72,7 @@ def grad_dot_prod(training: Training) -> GhostEngineManager:
         strategy=config.strategy,
         micro_batches=config.gradient_accumulation_steps,
         guard=config.row_guard,
-        loss_scale=lambda: training.scaler.scale(torch.ones((), device=val_x.device)),
+        loss_scale=lambda: training.scaler.scale(torch.ones((), device=device)),
     )
 
 
@@ -93,7 +93,9 @@ def open_scores_to_write(
         "granularity": config.score_granularity,
     }
     if world.rank == 0 and start is None:
-        save_validation_rows(data.validation, data.tokenizer, config.folder.validation_rows)
+        save_validation_rows(data.validation, data.shown(data.validation), config.folder.validation_rows)
+        if (samples := data.kept_samples()) is not None:
+            write_samples(config.folder.samples, samples)
     if world.rank == 0 and start is not None:
         drop_rows_from(config.folder.scores, step_of(start), **identity)
     world.wait()
@@ -103,7 +105,8 @@ def open_scores_to_write(
 def score_metadata(config: "TrainingConfig", model: nn.Module, data: "TrainingData") -> dict[str, str]:
     """Return what every score file says of its run: what distinguishes it from other runs, and what its ids mean."""
     train = data.blocks["train"]
-    return {
+    kept = {} if data.kept_samples() is None else {"samples": KEPT}
+    return kept | {
         "run_configuration": json.dumps(lasting(config)),
         "validation_sha256": hash_of_rows(data.validation),
         "block_size": str(config.block_size),

@@ -39,7 +39,7 @@ def print_summary(config: "TrainingConfig", progress: Progress, data: "TrainingD
     for name, value in lines.items():
         console.print(f"{name:22s} {value}", soft_wrap=True)  # a path stays in one piece
     if config.computes_scores:
-        print_extreme_samples(console, config, data)
+        print_extreme_samples(console, config)
 
 
 def last_loss(progress: Progress) -> dict[str, str]:
@@ -64,12 +64,13 @@ def evaluation_lines(progress: Progress, data: "TrainingData") -> dict[str, str]
     return {f"loss on {name}": f"{loss:.4f}" for name, loss in progress.evaluation.items()}
 
 
-def print_extreme_samples(console: Console, config: "TrainingConfig", data: "TrainingData") -> None:
+def print_extreme_samples(console: Console, config: "TrainingConfig") -> None:
     """Print the samples with the highest and the lowest summed value, one line each, with their first words."""
-    with ScoreDatabase([ScoredRun.open(config.result_dir)]) as database:
+    run = ScoredRun.open(config.result_dir)
+    with ScoreDatabase([run]) as database:
         database.create("sums", samples_sql(database, sample_sums(database)), "summing samples")
         highest, lowest = highest_and_lowest(database.connection, "sums", "sample_id", EXTREMES)
     of_what = "summed value so far: predicted fall of the validation loss, in nats"
     lowest = lowest.sort_by([("value", "descending")])
     titles = {f"highest {of_what}": highest, f"lowest {of_what}": lowest}
-    print_samples(console, titles, data.blocks["train"], data.tokenizer)
+    print_samples(console, titles, run.samples())

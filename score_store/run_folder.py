@@ -26,6 +26,11 @@ class RunFolder:
         return self.root / "validation" / "rows.parquet"
 
     @property
+    def samples(self) -> Path:
+        """The texts of training samples that are not blocks of shards."""
+        return self.root / "samples"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line: what was measured in a step or an evaluation."""
         return self.root / "metrics.jsonl"

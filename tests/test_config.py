@@ -212,8 +212,8 @@ def test_nothing_is_left_open(no_gpu: None) -> None:
     assert config.pile_data_dir == str(ROOT / "data" / "demo")
     assert config.result_dir == ROOT / "results" / "GradDotProd-GPT2-Small-bs2-20260102T123456.789Z"
     assert set(config.resolved_from) == {
-        "device", "train_dtype", "min_lr", "lr_decay_steps", "eval_bs", "pile_data_dir", "results_dir",
-        "run_name",
+        "device", "train_dtype", "min_lr", "lr_decay_steps", "eval_bs", "pile_data_dir", "llava_data_dir",
+        "results_dir", "run_name",
     }  # fmt: skip
     assert config.resolved_from["eval_bs"] == "batch_size"
     assert config.resolved_from["pile_data_dir"] == "default"
@@ -222,7 +222,7 @@ def test_nothing_is_left_open(no_gpu: None) -> None:
 def test_what_was_given_stays_and_is_not_called_resolved(no_gpu: None, tmp_path: Path) -> None:
     given = TrainingConfig(
         device="cpu", train_dtype="bfloat16", min_lr=0.0, lr_decay_steps=700, eval_bs=5, run_name="auto",
-        pile_data_dir=str(tmp_path), results_dir=str(tmp_path),
+        pile_data_dir=str(tmp_path), llava_data_dir=str(tmp_path), results_dir=str(tmp_path),
     )  # fmt: skip
     resolved = resolve(given, {"PILE_DATA_DIR": "/elsewhere", "RESULTS_DIR": ""})
     assert resolved == given
@@ -581,6 +581,7 @@ def imported(paths: Iterable[Path]) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
                 names.add(node.module.partition(".")[0])
+    names = {"pillow" if name == "PIL" else name for name in names}
     own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
     standard = sys.stdlib_module_names | {"compression"}  # which is new in Python 3.14
     return names - own - {*PACKAGES, "benchmarks"} - standard

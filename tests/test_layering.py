@@ -16,7 +16,7 @@ LEVELS = (
     ("training_loop",),
     ("evaluation",),
     ("model_setup", "dataloader"),
-    ("config_file",),
+    ("llava_dataloader", "config_file"),
     ("run",),
     ("attribution", "models"),
     ("ghostEngines",),

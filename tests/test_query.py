@@ -144,11 +144,11 @@ def test_the_uses_of_a_sample_are_the_rows_of_the_scores(
     twice = scores["block"].value_counts().idxmax()
     for block, count in ((twice, 2), (scores["block"].iloc[0], None)):
         expected = scores[scores["block"] == block].sort_values("step")
-        found = find_block_uses(database, shards, TRAINED, range(block, block + 1)).to_pandas()
+        found = find_block_uses(database, TRAINED, range(block, block + 1)).to_pandas()
         assert count is None or len(found) == count
         for name in ("step", "train_loss", "lr", "dot_product", "value"):
             assert found[name].tolist() == expected[name].tolist()
-    assert len(find_block_uses(database, shards, DOMAINS[0], range(1000))) == 0, "never trained on"
+    assert len(find_block_uses(database, DOMAINS[0], range(1000))) == 0, "never trained on"
 
 
 def test_a_sample_stands_where_pandas_ranks_it(
@@ -180,7 +180,7 @@ def test_a_document_has_its_part_of_each_block(
             ["step", "block"]
         )
         share = np.array([parts[block][document] for block in expected["block"]])
-        found = find_document_uses(database, shards, shard, document).to_pandas()
+        found = find_document_uses(database, shard, document).to_pandas()
         assert found[["step", "block"]].to_numpy().tolist() == expected[["step", "block"]].to_numpy().tolist()
         np.testing.assert_allclose(found["share"], share, rtol=1e-12)
         np.testing.assert_allclose(found["value"], expected["value"] * share, rtol=1e-12)
@@ -263,7 +263,7 @@ def test_a_validation_row_is_told_of_with_its_samples(run: ScoredRun, ask: Calla
 def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask: Callable[..., str]) -> None:
     find = {
         "text": lambda text: find_text(shards, text, 10),
-        "sample": lambda sample: find_sample(run, shards, sample),
+        "sample": lambda sample: find_sample(run, run.samples(), sample),
         "validation": lambda number: find_validation_row(run, int(number)),
     }
     nowhere = f"none of the 12 training documents in {shards[0].path.parent} contains it"

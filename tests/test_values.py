@@ -30,9 +30,8 @@ from attribution.values_folder import FILES, Values, being_written
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import ShardWriter, domain_file_name, list_shards
-from data_processing.tokenizers import get_tokenizer
 from foundation import progress
-from score_store.validation_rows import save_validation_rows
+from score_store.validation_rows import Shown, save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
 VALUES_PAGE = Path(__file__).parent.parent / "docs" / "values.md"
@@ -655,7 +654,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
 def test_records_and_validation_rows(damaged: Path, data: Path) -> None:
     (damaged / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.5}\n{"step": 1, "train_loss"')
     batch = BlockDataset.open(data, T, parse_set("--val_set", "val")).batch([("Alpha", 2), ("Beta [b]", 0)])
-    save_validation_rows(batch, get_tokenizer("gpt2_bytes"), damaged / "validation" / "rows.parquet")
+    save_validation_rows(batch, [Shown("one"), Shown("two")], damaged / "validation" / "rows.parquet")
     run = ScoredRun.open(damaged)
     assert run.metrics() == [{"step": 0, "train_loss": 1.5}], "a line that is being written is left out"
     rows = run.validation_rows().to_pandas()

@@ -35,6 +35,7 @@ from attribution.curate.curated_folder import (
     whole_folder,
     write_splits,
 )
+from attribution.curate.curated_records import write_records
 from attribution.curate.drop_rule import Choice, DropRule, choose
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
 from attribution.options import make_argument_parser, read_options
@@ -73,6 +74,8 @@ def curate(
         ShardError: a shard of the source folder is damaged.
     """
     rule = DropRule.parse(drop)
+    if runs[0].keeps_samples:
+        return curate_records(runs, output, rule, unit, normalise, steps, memory_limit, pile_data_dir)
     shards, block_size, split = runs[0].shards(pile_data_dir), runs[0].block_size, runs[0].split
     source = shards[0].path.parent.parent
     others = find_other_splits(source, split)
@@ -87,18 +90,58 @@ def curate(
         write_splits(unfinished, others, cuts, unfinished / DROPPED)
         tokens = {shard.domain: shard.num_tokens for shard in list_shards(unfinished, split)}
         manifest = {
-            **FORMAT,
-            "drop": drop,
-            "unit": unit,
-            "reason": choice.reason,
-            "highest_dropped_value": choice.highest_dropped,
-            "lowest_kept_value": choice.lowest_kept,
+            **describe_choice(drop, unit, choice),
             "normalise": normalise,
             "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
             "source": str(source.resolve()),
             "split": split,
             "block_size": block_size,
             "domains": {each.shard.domain: each.describe(tokens.get(each.shard.domain, 0)) for each in cuts},
+        }
+        write_json_atomically(unfinished / MANIFEST, manifest)
+    return manifest
+
+
+def describe_choice(drop: str, unit: Unit, choice: Choice) -> dict[str, Any]:
+    """Return what a manifest says of what was dropped."""
+    return {
+        **FORMAT,
+        "drop": drop,
+        "unit": unit,
+        "reason": choice.reason,
+        "highest_dropped_value": choice.highest_dropped,
+        "lowest_kept_value": choice.lowest_kept,
+    }
+
+
+def curate_records(
+    runs: Sequence[ScoredRun],
+    output: Path,
+    rule: DropRule,
+    unit: Unit,
+    normalise: Normalise,
+    steps: Window,
+    memory_limit: str,
+    data_dir: Path | None,
+) -> dict[str, Any]:
+    """Write the data folder `output` of LLaVA records, as `curate` does of shards, and return its manifest."""
+    source, split = runs[0].records_folder(data_dir), runs[0].split
+    check_output(output, source)
+    with whole_folder(output) as unfinished:
+        with ScoreDatabase(
+            runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
+        ) as database:
+            choice = choose_units(database, (), unit, rule, unfinished / DROPPED)
+            windows = database.windows
+        domains = write_records(unfinished, source, split, choice, unfinished / DROPPED)
+        manifest = {
+            **describe_choice(rule.text, unit, choice),
+            "normalise": normalise,
+            "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
+            "source": str(source.resolve()),
+            "split": split,
+            "block_size": runs[0].block_size,
+            "domains": domains,
         }
         write_json_atomically(unfinished / MANIFEST, manifest)
     return manifest
@@ -119,11 +162,14 @@ def print_curation(output: Path, manifest: dict[str, Any]) -> None:
     screen.print(f"{unit} left out: {manifest['reason']}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("domain", overflow="fold")
-    for name in (unit, "with a value", "left out", "tokens before", "after"):
+    columns: tuple[str, ...] = ("units", "with_value", "dropped", "tokens_before", "tokens_after")
+    names: tuple[str, ...] = (unit, "with a value", "left out", "tokens before", "after")
+    rows, records = manifest["domains"], "source_sha256" not in next(iter(manifest["domains"].values()))
+    if records:  # which are counted, not their tokens
+        columns, names = columns[:3], names[:3]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    columns = ("units", "with_value", "dropped", "tokens_before", "tokens_after")
-    rows = manifest["domains"]
     for name, row in rows.items():
         table.add_row(Text(first_words(name)), *(f"{row[column]:,}" for column in columns), row["state"])
     totals = {column: sum(row[column] for row in rows.values()) for column in columns}
@@ -137,7 +183,9 @@ def print_curation(output: Path, manifest: dict[str, Any]) -> None:
     screen.print(f"{unit} that no step gave a value are kept: {valueless:,}", soft_wrap=True)
     screen.print(f"what was left out is listed in {output / DROPPED}", soft_wrap=True)
     screen.print(
-        f"to train on it: ./Scripts/train.sh --pile_data_dir {shlex.quote(str(output))}", soft_wrap=True
+        "to train on it: ./Scripts/train.sh "
+        f"{'--llava_data_dir' if records else '--pile_data_dir'} {shlex.quote(str(output))}",
+        soft_wrap=True,
     )
 
 

@@ -26,8 +26,15 @@ from attribution.query.history import (
     find_document_uses,
     find_standing,
 )
-from attribution.query.lookup import find_extreme_pairs, find_sample, find_text, find_validation_row
+from attribution.query.lookup import (
+    find_extreme_pairs,
+    find_sample,
+    find_stored_text,
+    find_text,
+    find_validation_row,
+)
 from attribution.query.text_search import Place
+from attribution.samples import Samples, StoredSamples
 from attribution.screen import plain_console, print_samples, printable
 from attribution.units import Unit, write_units
 from data_processing.shards import Shard
@@ -46,7 +53,11 @@ def query_text(options: RunOptions, text: str) -> None:
     Raises as `find_text`, `ScoredRun.shards` and `ScoreDatabase`.
     """
     (run,), screen = options.runs, plain_console()
-    shards = run.shards(options.pile_data_dir)
+    samples = run.samples(options.pile_data_dir)
+    if isinstance(samples, StoredSamples):
+        query_stored_text(options, samples, text)
+        return
+    shards = samples.shards
     by_name, tokenizer = {shard.domain: shard for shard in shards}, get_tokenizer(shards[0].tokenizer)
     places, count = find_text(shards, text, SHOWN_DOCUMENTS)
     screen.print(
@@ -55,9 +66,7 @@ def query_text(options: RunOptions, text: str) -> None:
     )
     screen.print("part: how much of a block's targets is the document's; value: that part of the block's")
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        histories = [
-            find_document_uses(database, shards, by_name[place.domain], place.document) for place in places
-        ]
+        histories = [find_document_uses(database, by_name[place.domain], place.document) for place in places]
         units = write_units(database, shards, "documents", Path(folder)) if any(map(len, histories)) else None
         for place, history in zip(places, histories, strict=True):
             shard = by_name[place.domain]
@@ -69,29 +78,50 @@ def query_text(options: RunOptions, text: str) -> None:
             print_history(screen, database, "documents", place.domain, history, own)
 
 
+def query_stored_text(options: RunOptions, samples: StoredSamples, text: str) -> None:
+    """Print the training samples that contain the text, and the values of the first of them.
+
+    Raises as `find_stored_text` and `ScoreDatabase`.
+    """
+    screen, (places, count) = plain_console(), find_stored_text(samples, text, SHOWN_DOCUMENTS)
+    screen.print(
+        f"{count:,} training samples contain the text"
+        + f", of which the first {len(places)} are:" * (count > len(places))
+    )
+    with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
+        units = write_units(database, (), "samples", Path(folder))
+        for domain, number in places:
+            screen.print()
+            print_sample(screen, database, samples, units, domain, number)
+
+
 def query_sample(options: RunOptions, sample: str) -> None:
     """Print a training sample's text, value and uses.
 
-    Raises as `find_sample`, `ScoredRun.shards` and `ScoreDatabase`.
+    Raises as `find_sample`, `ScoredRun.samples` and `ScoreDatabase`.
     """
     (run,), screen = options.runs, plain_console()
-    shards = run.shards(options.pile_data_dir)
-    shard, block = find_sample(run, shards, sample)
-    first = block * run.block_size
+    samples = run.samples(options.pile_data_dir)
+    domain, number = find_sample(run, samples, sample)
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        history = find_block_uses(database, shards, shard.domain, range(block, block + 1))
-        own = None
-        if len(history):
-            units = write_units(database, shards, "samples", Path(folder))
-            own = find_standing(database, units, "samples", shard.domain, block)
-        text = get_tokenizer(shard.tokenizer).decode(
-            shard.tokens[first : first + run.block_size + 1].tolist()
-        )
-        screen.print(
-            f"{printable(shard.domain)}, block {block}: tokens {first:,} to {first + run.block_size:,}"
-        )
-        screen.print(printable(text), soft_wrap=True)
-        print_history(screen, database, "samples", shard.domain, history, own)
+        units = write_units(database, samples.shards, "samples", Path(folder))
+        print_sample(screen, database, samples, units, domain, number)
+
+
+def print_sample(
+    screen: Console, database: ScoreDatabase, samples: Samples, units: Path, domain: str, number: int
+) -> None:
+    """Print a sample's place, text, image, value and uses. units: the file of samples that `write_units` wrote."""
+    size = database.runs[0].block_size
+    first = number * size
+    place = f": tokens {first:,} to {first + size:,}" if samples.shards else ""
+    screen.print(f"{printable(domain)}, block {number}{place}")
+    screen.print(printable(samples.excerpt(domain, number, size + 1).text), soft_wrap=True)
+    if (image := samples.image(domain, number)) is not None:
+        screen.print(str(image), soft_wrap=True)
+    history = find_block_uses(database, domain, range(number, number + 1))
+    own = find_standing(database, units, "samples", domain, number)
+    print_history(screen, database, "samples", domain, history, own)
 
 
 def query_validation(options: RunOptions, number: int) -> None:
@@ -100,7 +130,7 @@ def query_validation(options: RunOptions, number: int) -> None:
     Raises as `find_validation_row`, `ScoredRun.shards` and `ScoreDatabase`.
     """
     (run,), screen = options.runs, plain_console()
-    row, blocks = find_validation_row(run, number), run.blocks(options.pile_data_dir)
+    row, samples = find_validation_row(run, number), run.samples(options.pile_data_dir)
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
         helped, hurt = find_extreme_pairs(database, number, SHOWN_SAMPLES)
     screen.print(f"validation row {number}: {printable(row['domain'])}, block {row['block']}")
@@ -110,7 +140,7 @@ def query_validation(options: RunOptions, number: int) -> None:
         if len(rows) == 0:
             screen.print(f"\nno sample {title} it")
         else:
-            print_samples(screen, {heading: rows}, blocks, get_tokenizer(blocks.tokenizer))
+            print_samples(screen, {heading: rows}, samples)
 
 
 def open_scores(options: RunOptions, folder: str) -> ScoreDatabase:

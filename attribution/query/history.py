@@ -1,6 +1,5 @@
 """Find the uses of a sample or document, step by step, and the rank of its value."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +41,12 @@ def find_standing(
     return Standing(found[0], row["higher"] + 1, row["count"], row["lower"] / row["count"])
 
 
-def find_block_uses(database: ScoreDatabase, shards: Sequence[Shard], domain: str, blocks: range) -> pa.Table:
+def find_block_uses(database: ScoreDatabase, domain: str, blocks: range) -> pa.Table:
     """Return the uses of these blocks by step: step, block, train_loss, lr, dot_product, value.
 
     dot_product and value are null where the optimizer skipped the step.
-
-    Args:
-        shards: those of the run's `domains`, in that order.
     """
-    first = [shard.domain for shard in shards].index(domain) << BLOCK_BITS
+    first = database.runs[0].domains.index(domain) << BLOCK_BITS
     return database.query(
         "SELECT step, block, train_loss, lr, dot_product, weighted_value AS value FROM scores "
         "WHERE sample_id BETWEEN ? AND ? ORDER BY step, block",
@@ -70,15 +66,13 @@ def find_blocks(shard: Shard, document: int, block_size: int) -> range:
     return range(max(first - 1, 0) // block_size, min((stop - 2) // block_size + 1, blocks))
 
 
-def find_document_uses(
-    database: ScoreDatabase, shards: Sequence[Shard], shard: Shard, document: int
-) -> pa.Table:
+def find_document_uses(database: ScoreDatabase, shard: Shard, document: int) -> pa.Table:
     """Return the uses of a document's blocks, as `find_block_uses`, with one more column.
 
     `share` is the document's share of the block's targets; `value` is that share of the block's value.
     """
     block_size = database.runs[0].block_size
-    found = find_block_uses(database, shards, shard.domain, find_blocks(shard, document, block_size))
+    found = find_block_uses(database, shard.domain, find_blocks(shard, document, block_size))
     _, documents, parts = divide_blocks(shard, block_size, found["block"].to_numpy())
     share = parts[documents == document]  # a block has one part in the document
     value = pa.array(found["value"].to_numpy() * share, from_pandas=True)

@@ -9,11 +9,37 @@ import pyarrow as pa
 
 from attribution.database import ScoreDatabase
 from attribution.query.text_search import Place, find_documents
+from attribution.samples import Samples, StoredSamples
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import samples_sql
 from attribution.values_folder import highest_and_lowest
 from data_processing.shards import Shard
 from data_processing.tokenizers import get_tokenizer
+
+
+def check_text(text: str) -> None:
+    """Raise AttributionError for a text that no training text can contain, or that all do."""
+    if not text:
+        raise AttributionError("--text '': is everywhere; give some words of a training document")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise AttributionError(f"--text: is not UTF-8 ({error}); the training documents are") from error
+
+
+def find_stored_text(samples: StoredSamples, text: str, count: int) -> tuple[list[tuple[str, int]], int]:
+    """Return the first `count` samples, domain and number, that contain the text, and how many do.
+
+    Raises AttributionError as `find_text`.
+    """
+    check_text(text)
+    found, total = samples.find(text, count)
+    if not found:
+        raise AttributionError(
+            f"--text: none of the {samples.table.count_rows():,} training samples contains it; every letter counts, "
+            "also spaces, line ends and capitals: try a shorter piece"
+        )
+    return found, total
 
 
 def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Place], int]:
@@ -22,12 +48,7 @@ def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Plac
     Raises:
         AttributionError: the text is empty, not Unicode, or in no document.
     """
-    if not text:
-        raise AttributionError("--text '': is everywhere; give some words of a training document")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise AttributionError(f"--text: is not UTF-8 ({error}); the training documents are") from error
+    check_text(text)
     places = find_documents(shards, text, get_tokenizer(shards[0].tokenizer))
     first = list(islice(places, count))
     if not first:
@@ -39,11 +60,18 @@ def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Plac
     return first, len(first) + sum(1 for _ in places)
 
 
-def find_sample(run: ScoredRun, shards: Sequence[Shard], sample: str) -> tuple[Shard, int]:
-    """Return the shard and block of DOMAIN:BLOCK. Raises AttributionError if there is no such sample."""
+def find_sample(run: ScoredRun, samples: Samples, sample: str) -> tuple[str, int]:
+    """Return the domain and number of DOMAIN:BLOCK. Raises AttributionError if there is no such sample."""
     domain, _, number = sample.rpartition(":")
     if re.fullmatch(r"[0-9]+", number) is None:
-        raise AttributionError(f"--sample {sample!r}: give DOMAIN:BLOCK, as in '{shards[0].domain}:0'")
+        raise AttributionError(f"--sample {sample!r}: give DOMAIN:BLOCK, as in '{run.domains[0]}:0'")
+    if isinstance(samples, StoredSamples):
+        try:
+            samples.excerpt(domain, int(number), 1)
+        except LookupError as error:
+            raise AttributionError(f"--sample {sample!r}: {error}") from error
+        return domain, int(number)
+    shards = samples.shards
     by_name = {shard.domain: shard for shard in shards}
     if domain not in by_name:
         raise AttributionError(
@@ -55,7 +83,7 @@ def find_sample(run: ScoredRun, shards: Sequence[Shard], sample: str) -> tuple[S
         raise AttributionError(
             f"--sample {sample!r}: {domain!r} has {blocks} blocks of {run.block_size} tokens, counted from 0"
         )
-    return by_name[domain], int(number)
+    return domain, int(number)
 
 
 def find_validation_row(run: ScoredRun, number: int) -> dict[str, Any]:

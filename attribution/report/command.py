@@ -42,7 +42,6 @@ from attribution.scored_run import AttributionError, ScoredRun
 from attribution.screen import plain_console
 from attribution.values import write_values
 from attribution.values_folder import Values
-from data_processing.tokenizers import get_tokenizer
 from foundation.errors import file_errors
 from foundation.files import write_text
 from foundation.paths import path_argument
@@ -107,18 +106,19 @@ def collect_content(
             "update in any of them, as when float16 gradients overflow; there is nothing to report"
         )
     value_unit = texts.VALUE_UNITS[normalise]
-    blocks, shards = runs[0].blocks(pile_data_dir), runs[0].shards(pile_data_dir)
-    tokenizer = get_tokenizer(blocks.tokenizer)
+    samples = runs[0].samples(pile_data_dir)
     return {
         **texts.describe_runs(runs, database.windows, steps, normalise),
         "totals": count_samples(database, values),
         **build_loss_section(runs, steps),
         **build_domain_section(database, values, value_unit),
         "distribution": sketch_distribution(count_by_value(database, values), value_unit),
-        **collect_samples(database, values, value_unit, blocks, tokenizer),
-        **collect_documents(database, values, value_unit, shards, tokenizer),
+        **collect_samples(database, values, value_unit, samples),
+        **collect_documents(database, values, value_unit, samples),
         **build_efficiency_section(runs, steps, normalise),
-        "validation": collect_validation_rows(runs, tokenizer),
+        "validation": collect_validation_rows(runs),
+        "has_documents": bool(samples.shards),
+        "has_images": runs[0].keeps_samples,
         "settings": texts.list_settings([run.config for run in runs]),
     }
 

@@ -1,20 +1,21 @@
 """Collect the texts that the report shows: of extreme samples and documents, and of the validation rows."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from PIL import Image
 
 from attribution.database import ScoreDatabase
 from attribution.report.plots import Scale, choose_scale
 from attribution.report.tables import count_document_uses, find_sample_uses
+from attribution.samples import Samples, excerpt_of
 from attribution.scored_run import ScoredRun
 from attribution.values_folder import Values
-from data_processing.blocks import BlockDataset
-from data_processing.shards import Shard
-from data_processing.tokenizers import Tokenizer
+from data_processing.images import small_png
+from data_processing.tokenizers import get_tokenizer
 
 EXTREMES = 10  # at either end
 SHOWN_TOKENS = 2048  # of a text
@@ -30,7 +31,7 @@ class Extremes:
 
 
 def collect_samples(
-    database: ScoreDatabase, values: Values, value_unit: str, blocks: BlockDataset, tokenizer: Tokenizer
+    database: ScoreDatabase, values: Values, value_unit: str, samples: Samples
 ) -> dict[str, Any]:
     """Return the most extreme samples, with their texts and the steps in which they were used."""
     helpful, harmful = find_extremes(values, "samples", value_unit)
@@ -38,20 +39,23 @@ def collect_samples(
     uses = find_sample_uses(database, [row["sample_id"] for row in rows])
     for row in rows:
         row |= {"uses": uses[row["sample_id"]]}
-        row |= decode_excerpt(tokenizer, blocks.tokens(row["domain"], row["block"]))
+        row |= vars(samples.excerpt(row["domain"], row["block"], SHOWN_TOKENS))
+        row["image"] = thumbnail(samples.image(row["domain"], row["block"]))
     return {"helpful_samples": helpful, "harmful_samples": harmful, "shown_uses": SHOWN_USES}
 
 
 def collect_documents(
-    database: ScoreDatabase, values: Values, value_unit: str, shards: Sequence[Shard], tokenizer: Tokenizer
+    database: ScoreDatabase, values: Values, value_unit: str, samples: Samples
 ) -> dict[str, Any]:
     """Return the most extreme documents, with the beginnings of their texts and the uses of their samples."""
     helpful, harmful = find_extremes(values, "documents", value_unit)
-    by_name = {shard.domain: shard for shard in shards}
+    by_name = {shard.domain: shard for shard in samples.shards}
     for row in helpful.rows + harmful.rows:
         row |= count_document_uses(database, values, row)
         end = row["first_token"] + row["tokens"]
-        row |= decode_excerpt(tokenizer, by_name[row["domain"]].tokens[row["first_token"] : end])
+        shard = by_name[row["domain"]]
+        tokens = shard.tokens[row["first_token"] : end].tolist()
+        row |= vars(excerpt_of(get_tokenizer(shard.tokenizer), tokens, SHOWN_TOKENS)) | {"image": None}
     return {"helpful_documents": helpful, "harmful_documents": harmful}
 
 
@@ -69,7 +73,7 @@ def find_extremes(values: Values, name: str, value_unit: str) -> tuple[Extremes,
     return Extremes(helpful, scale), Extremes(harmful, scale)
 
 
-def collect_validation_rows(runs: Sequence[ScoredRun], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def collect_validation_rows(runs: Sequence[ScoredRun]) -> list[dict[str, Any]]:
     """Return groups of runs with the same validation rows: "rows" with their texts, "runs" with the names."""
     groups: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -77,13 +81,21 @@ def collect_validation_rows(runs: Sequence[ScoredRun], tokenizer: Tokenizer) -> 
         if digest not in groups:
             rows = run.validation_rows().to_pylist()
             for row in rows:
-                row |= decode_excerpt(tokenizer, row["tokens"])
+                row |= {"tokens": len(row["tokens"]), "shown_tokens": len(row["tokens"])}
+                row["image"] = data_url(row["image"]) if row.get("image") else None
             groups[digest] = {"rows": rows, "runs": []}
         groups[digest]["runs"].append(run.folder.resolve().name)
     return list(groups.values())
 
 
-def decode_excerpt(tokenizer: Tokenizer, tokens: Sequence[int] | npt.NDArray[np.uint16]) -> dict[str, Any]:
-    """Return the text of the first SHOWN_TOKENS tokens, the number of all tokens and of those shown."""
-    shown = [int(token) for token in tokens[:SHOWN_TOKENS]]
-    return {"text": tokenizer.decode(shown), "tokens": len(tokens), "shown_tokens": len(shown)}
+def thumbnail(path: Path | None) -> str | None:
+    """Return a small copy of an image as a data URL."""
+    if path is None:
+        return None
+    with Image.open(path) as image:
+        return data_url(small_png(image))
+
+
+def data_url(png: bytes) -> str:
+    """Return a PNG as a URL that holds it: the page needs no other file."""
+    return f"data:image/png;base64,{b64encode(png).decode()}"

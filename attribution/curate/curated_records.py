@@ -1,0 +1,64 @@
+"""Make a folder of LLaVA records from another one: records left out of one split, the rest linked."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from attribution.curate.curated_folder import copy_file
+from attribution.curate.drop_rule import Choice, read_dropped_numbers
+from attribution.scored_run import AttributionError
+from foundation.errors import file_errors
+from foundation.progress import progress_bar
+from score_store.samples import IMAGES
+
+
+def write_records(target: Path, source: Path, split: str, choice: Choice, dropped: Path) -> dict[str, Any]:
+    """Write the split without the dropped records, link the other splits and all images, and return what became of
+    each domain.
+
+    A record that stays has a new position in its file, and so a new sample id.
+
+    Args:
+        dropped: the file that `choose` wrote.
+
+    Raises:
+        AttributionError: the source cannot be read, or no record is left.
+    """
+    path = source / f"{split}.json"
+    with file_errors(path, AttributionError):
+        records = json.loads(path.read_text(encoding="utf-8"))
+    gone = {
+        int(number)
+        for domain in choice.dropped
+        for numbers in read_dropped_numbers(dropped, "samples", domain)
+        for number in numbers
+    }
+    kept = [record for number, record in enumerate(records) if number not in gone]
+    if not kept or sum(choice.dropped.values()) == sum(choice.with_value.values()) == len(records):
+        raise AttributionError(f"--drop: no record would be left ({choice.reason}); choose fewer")
+    (target / path.name).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    others = [each for each in source.glob("*.json") if each != path and not each.name.startswith(".")]
+    images = [each for each in (source / IMAGES).rglob("*") if each.is_file()]
+    with progress_bar("linking images", sum(each.stat().st_size for each in images + others), "B") as bar:
+        for each in sorted(others + images):
+            place = target / each.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(each, place, bar)
+    return describe_domains(records, choice)
+
+
+def describe_domains(records: list[dict[str, Any]], choice: Choice) -> dict[str, Any]:
+    """Return each domain's entry in the manifest."""
+    units = Counter(Path(record["image"]).parts[0] for record in records if record.get("image"))
+    found = {}
+    for domain, count in sorted(units.items()):
+        dropped = choice.dropped.get(domain, 0)
+        state = "unchanged" if dropped == 0 else ("left out" if dropped == count else "cut")
+        found[domain] = {
+            "state": state,
+            "units": count,
+            "with_value": choice.with_value.get(domain, 0),
+            "dropped": dropped,
+        }
+    return found
