@@ -16,7 +16,8 @@ from config_file import TrainingConfig
 from data_processing.block_order import BatchOrder, seeded_choice
 from data_processing.blocks import Batch, BlockDataset
 from data_processing.domain_lists import Selection, shown
-from data_processing.tokenizers import Tokenizer, get_tokenizer
+from data_processing.tokenizer_files import open_tokenizer, same_tokenizer, tokenizer_of
+from data_processing.tokenizers import Tokenizer
 from foundation.errors import ConfigError
 from llava_dataloader import LlavaDataset
 from models.architectures import BY_TYPE
@@ -186,7 +187,7 @@ def open_datasets(
     model = configuration(config.architecture, config.model_folder)
     if model.model_type in BY_TYPE and BY_TYPE[model.model_type].images:
         assert config.llava_data_dir is not None
-        folder, tokenizer = Path(config.llava_data_dir), get_tokenizer(config.tokenizer)
+        folder, tokenizer = Path(config.llava_data_dir), open_tokenizer(config.tokenizer)
         return {
             name: LlavaDataset(
                 folder / f"{selection.split}.json",
@@ -205,7 +206,7 @@ def open_datasets(
         name: BlockDataset.open(data_dir, config.block_size, selection)
         for name, selection in selections.items()
     }
-    return blocks, get_tokenizer(blocks["train"].tokenizer)
+    return blocks, tokenizer_of(blocks["train"].ids, data_dir)
 
 
 def log_short_domains(
@@ -229,16 +230,29 @@ def log_short_domains(
 
 def check_tokenizers(blocks: Mapping[str, Dataset]) -> None:
     """Raise ConfigError for splits of different tokenizers."""
-    tokenizers = {name: part.tokenizer for name, part in blocks.items()}
+    tokenizers = {name: part.ids for name, part in blocks.items()}
     if len(set(tokenizers.values())) > 1:
         raise ConfigError(f"the splits were made by different tokenizers, {tokenizers}: make them with one")
 
 
-def check_tokens(blocks: Mapping[str, Dataset], vocabulary: int) -> None:
-    """Raise ConfigError for token ids that the model has no row for."""
+def check_tokens(blocks: Mapping[str, Dataset], vocabulary: int, folder: Path | None) -> None:
+    """Raise ConfigError for token ids that the model has no row for, and for tokens of another tokenizer than the one
+    in the model's folder.
+
+    Args:
+        vocabulary: how many ids the model knows.
+        folder: where the model comes from; None for a new one.
+    """
     for name, part in blocks.items():
         if part.max_token_id >= vocabulary:
             raise ConfigError(
                 f"the {name} shards have token id {part.max_token_id}, the model's vocabulary ends at "
-                f"{vocabulary - 1}: tokenize them with a GPT-2 tokenizer"
+                f"{vocabulary - 1}: tokenize them with the model's own tokenizer, or for an untrained model with one "
+                "of fewer ids (data/demo_bpe has 4096)"
             )
+    ids = blocks["train"].ids
+    if folder is not None and same_tokenizer(folder, ids) is False:
+        raise ConfigError(
+            f"the shards were made by {ids.tokenizer}, and the model in {folder} has another tokenizer: tokenize "
+            f"the text with --tokenizer {folder}"
+        )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares all that training needs: .venv with the packages of requirements.txt, and the demo shards in data/demo.
+# Prepares all that training needs: .venv with the packages of requirements.txt, and the demo data in data/.
 # When nothing has changed there is nothing to do, and it is done at once. Safe to run again at any time, also after
 # an interruption, and twice at once: each part leaves a stamp as its last act, and only a part with its stamp counts.
 #
@@ -37,11 +37,13 @@ fi
 packages_stamp=.venv/.requirements$dev.sha256
 plain_stamp=.venv/.requirements.sha256
 shards=$(hash_of data_processing/*.py)
-shards_stamp=data/demo/.complete.sha256
+demos=(data/demo data/demo_bpe data/llava_demo)
 
 stamped() { [[ -f $1 && $(<"$1") == "$2" ]]; }
 packages_ready() { [[ -x $venv_python ]] && stamped "$packages_stamp" "$packages"; }
-shards_ready() { stamped "$shards_stamp" "$shards"; }
+shards_ready() {
+    for folder in "${demos[@]}"; do stamped "$folder/.complete.sha256" "$shards" || return 1; done
+}
 
 if packages_ready && shards_ready; then
     exit 0
@@ -77,9 +79,11 @@ install_packages() {
 }
 
 make_shards() {
-    echo "init.sh: making the demo shards in data/demo"
+    echo "init.sh: making the demo data in ${demos[*]}"
     "$venv_python" -m data_processing.demo_corpus --output_dir data/demo
-    echo "$shards" >"$shards_stamp"
+    "$venv_python" -m data_processing.demo_corpus --output_dir data/demo_bpe --vocabulary 4096
+    "$venv_python" -m data_processing.llava_demo --output_dir data/llava_demo
+    for folder in "${demos[@]}"; do echo "$shards" >"$folder/.complete.sha256"; done
 }
 
 packages_ready || install_packages

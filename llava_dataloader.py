@@ -31,6 +31,7 @@ from data_processing.llava_records import (
     open_image,
     read_records,
 )
+from data_processing.shards import TokenIds
 from data_processing.tokenizers import Tokenizer
 from foundation.errors import ConfigError, file_errors
 from foundation.progress import progress_bar
@@ -57,7 +58,7 @@ class LlavaDataset:
 
     all_domains: list[str]  # of the split, sorted
     block_size: int  # T
-    tokenizer: str
+    ids: TokenIds
     short: dict[str, int]  # none: every record is a whole row
     domains: tuple[str, ...]  # in use, sorted
     checksums: dict[str, str]  # domain -> sha256 of its records and the sizes of their images
@@ -86,7 +87,7 @@ class LlavaDataset:
             ConfigError: a named domain does not exist.
         """
         self.path, self.image_folder, self.block_size = json_path, image_folder, block_size
-        self.tokenizer, self._tokenizer, self.short = tokenizer.name, tokenizer, {}
+        self.ids, self._tokenizer, self.short = tokenizer.ids, tokenizer, {}
         self._image_tokens, self._image_token = model.image_seq_length, model.image_token_index
         size = model.vision_config.image_size
         self._processor = CLIPImageProcessorPil(
@@ -156,8 +157,8 @@ class LlavaDataset:
                 block_size=self.block_size,
                 image_tokens=self._image_tokens,
                 image_token_id=self._image_token,
-                end_of_text=self._tokenizer.end_of_text,
-                begin_of_text=self._tokenizer.begin_of_text,
+                end_of_text=self._tokenizer.ids.end_of_text,
+                begin_of_text=self._tokenizer.ids.begin_of_text,
             )
         except RecordError as error:
             raise RecordError(f"{self.path}: {error}") from error

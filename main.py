@@ -55,7 +55,7 @@ def run(argv: list[str], resources: ExitStack) -> int:
     data = world.every(lambda: resources.enter_context(TrainingData.open(config, world)))
     start = world.first(lambda: find_start(config, world, data, resources))
     model = world.every(lambda: prepare_model(config, start))
-    world.every(lambda: check_tokens(data.blocks, model.vocabulary))
+    world.every(lambda: check_tokens(data.blocks, model.vocabulary, config.model_folder))
     world.first(lambda: open_folder(config, world, model, start, resources))
     logger.info("%s\n", describe(config))
     if config.eval_only:

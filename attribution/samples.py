@@ -12,7 +12,8 @@ import pyarrow.dataset as ds
 
 from data_processing.blocks import BLOCK_BITS, BlockDataset
 from data_processing.shards import Shard
-from data_processing.tokenizers import Tokenizer, get_tokenizer
+from data_processing.tokenizer_files import tokenizer_of
+from data_processing.tokenizers import Tokenizer
 from score_store.schema import ScoreError
 
 
@@ -49,7 +50,7 @@ class BlockSamples:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return get_tokenizer(self.blocks.tokenizer)
+        return tokenizer_of(self.blocks.ids, self.blocks.folder)
 
     def excerpt(self, domain: str, number: int, tokens: int) -> Excerpt:
         return excerpt_of(self.tokenizer, self.blocks.tokens(domain, number).tolist(), tokens)

@@ -24,7 +24,7 @@ from attribution.database import Normalise
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from benchmarks.launch import ROOT, flags_of
-from data_processing.shards import EOT, Shard, ShardWriter, list_shards
+from data_processing.shards import GPT2_IDS, Shard, ShardWriter, Tokens, list_shards
 from foundation.paths import expand_home, path_argument
 from foundation.progress import progress_bar
 
@@ -71,19 +71,19 @@ def make_sample_shards(folder: Path) -> Path:
     return folder
 
 
-def write_split(folder: Path, split: str, tokens: dict[str, npt.NDArray[np.uint16]]) -> None:
+def write_split(folder: Path, split: str, tokens: dict[str, Tokens]) -> None:
     """Write the shards of one split. tokens: domain -> whole documents with their END_OF_TEXT."""
     (folder / split).mkdir(parents=True)
     for domain, each in tokens.items():
-        with ShardWriter(folder / split, domain, split=split, tokenizer="gpt2") as shard:
+        with ShardWriter(folder / split, domain, split=split, ids=GPT2_IDS) as shard:
             shard.extend(np.asarray(each, dtype="<u2"))
 
 
-def cut_head(shard: Shard, tokens: int) -> npt.NDArray[np.uint16]:
+def cut_head(shard: Shard, tokens: int) -> Tokens:
     """Return at most the first `tokens` tokens of a shard. The last one becomes an END_OF_TEXT."""
     head = np.array(shard.tokens[:tokens])
-    head[-1] = EOT
-    return head[:-1] if len(head) > 1 and head[-2] == EOT else head
+    head[-1] = GPT2_IDS.end_of_text
+    return head[:-1] if len(head) > 1 and head[-2] == GPT2_IDS.end_of_text else head
 
 
 def link_splits(source: Path, folder: Path, splits: tuple[str, ...]) -> None:
@@ -111,7 +111,7 @@ def write_without_blocks(source: Path, folder: Path, block_size: int, dropped: d
             continue  # less than one block is left
         ranges = np.stack([starts, starts + block_size], axis=1)
         with (
-            ShardWriter(folder / "train", shard.domain, split="train", tokenizer="gpt2") as writer,
+            ShardWriter(folder / "train", shard.domain, split="train", ids=GPT2_IDS) as writer,
             progress_bar(shard.domain, shard.tokens.nbytes, "B") as bar,
         ):
             cut_shard(shard, [ranges], writer, bar)

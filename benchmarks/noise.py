@@ -32,7 +32,7 @@ from benchmarks.experiment import (
     write_split,
     write_without_blocks,
 )
-from data_processing.shards import EOT, list_shards
+from data_processing.shards import GPT2_IDS, list_shards
 
 NOISE = 0.16
 CHOSEN: Normalise = "absolute"  # each sample is used once, and in plain sums early steps count more
@@ -57,7 +57,7 @@ def write_noisy_data(source: Path, folder: Path, seed: int, blocks: int) -> pd.D
             records.append({"domain": shard.domain, "block": block, "noisy": noisy})
             if noisy:  # END_OF_TEXTs stay in place
                 part = tokens[shard.domain][block * BLOCK : (block + 1) * BLOCK]
-                words = part != EOT
+                words = part != GPT2_IDS.end_of_text
                 part[words] = random.permutation(part[words])
     if not folder.exists():
         write_split(folder, "train", tokens)

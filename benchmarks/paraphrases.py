@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from attribution.database import ScoreDatabase
@@ -28,7 +27,7 @@ from benchmarks.experiment import (
 )
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
-from data_processing.shards import EOT, list_shards
+from data_processing.shards import GPT2_IDS, Tokens, list_shards
 from data_processing.tokenizers import Tokenizer, get_tokenizer
 from dataloader import validation_batch
 
@@ -50,13 +49,11 @@ def edit_text(text: str, share: float, random: np.random.Generator) -> str:
     return " ".join(kept)
 
 
-def make_document(
-    tokens: npt.NDArray[np.uint16], share: float, random: np.random.Generator, tokenizer: Tokenizer
-) -> npt.NDArray[np.uint16]:
+def make_document(tokens: Tokens, share: float, random: np.random.Generator, tokenizer: Tokenizer) -> Tokens:
     """Return an edited copy with its END_OF_TEXT, (BLOCK,). A short copy is repeated up to that length."""
-    text = tokenizer.decode([token for token in tokens.tolist() if token != EOT])
+    text = tokenizer.decode([token for token in tokens.tolist() if token != GPT2_IDS.end_of_text])
     copy = np.resize(tokenizer.encode(edit_text(text, share, random)), BLOCK - 1)
-    return np.append(copy, np.uint16(EOT))
+    return np.append(copy, np.uint16(GPT2_IDS.end_of_text))
 
 
 def write_data_with_copies(source: Path, folder: Path, seed: int, blocks: int) -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,13 @@ from tqdm import trange
 
 from data_processing.block_order import permute
 from data_processing.blocks import BLOCK_BITS
-from data_processing.shards import EOT, FORMAT_VERSION, INDEX_TYPE, MAGIC, TOKEN_TYPE, write_json_atomically
+from data_processing.shards import (
+    FORMAT_VERSION,
+    GPT2_BYTES_IDS,
+    INDEX_TYPE,
+    MAGIC,
+    write_json_atomically,
+)
 from score_store.files import score_file
 from score_store.schema import DICTIONARY_COLUMNS, FORMAT, score_schema
 
@@ -73,14 +80,14 @@ def write_shards(folder: Path, blocks: Integers, random: np.random.Generator) ->
         starts = starts[starts < num_tokens - 1].astype(INDEX_TYPE)
         starts.tofile(folder / f"{domain}.idx")
         with (folder / f"{domain}.bin").open("wb") as file:
-            file.truncate(num_tokens * TOKEN_TYPE.itemsize)
-            file.seek(-TOKEN_TYPE.itemsize, os.SEEK_END)
-            file.write(TOKEN_TYPE.type(EOT).tobytes())
+            file.truncate(num_tokens * GPT2_BYTES_IDS.token_type.itemsize)
+            file.seek(-GPT2_BYTES_IDS.token_type.itemsize, os.SEEK_END)
+            file.write(GPT2_BYTES_IDS.token_type.type(GPT2_BYTES_IDS.end_of_text).tobytes())
         checksums[domain] = f"made up for {domain}"
         fields = {
             "magic": MAGIC, "format_version": FORMAT_VERSION, "split": "train", "domain": domain,
-            "tokenizer": "gpt2_bytes", "num_tokens": num_tokens, "num_documents": len(starts),
-            "max_token_id": EOT, "checksum": checksums[domain], "index_checksum": "made up",
+            **asdict(GPT2_BYTES_IDS), "token_type": "uint16", "num_tokens": num_tokens, "num_documents": len(starts),
+            "max_token_id": GPT2_BYTES_IDS.end_of_text, "checksum": checksums[domain], "index_checksum": "made up",
         }  # fmt: skip
         write_json_atomically(folder / f"{domain}.json", fields)
     return checksums

@@ -3,13 +3,10 @@
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import numpy.typing as npt
 
 from data_processing.pile_records import BadRecord, LineBatch, number_lines, parse_record
-from data_processing.shards import EOT
+from data_processing.shards import Tokens
 from data_processing.tokenizers import Tokenizer
-
-_END = np.array([EOT], np.uint16)
 
 
 @dataclass
@@ -33,7 +30,7 @@ class EncodedBatch:
     """The encoded records of one LineBatch."""
 
     counts: Counts
-    tokens: dict[str, npt.NDArray[np.uint16]]  # domain -> whole documents in order, each with its END_OF_TEXT
+    tokens: dict[str, Tokens]  # domain -> whole documents in order, each with its END_OF_TEXT
     bad_records: list[tuple[int, str]] = field(default_factory=list)  # line number, reason
 
 
@@ -42,11 +39,16 @@ class BatchEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        ids = tokenizer.ids
+        self._end = np.array([ids.end_of_text], ids.token_type)
+        begin = [] if ids.begin_of_text is None else [ids.begin_of_text]
+        self._begin = np.array(begin, ids.token_type)
 
     def __call__(self, batch: LineBatch) -> EncodedBatch:
         counts = Counts()
         bad_records: list[tuple[int, str]] = []
-        documents: dict[str, list[npt.NDArray[np.uint16]]] = {}
+        documents: dict[str, list[Tokens]] = {}
+        records: list[tuple[int, str, str]] = []  # line, text, domain
         for number, line in number_lines(batch):
             try:
                 text, domain = parse_record(line)
@@ -56,11 +58,17 @@ class BatchEncoder:
             if not text:
                 counts.empty_texts += 1
                 continue
-            ids = self._tokenizer.encode(text)
-            documents.setdefault(domain, []).extend((ids, _END))
+            records.append((number, text, domain))
+        encoded = self._tokenizer.encode_batch([text for _, text, _ in records])
+        for (number, text, domain), ids in zip(records, encoded, strict=True):
+            if len(ids) == 0:
+                bad_records.append((number, "the tokenizer makes no token of its text"))
+                continue
+            documents.setdefault(domain, []).extend((self._begin, ids, self._end))
             counts.text_bytes += len(text.encode("utf-8"))
-            counts.tokens += len(ids) + 1
+            counts.tokens += len(self._begin) + len(ids) + 1
             counts.documents += 1
+        bad_records.sort()
         counts.bad_records = len(bad_records)
         tokens = {domain: np.concatenate(pieces) for domain, pieces in documents.items()}
         return EncodedBatch(counts, tokens, bad_records)

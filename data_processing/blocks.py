@@ -15,7 +15,7 @@ import torch
 
 from data_processing.domain_lists import Selection, listed, shown
 from data_processing.shard_files import ShardError
-from data_processing.shards import VOCAB, Shard, list_shards
+from data_processing.shards import Shard, TokenIds, Tokens, list_shards
 from foundation.errors import ConfigError
 
 BLOCK_BITS = 40  # a sample id is the domain's number << BLOCK_BITS | the block's number
@@ -52,6 +52,8 @@ class BlockDataset:
 
     all_domains: list[str]  # of the split, sorted
     block_size: int  # T
+    folder: Path  # of the splits
+    ids: TokenIds
     tokenizer: str  # that made the tokens
     short: dict[str, int]  # domain -> tokens, of the domains left out because they have no whole block
     domains: tuple[str, ...]  # in use, sorted
@@ -67,7 +69,8 @@ class BlockDataset:
         self._numbers = {shard.domain: number for number, shard in enumerate(shards)}
         self.all_domains = list(self._numbers)
         self.block_size = block_size
-        self.tokenizer = shards[0].tokenizer
+        self.ids, self.folder = shards[0].ids, shards[0].path.parent.parent
+        self.tokenizer = self.ids.tokenizer
         wanted = self._wanted(shards, selection)
         short = [shard for shard in wanted if self._blocks_of(shard) == 0]
         if short and (selection.domains is not None or len(short) == len(wanted)):
@@ -120,7 +123,7 @@ class BlockDataset:
             f"{', '.join(map(_length, short))}; choose {rest}, or --block_size {enough} or smaller"
         )
 
-    def tokens(self, domain: str, block: int) -> npt.NDArray[np.uint16]:
+    def tokens(self, domain: str, block: int) -> Tokens:
         """Return a block's tokens (T+1,), a view of the memory map: do not keep it.
 
         Raises:
@@ -141,10 +144,10 @@ class BlockDataset:
 
     def batch(self, places: Sequence[tuple[str, int]]) -> Batch:
         """Return the batch of these (domain, block). Raises ShardError for a token beyond the vocabulary."""
-        rows = np.empty((len(places), self.block_size + 1), np.uint16)  # (b, T+1)
+        rows = np.empty((len(places), self.block_size + 1), self.ids.token_type)  # (b, T+1)
         for row, (domain, block) in zip(rows, places, strict=True):
             row[:] = self.tokens(domain, block)  # one view at a time: each one keeps a file open
-        if rows.max() >= VOCAB:
+        if rows.max() >= self.ids.vocabulary:
             self._report_foreign_token(places, rows)
         tokens = torch.from_numpy(rows.astype(np.int64))
         return Batch(
@@ -155,13 +158,13 @@ class BlockDataset:
             blocks=np.array([block for _, block in places], np.int64),
         )
 
-    def _report_foreign_token(self, places: Sequence[tuple[str, int]], rows: npt.NDArray[np.uint16]) -> None:
+    def _report_foreign_token(self, places: Sequence[tuple[str, int]], rows: Tokens) -> None:
         """Raise ShardError for a token beyond the vocabulary. A GPU's error would not name the shard."""
         domain, block = places[int(rows.max(axis=1).argmax())]
         path = self._shards[domain].path.with_suffix(".bin")
         raise ShardError(
-            f"{path}: token id {rows.max()} in block {block} is beyond the vocabulary of {VOCAB} ids: the "
-            "file is damaged; tokenize again"
+            f"{path}: token id {rows.max()} in block {block} is beyond the vocabulary of {self.ids.vocabulary} "
+            "ids: the file is damaged; tokenize again"
         )
 
 

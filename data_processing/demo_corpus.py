@@ -26,6 +26,7 @@ from pathlib import Path
 from data_processing.shards import list_shards
 from data_processing.split_parts import MANIFEST
 from data_processing.tokenize_pile import SPLITS, tokenize
+from data_processing.train_tokenizer import train_tokenizer
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
 from foundation.files import remove, written_whole
@@ -194,20 +195,29 @@ def is_complete(output_dir: Path) -> bool:
     return True
 
 
-def make_demo(output_dir: Path) -> None:
-    """Make the corpus and its shards, or resume after an interruption. Does nothing if all shards exist."""
+def make_demo(output_dir: Path, vocabulary: int | None = None) -> None:
+    """Make the corpus and its shards, or resume after an interruption. Does nothing if all shards exist.
+
+    Args:
+        vocabulary: the number of ids of a byte-level BPE tokenizer that is trained on the corpus and makes the
+            shards; None: each byte is a token.
+    """
     if is_complete(output_dir):
         log.info("the demo corpus in %s is complete: nothing to do", output_dir)
         return
     corpus = output_dir / "jsonl"
     if not corpus.exists():
         write_corpus(corpus)
+    tokenizer = TOKENIZER
+    if vocabulary is not None:
+        train_tokenizer([corpus / "train.jsonl"], vocabulary, output_dir / "tokenizer")
+        tokenizer = str(output_dir / "tokenizer")
     for split in SPLITS:
         tokenize(
             [corpus / f"{split}.jsonl"],
             split=split,
             output_dir=output_dir,
-            tokenizer=TOKENIZER,
+            tokenizer=tokenizer,
             num_workers=1,
         )
 
@@ -223,10 +233,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output_dir", type=path_argument, required=True, help="the folder for corpus and shards"
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        help="train a byte-level BPE tokenizer of so many ids on the corpus (default: each byte is a token)",
+    )
     arguments = parser.parse_args(argv)
     try:
         with file_errors(f"--output_dir {arguments.output_dir}", DemoError):
-            make_demo(arguments.output_dir)
+            make_demo(arguments.output_dir, arguments.vocabulary)
     except UserError as error:
         log.error("error: %s", error)
         return 1

@@ -1,8 +1,9 @@
 """Write and read shards: the tokens of one domain of one split, memory-mapped.
 
-    {data_dir}/{split}/{domain}.bin    uint16 little-endian token ids, END_OF_TEXT after every whole document
+    {data_dir}/{split}/{domain}.bin    token ids, little-endian, uint16 or, for more than 65,536 ids, uint32;
+                                       END_OF_TEXT after every whole document
     {data_dir}/{split}/{domain}.idx    int64 little-endian, the position in .bin at which each document starts
-    {data_dir}/{split}/{domain}.json   magic, format version, names, counts, largest id, checksums
+    {data_dir}/{split}/{domain}.json   magic, format version, names, counts, what the ids are, checksums
 
 The JSON is renamed into place last, so a shard with a JSON is whole.
 
@@ -15,9 +16,10 @@ with a dot are skipped, because some systems leave such files beside copied ones
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -28,17 +30,43 @@ from foundation.errors import file_errors
 from foundation.files import write_text
 
 MAGIC = "pile-token-shard"
-FORMAT_VERSION = 1
-EOT = 50256  # <|endoftext|>, the last id of GPT-2's vocabulary
-VOCAB = 50257
+FORMAT_VERSION = 2
 MAX_DOMAIN = 1000  # characters of a domain's name; a longer one is surely no name
 MAX_FILE_NAME = 200  # characters of an encoded domain; file systems allow 255, suffixes included
 KEPT = 100  # characters of a longer encoded domain in its file name
-TOKEN_TYPE = np.dtype("<u2")
+TOKEN_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 INDEX_TYPE = np.dtype("<i8")
 
+Tokens: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """What the ids of a shard mean.
+
+    begin_of_text: the first id of every document; None: there is none.
+    """
+
+    tokenizer: str  # gpt2, gpt2_bytes, or sha256: and the hash of a tokenizer's file
+    vocabulary: int  # ids are below it
+    end_of_text: int  # the last id of every document, which no text has
+    begin_of_text: int | None
+
+    @property
+    def token_type(self) -> np.dtype[Any]:
+        """The smallest type of a shard's numbers that holds the ids."""
+        return TOKEN_TYPES["uint16" if self.vocabulary <= 1 << 16 else "uint32"]
+
+    @property
+    def type_name(self) -> str:
+        return self.token_type.name
+
+
+GPT2_IDS = TokenIds("gpt2", 50257, 50256, None)  # <|endoftext|> is the last id
+GPT2_BYTES_IDS = replace(GPT2_IDS, tokenizer="gpt2_bytes")
+
 # Every field of the JSON and its type. open_shard checks them.
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "magic": str,
     "format_version": int,
     "split": str,
@@ -47,9 +75,15 @@ FIELDS = {
     "num_tokens": int,
     "num_documents": int,
     "max_token_id": int,
+    "vocabulary": int,
+    "end_of_text": int,
+    "begin_of_text": int | None,
+    "token_type": str,
     "checksum": str,  # sha256 of .bin
     "index_checksum": str,  # sha256 of .idx
 }
+# What version 1, which knew GPT-2's ids alone, did not write.
+OF_VERSION_1 = {"vocabulary": 50257, "end_of_text": 50256, "begin_of_text": None, "token_type": "uint16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +96,7 @@ class Shard:
     path: Path  # the JSON
     split: str
     domain: str
-    tokenizer: str
+    ids: TokenIds
     num_tokens: int
     num_documents: int
     max_token_id: int
@@ -71,7 +105,17 @@ class Shard:
     start_file: MappedFile
 
     @property
-    def tokens(self) -> npt.NDArray[np.uint16]:
+    def tokenizer(self) -> str:
+        """The name of the tokenizer that made the tokens."""
+        return self.ids.tokenizer
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder of the splits."""
+        return self.path.parent.parent
+
+    @property
+    def tokens(self) -> Tokens:
         """(num_tokens,) token ids."""
         return self.token_file.array()
 
@@ -113,13 +157,14 @@ class ShardWriter:
         ShardError: the shard exists or is being written, or nothing was appended.
     """
 
-    def __init__(self, folder: Path, domain: str, *, split: str, tokenizer: str) -> None:
+    def __init__(self, folder: Path, domain: str, *, split: str, ids: TokenIds) -> None:
         self._stem = folder / domain_file_name(domain)
-        self._names = {"split": split, "domain": domain, "tokenizer": tokenizer}
+        self._names = {"split": split, "domain": domain}
+        self._ids = ids
         self.num_tokens = 0
         self.num_documents = 0
         self._max_token_id = 0
-        self._last_token = EOT
+        self._last_token = ids.end_of_text
         self._checksums = {"checksum": hashlib.sha256(), "index_checksum": hashlib.sha256()}
         self._files: dict[str, AppendedFile] = {}
 
@@ -164,30 +209,37 @@ class ShardWriter:
             token_ids: (k,) integers, without END_OF_TEXT.
 
         Raises:
-            ShardError: the document is empty or an id is not in [0, EOT).
+            ShardError: the document is empty, or an id is not of the vocabulary, or END_OF_TEXT.
         """
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.size == 0:
-            raise ShardError(f"a document is a non-empty list of token ids, got one of shape {ids.shape}")
-        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= EOT:
+        ids, end = self._ids, self._ids.end_of_text
+        tokens = np.asarray(token_ids)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise ShardError(f"a document is a non-empty list of token ids, got one of shape {tokens.shape}")
+        if (
+            tokens.dtype.kind not in "iu"
+            or tokens.min() < 0
+            or tokens.max() >= ids.vocabulary
+            or end in tokens
+        ):
             raise ShardError(
-                f"token ids are integers in [0, {EOT}), got {ids.min()} to {ids.max()} ({ids.dtype})"
+                f"token ids are integers in [0, {ids.vocabulary}) but {end}, got {tokens.min()} to {tokens.max()} "
+                f"({tokens.dtype})"
             )
-        self.extend(np.append(ids.astype(TOKEN_TYPE), TOKEN_TYPE.type(EOT)))
+        self.extend(np.append(tokens, end).astype(ids.token_type))
 
-    def extend(self, tokens: npt.NDArray[np.uint16]) -> None:
+    def extend(self, tokens: Tokens) -> None:
         """Append whole documents, each with its END_OF_TEXT. Faster than `append`.
 
         The END_OF_TEXTs give the document starts, because tokenizers never make that id from text.
         """
-        ends = np.flatnonzero(tokens == EOT) + 1
+        ends = np.flatnonzero(tokens == self._ids.end_of_text) + 1
         starts = np.concatenate(([0], ends[:-1]))
         assert len(ends) > 0, "a document without END_OF_TEXT"
         assert ends[-1] == len(tokens), "the last document is without END_OF_TEXT"
         assert np.all(ends - starts > 1), "an empty document"
         self.extend_cut(tokens, starts)
 
-    def extend_cut(self, tokens: npt.NDArray[np.uint16], starts: npt.NDArray[np.int64]) -> None:
+    def extend_cut(self, tokens: Tokens, starts: npt.NDArray[np.int64]) -> None:
         """Append the tokens that are left after parts were cut out.
 
         A document may lack its END_OF_TEXT (except the shard's last one), may be END_OF_TEXT alone, and may
@@ -199,13 +251,13 @@ class ShardWriter:
         Raises:
             ShardError: an id is beyond the vocabulary.
         """
-        assert tokens.dtype == TOKEN_TYPE, tokens.dtype
+        assert tokens.dtype == self._ids.token_type, tokens.dtype
         assert len(tokens) > 0, "no tokens"
         assert np.all(np.diff(starts, prepend=-1, append=len(tokens)) > 0), "starts out of order, or outside"
         assert self.num_tokens > 0 or starts[:1].tolist() == [0], "the shard's first document starts at 0"
         largest = int(tokens.max())
-        if largest >= VOCAB:
-            raise ShardError(f"token id {largest} is beyond the vocabulary of {VOCAB} ids")
+        if largest >= self._ids.vocabulary:
+            raise ShardError(f"token id {largest} is beyond the vocabulary of {self._ids.vocabulary} ids")
         self._write("bin", "checksum", tokens.tobytes())
         self._write("idx", "index_checksum", (starts + self.num_tokens).astype(INDEX_TYPE).tobytes())
         self._max_token_id = max(self._max_token_id, largest)
@@ -220,7 +272,7 @@ class ShardWriter:
     def _commit(self) -> None:
         if self.num_documents == 0:
             raise ShardError(f"{self._path('json')}: no document was written; a shard has at least one")
-        assert self._last_token == EOT, "the shard's last document is without END_OF_TEXT"
+        assert self._last_token == self._ids.end_of_text, "the shard's last document is without END_OF_TEXT"
         for suffix, file in self._files.items():
             file.flush()
             self._partial(suffix).rename(self._path(suffix))
@@ -229,9 +281,10 @@ class ShardWriter:
             "num_documents": self.num_documents,
             "max_token_id": self._max_token_id,
         }
+        ids = {**asdict(self._ids), "token_type": self._ids.type_name}
         checksums = {name: checksum.hexdigest() for name, checksum in self._checksums.items()}
         identity = {"magic": MAGIC, "format_version": FORMAT_VERSION}
-        write_json_atomically(self._path("json"), identity | self._names | counts | checksums)
+        write_json_atomically(self._path("json"), identity | self._names | ids | counts | checksums)
 
     def _path(self, suffix: str) -> Path:
         return Path(f"{self._stem}.{suffix}")
@@ -259,22 +312,28 @@ def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:
         raise ShardError(
             f"{json_path}: holds domain {fields['domain']!r}, its file name says another; rename it back"
         )
-    if fields["max_token_id"] >= VOCAB:
+    ids = TokenIds(**{field.name: fields.pop(field.name) for field in dataclass_fields(TokenIds)})
+    token_type = fields.pop("token_type")
+    if fields["max_token_id"] >= ids.vocabulary or token_type != ids.type_name:
         raise ShardError(
-            f"{json_path}: its largest token id {fields['max_token_id']} is beyond the vocabulary of {VOCAB} "
-            "ids; it was not made for GPT-2: tokenize again"
+            f"{json_path}: its largest token id {fields['max_token_id']}, its vocabulary of {ids.vocabulary} ids and "
+            f"its numbers' type {token_type} do not belong together: tokenize again"
         )
-    token_file = _mapped_file(json_path, "bin", TOKEN_TYPE, fields["num_tokens"], fields["checksum"])
+    token_file = _mapped_file(json_path, "bin", ids.token_type, fields["num_tokens"], fields["checksum"])
     start_file = _mapped_file(json_path, "idx", INDEX_TYPE, fields["num_documents"], fields["index_checksum"])
     document_starts, tokens = start_file.array(), token_file.array()
-    if document_starts[0] != 0 or document_starts[-1] >= fields["num_tokens"] or tokens[-1] != EOT:
+    if (
+        document_starts[0] != 0
+        or document_starts[-1] >= fields["num_tokens"]
+        or tokens[-1] != ids.end_of_text
+    ):
         raise ShardError(f"{json_path}: .bin, .idx and .json do not belong together; tokenize again")
     if verify_checksum:
         token_file.verify()
         start_file.verify()
     unneeded = ("magic", "format_version", "index_checksum")
     kept = {name: value for name, value in fields.items() if name not in unneeded}
-    return Shard(path=json_path, token_file=token_file, start_file=start_file, **kept)
+    return Shard(path=json_path, token_file=token_file, start_file=start_file, ids=ids, **kept)
 
 
 def _read_fields(json_path: Path) -> dict[str, Any]:
@@ -289,15 +348,19 @@ def _read_fields(json_path: Path) -> dict[str, Any]:
         raise ShardError(
             f'{json_path}: is not the JSON of a shard (no "magic": "{MAGIC}"); remove it from the folder'
         )
-    if fields.get("format_version") != FORMAT_VERSION:
+    version = fields.get("format_version")
+    if version == 1:
+        fields |= OF_VERSION_1
+    elif version != FORMAT_VERSION:
         raise ShardError(
             f"{json_path}: has format version {fields.get('format_version')!r}, this code reads "
-            f"{FORMAT_VERSION}; tokenize again"
+            f"1 and {FORMAT_VERSION}; tokenize again"
         )
     for name, kind in FIELDS.items():
-        if type(fields.get(name)) is not kind:
+        if name not in fields or isinstance(fields[name], bool) or not isinstance(fields[name], kind):
             raise ShardError(
-                f"{json_path}: {name} is {fields.get(name)!r}, not {kind.__name__}; tokenize again"
+                f"{json_path}: {name} is {fields.get(name)!r}, not {getattr(kind, '__name__', kind)}; "
+                "tokenize again"
             )
     return {name: fields[name] for name in FIELDS}
 
@@ -337,10 +400,11 @@ def list_shards(data_dir: Path, split: str) -> list[Shard]:
     for shard in shards:
         if shard.split != split:
             raise ShardError(f"{shard.path}: was made for split {shard.split!r}, but lies in {split!r}")
-        if shard.tokenizer != shards[0].tokenizer:
+        if shard.ids != shards[0].ids:
             raise ShardError(
                 f"{folder}: {shards[0].path.name} has tokenizer {shards[0].tokenizer!r}, {shard.path.name} "
-                f"{shard.tokenizer!r}; tokenize one of them again, into its own folder"
+                f"{shard.tokenizer!r}, or other ids for the ends of texts; tokenize one of them again, into its own "
+                "folder"
             )
     return shards
 

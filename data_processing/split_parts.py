@@ -24,9 +24,9 @@ from data_processing.batch_encoder import Counts, EncodedBatch
 from data_processing.input_files import InputFile, PileError
 from data_processing.shards import (
     FORMAT_VERSION,
-    TOKEN_TYPE,
     Shard,
     ShardWriter,
+    TokenIds,
     domain_file_name,
     open_shard,
     write_json_atomically,
@@ -91,10 +91,10 @@ class PartKey:
 
     source: InputFile
     split: str
-    tokenizer: str
+    ids: TokenIds
 
     def as_json(self) -> dict[str, Any]:
-        names = {"format_version": FORMAT_VERSION, "split": self.split, "tokenizer": self.tokenizer}
+        names = {"format_version": FORMAT_VERSION, "split": self.split, **asdict(self.ids)}
         return names | self.source.as_json()
 
     def folder(self, work: Path) -> Path:
@@ -158,13 +158,11 @@ class PartWriter:
                 f"{self.key.source.path}: has more than {MAX_DOMAINS} domains, the next is {domain!r}; "
                 "meta.pile_set_name is the name of a set of many documents"
             )
-        shard = ShardWriter(
-            shards_folder(self._folder), domain, split=self.key.split, tokenizer=self.key.tokenizer
-        )
+        shard = ShardWriter(shards_folder(self._folder), domain, split=self.key.split, ids=self.key.ids)
         return self._stack.enter_context(shard)
 
 
-def join_parts(work: Path, parts: Sequence[Part], *, split: str, tokenizer: str) -> Path:
+def join_parts(work: Path, parts: Sequence[Part], *, split: str, ids: TokenIds) -> Path:
     """Join parts, in order, into one shard per domain. Return the folder.
 
     Raises:
@@ -180,7 +178,7 @@ def join_parts(work: Path, parts: Sequence[Part], *, split: str, tokenizer: str)
             "the inputs hold no document: every line is blank, bad, or a record with an empty text"
         )
     for domain in domains:
-        with ShardWriter(folder, domain, split=split, tokenizer=tokenizer) as joined:
+        with ShardWriter(folder, domain, split=split, ids=ids) as joined:
             for part in parts:
                 if domain in part.domains:
                     _append_shard(joined, part.shard(domain))
@@ -201,7 +199,7 @@ def _append_shard(joined: ShardWriter, shard: Shard) -> None:
         while first < shard.num_documents:
             last = int(np.searchsorted(starts, starts[first] + JOIN_TOKENS))
             stop = starts[last] if last < shard.num_documents else shard.num_tokens
-            joined.extend(np.fromfile(file, TOKEN_TYPE, stop - starts[first]))
+            joined.extend(np.fromfile(file, shard.ids.token_type, stop - starts[first]))
             first = last
 
 

@@ -27,7 +27,7 @@ from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
 from data_processing.input_files import ENDINGS, InputFile, PileError, find_inputs
 from data_processing.pile_records import LineBatch, read_line_batches
 from data_processing.progress import TokenizationProgress
-from data_processing.shards import FORMAT_VERSION, list_shards
+from data_processing.shards import FORMAT_VERSION, OF_VERSION_1, list_shards
 from data_processing.split_parts import (
     BAD_RECORDS,
     MANIFEST,
@@ -39,7 +39,8 @@ from data_processing.split_parts import (
     publish_split,
     work_folder,
 )
-from data_processing.tokenizers import TOKENIZERS, get_tokenizer
+from data_processing.tokenizer_files import FileTokenizer, open_tokenizer
+from data_processing.tokenizers import Tokenizer
 from data_processing.worker_pool import WorkerPool
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
@@ -56,7 +57,7 @@ class Job:
     sources: list[InputFile]
     split: str
     output_dir: Path
-    tokenizer: str
+    tokenizer: Tokenizer
     num_workers: int
     skip_bad_records: bool
 
@@ -66,7 +67,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """Return the input and settings. A finished split with the same ones makes this job unnecessary."""
-        names = {"format_version": FORMAT_VERSION, "split": self.split, "tokenizer": self.tokenizer}
+        names = {"split": self.split, **asdict(self.tokenizer.ids)}
         return names | {"inputs": [source.as_json() for source in self.sources]}
 
 
@@ -78,8 +79,14 @@ def tokenize(
     tokenizer: str,
     num_workers: int,
     on_bad_record: str = "error",
+    end_of_text: str | None = None,
+    begin_of_text: str | None = None,
 ) -> Counts:
     """Make {output_dir}/{split}, unless it is finished, and return the counts of its records.
+
+    Args:
+        tokenizer: one of TOKENIZERS, or the path of a tokenizer.json or of its folder.
+        end_of_text, begin_of_text: tokens, as of `FileTokenizer.load`.
 
     Raises:
         PileError: the input is bad, or the output exists and was made with other input or settings.
@@ -95,7 +102,7 @@ def tokenize(
         sources=find_inputs(inputs),
         split=split,
         output_dir=output_dir,
-        tokenizer=tokenizer,
+        tokenizer=open_tokenizer(tokenizer, end_of_text=end_of_text, begin_of_text=begin_of_text),
         num_workers=num_workers,
         skip_bad_records=on_bad_record == "skip",
     )
@@ -106,11 +113,14 @@ def tokenize(
             shutil.rmtree(work)  # an earlier process was interrupted after publishing
             return counts
         parts = _make_parts(job, work)
-        joined = join_parts(work, parts, split=split, tokenizer=tokenizer)
+        joined = join_parts(work, parts, split=split, ids=job.tokenizer.ids)
         counts = Counts()
         for part in parts:
             counts.add(part.counts)
-        publish_split(joined, work, job.target, job.identity() | {"counts": asdict(counts)})
+        if isinstance(job.tokenizer, FileTokenizer):
+            job.tokenizer.save(output_dir)
+        manifest = {"format_version": FORMAT_VERSION} | job.identity()
+        publish_split(joined, work, job.target, manifest | {"counts": asdict(counts)})
     _log_result(job, counts)
     return counts
 
@@ -122,9 +132,9 @@ def _check_other_splits(job: Job) -> None:
         if split == job.split or not manifest.is_file():
             continue
         other = json.loads(manifest.read_bytes())["tokenizer"]
-        if other != job.tokenizer:
+        if other != job.tokenizer.ids.tokenizer:
             raise PileError(
-                f"--tokenizer {job.tokenizer}: split {split!r} in {job.output_dir} has {other}; "
+                f"--tokenizer {job.tokenizer.ids.tokenizer}: split {split!r} in {job.output_dir} has {other}; "
                 "take the same, or another --output_dir"
             )
 
@@ -139,7 +149,7 @@ def _finished_before(job: Job) -> Counts:
     manifest = job.target / MANIFEST
     if not manifest.is_file():
         raise PileError(f"{job.target}: is there, but was not made by this command (no {MANIFEST}); {remedy}")
-    found = json.loads(manifest.read_bytes())
+    found = OF_VERSION_1 | json.loads(manifest.read_bytes())
     counts = Counts(**found.pop("counts"))
     wanted = job.identity()
     different = [name for name in wanted if found[name] != wanted[name]]
@@ -166,7 +176,7 @@ def _finished_before(job: Job) -> Counts:
 
 def _make_parts(job: Job, work: Path) -> list[Part]:
     """Return the parts of all input files, in order. Missing ones are made."""
-    keys = [PartKey(source, job.split, job.tokenizer) for source in job.sources]
+    keys = [PartKey(source, job.split, job.tokenizer.ids) for source in job.sources]
     missing = [key for key in keys if not _is_usable(find_finished_part(work, key), job)]
     if len(missing) < len(keys):
         log.info("%d of %d input files were finished before", len(keys) - len(missing), len(keys))
@@ -183,7 +193,7 @@ def _is_usable(part: Part | None, job: Job) -> bool:
 
 def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
     """Write one part per key. Workers encode the batches; results come back in order."""
-    encoder = BatchEncoder(get_tokenizer(job.tokenizer))
+    encoder = BatchEncoder(job.tokenizer)
     batches = (batch for key in keys for batch in read_line_batches(key.source))
     total_bytes = sum(key.source.size for key in keys)
     with (
@@ -217,7 +227,7 @@ def _log_result(job: Job, counts: Counts) -> None:
         "%s: %d tokens of %s, %d documents, %.1f MB of text",
         job.target,
         counts.tokens,
-        job.tokenizer,
+        job.tokenizer.ids.tokenizer,
         counts.documents,
         counts.text_bytes / 1e6,
     )
@@ -250,9 +260,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer",
-        choices=TOKENIZERS,
         required=True,
-        help="gpt2: byte-pair encoding, needs tiktoken's vocabulary file; gpt2_bytes: one token a byte",
+        metavar="NAME_OR_PATH",
+        help="gpt2: byte-pair encoding, needs tiktoken's vocabulary file; gpt2_bytes: one token a byte; else a "
+        "tokenizer.json in Hugging Face's format, or a folder with one",
+    )
+    parser.add_argument(
+        "--end_of_text",
+        metavar="TOKEN",
+        help="of a tokenizer.json: the token after each document (default: the eos_token that its folder names)",
+    )
+    parser.add_argument(
+        "--begin_of_text",
+        metavar="TOKEN",
+        help="of a tokenizer.json: the token before each document (default: the one that it puts before a text by "
+        "itself, if any)",
     )
     parser.add_argument(
         "--num_workers",
@@ -274,6 +296,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     try:
         # Reading the input raises PileErrors, so an OSError here comes from writing the output.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
         with file_errors(f"--output_dir {arguments.output_dir}", PileError):
             tokenize(**vars(arguments))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Encode and decode text with one of two tokenizers. Both use GPT-2's vocabulary, without special tokens.
+"""Encode and decode text: with GPT-2's vocabulary, or with any tokenizer of Hugging Face's format (tokenizer_files.py).
 
 gpt2        byte-pair encoding by tiktoken; needs its vocabulary file (downloaded once, then cached)
 gpt2_bytes  one id a byte: the ids of GPT-2's 256 single-byte tokens; needs no download. About four times as
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from data_processing.shards import EOT
+from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, TokenIds, Tokens
 from foundation.errors import UserError
 from foundation.paths import expand_home
 
@@ -28,14 +28,15 @@ class TokenizerError(UserError):
 
 
 class Tokenizer(Protocol):
-    """The interface of both tokenizers."""
+    """The interface of all tokenizers."""
 
-    name: str
-    end_of_text: int
-    begin_of_text: int | None
+    ids: TokenIds
 
-    def encode(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode(self, text: str) -> Tokens:
         """Return the ids of a text, (tokens,). Names of special tokens are encoded as ordinary text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the ids of each text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids. Part of a character becomes U+FFFD.
@@ -44,11 +45,14 @@ class Tokenizer(Protocol):
         """
 
     def token_bytes(self) -> list[bytes]:
-        """Return the bytes of each id below END_OF_TEXT; empty for an id that this tokenizer never makes."""
+        """Return the bytes of each id of the vocabulary; empty for an id that this tokenizer never makes.
+
+        Raises TokenizerError if the bytes of a token depend on those around it.
+        """
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """Return a tokenizer by name. Raises TokenizerError if it is unknown or cannot load its vocabulary."""
+    """Return one of TOKENIZERS. Raises TokenizerError if it is unknown or cannot load its vocabulary."""
     if name == "gpt2":
         return Gpt2.load()
     if name == "gpt2_bytes":
@@ -71,9 +75,7 @@ class Gpt2:
     Its pickle contains the vocabulary: worker processes need no file and start five times as fast.
     """
 
-    name = "gpt2"
-    end_of_text = EOT
-    begin_of_text: int | None = None
+    ids = GPT2_IDS
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -112,6 +114,9 @@ class Gpt2:
         # the same ids as encode_ordinary, but without a Python integer per token
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         try:
             return self._encoding.decode(list(map(int, ids)), errors="replace")
@@ -119,7 +124,7 @@ class Gpt2:
             raise TokenizerError(f"tokenizer gpt2 has no id {error}") from error
 
     def token_bytes(self) -> list[bytes]:
-        return [self._encoding.decode_single_token_bytes(token_id) for token_id in range(EOT)]
+        return [self._encoding.decode_single_token_bytes(token_id) for token_id in range(GPT2_IDS.vocabulary)]
 
 
 def _gpt2_from(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Gpt2:
@@ -148,26 +153,27 @@ def byte_ids() -> npt.NDArray[np.uint16]:
 class Gpt2Bytes:
     """Encode each byte of the UTF-8 text as one id of GPT-2's vocabulary."""
 
-    name = "gpt2_bytes"
-    end_of_text = EOT
-    begin_of_text: int | None = None
+    ids = GPT2_BYTES_IDS
 
     def __init__(self) -> None:
         self._ids = byte_ids()
         self._bytes = {int(token_id): bytes([byte]) for byte, token_id in enumerate(self._ids)}
-        self._bytes[EOT] = b"<|endoftext|>"
+        self._bytes[GPT2_IDS.end_of_text] = b"<|endoftext|>"
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
         return self._ids[np.frombuffer(text.encode("utf-8"), np.uint8)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         try:
             data = b"".join(self._bytes[int(token_id)] for token_id in ids)
         except KeyError as error:
             raise TokenizerError(
-                f"tokenizer gpt2_bytes has no id {error}: its ids are 0 to 255 and {EOT}"
+                f"tokenizer gpt2_bytes has no id {error}: its ids are 0 to 255 and {GPT2_IDS.end_of_text}"
             ) from error
         return data.decode("utf-8", errors="replace")
 
     def token_bytes(self) -> list[bytes]:
-        return [self._bytes.get(token_id, b"") for token_id in range(EOT)]
+        return [self._bytes.get(token_id, b"") for token_id in range(GPT2_IDS.vocabulary)]

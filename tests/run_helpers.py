@@ -22,7 +22,7 @@ import main
 import model_setup
 from benchmarks.launch import flags_of, fork, world_of
 from config_file import TrainingConfig
-from data_processing.shards import ShardWriter, domain_file_name
+from data_processing.shards import GPT2_BYTES_IDS, ShardWriter, domain_file_name
 from data_processing.tokenizers import get_tokenizer
 from models.causal_lm import CausalLM
 
@@ -51,7 +51,7 @@ def write_shards(folder: Path) -> Path:
         (folder / split).mkdir(parents=True)
         for domain in DOMAINS:
             texts = random.Random(f"{split} {domain}")
-            with ShardWriter(folder / split, domain, split=split, tokenizer="gpt2_bytes") as shard:
+            with ShardWriter(folder / split, domain, split=split, ids=GPT2_BYTES_IDS) as shard:
                 for _ in range(documents):
                     text = " ".join(texts.choices(WORDS, k=70))
                     shard.append(get_tokenizer("gpt2_bytes").encode(text))

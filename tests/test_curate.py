@@ -23,7 +23,15 @@ from attribution.curate.drop_rule import DropRule, choose
 from attribution.database import ScoreDatabase
 from attribution.options import run_command
 from attribution.scored_run import AttributionError, ScoredRun
-from data_processing.shards import EOT, Shard, ShardWriter, domain_file_name, list_shards, open_shard
+from data_processing.shards import (
+    GPT2_BYTES_IDS,
+    GPT2_IDS,
+    Shard,
+    ShardWriter,
+    domain_file_name,
+    list_shards,
+    open_shard,
+)
 from foundation.progress import progress_bar
 
 T = 8
@@ -211,9 +219,7 @@ def tiny_run(folder: Path, **flags: object) -> ScoredRun:
     for split in ("train", "val", "test"):
         (folder / "shards" / split).mkdir(parents=True)
         for domain, length in (("A", 42), ("B", 20)):
-            with ShardWriter(
-                folder / "shards" / split, domain, split=split, tokenizer="gpt2_bytes"
-            ) as writer:
+            with ShardWriter(folder / "shards" / split, domain, split=split, ids=GPT2_BYTES_IDS) as writer:
                 writer.append(np.arange(length) % 200)
     flags = {"block_size": T, "batch_size": 7, "max_steps": 1, "warmup_step": 0, **flags}
     return ScoredRun.open(start(folder / "shards", folder, run_name="tiny", **flags).folder)
@@ -259,9 +265,9 @@ def test_cutting_in_windows_is_leaving_out_ranges(
 ) -> None:
     monkeypatch.setattr(cut_shards, "WINDOW_TOKENS", 7)
     draw = random.Random(str(ranges))
-    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as writer:
+    with ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS) as writer:
         for length in (1, 12, 3, 20):
-            writer.append([draw.randrange(EOT) for _ in range(length)])
+            writer.append([draw.randrange(GPT2_IDS.end_of_text) for _ in range(length)])
     (shard,) = [open_shard(tmp_path / "A.json")]
     assert shard.num_tokens == 40
     gone = {place for start, stop in ranges for place in range(start, stop)}
@@ -273,10 +279,10 @@ def test_cutting_in_windows_is_leaving_out_ranges(
     ]  # fmt: skip
     (tmp_path / "new").mkdir()
     pieces = iter([np.array(piece, np.int64).reshape(-1, 2) for piece in (ranges[:1], [], ranges[1:])])
-    with ShardWriter(tmp_path / "new", "A", split="train", tokenizer="gpt2") as writer:
+    with ShardWriter(tmp_path / "new", "A", split="train", ids=GPT2_IDS) as writer:
         cut_shard(shard, pieces, writer, progress_bar("cutting", 80, "B"))
     new = open_shard(tmp_path / "new" / "A.json", verify_checksum=True)
-    assert new.tokens.tolist() == expected + [EOT] * (expected[-1] != EOT)
+    assert new.tokens.tolist() == expected + [GPT2_IDS.end_of_text] * (expected[-1] != GPT2_IDS.end_of_text)
     assert new.document_starts.tolist() == starts
 
 

@@ -22,7 +22,7 @@ from data_processing.block_order import BatchOrder, WeightedDraws, permute
 from data_processing.blocks import Batch, BlockDataset
 from data_processing.domain_lists import Selection, listed, parse_domains, parse_set, quoted
 from data_processing.shard_files import ShardError
-from data_processing.shards import EOT, ShardWriter, open_shard
+from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, ShardWriter, open_shard
 from dataloader import BatchLoader, Prefetch, TrainingData, validation_batch
 from foundation.errors import ConfigError
 from run.processes import World
@@ -37,7 +37,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "train").mkdir()
     for number, (domain, blocks) in enumerate(BLOCKS.items()):
-        with ShardWriter(folder / "train", domain, split="train", tokenizer="gpt2_bytes") as shard:
+        with ShardWriter(folder / "train", domain, split="train", ids=GPT2_BYTES_IDS) as shard:
             shard.append(
                 1000 * number + np.arange(blocks * BLOCK_SIZE + 3)
             )  # 3 and END_OF_TEXT are left over
@@ -66,7 +66,7 @@ def test_a_dataset_knows_its_shards(data_dir: Path, dataset: BlockDataset) -> No
     assert dataset.blocks_per_domain == BLOCKS
     assert dataset.num_blocks == sum(BLOCKS.values())
     assert dataset.tokenizer == "gpt2_bytes"
-    assert dataset.max_token_id == EOT
+    assert dataset.max_token_id == GPT2_IDS.end_of_text
     assert dataset.block_size == BLOCK_SIZE
     assert dataset.checksums == {
         domain: open_shard(data_dir / "train" / f"{domain}.json").checksum for domain in BLOCKS
@@ -89,7 +89,7 @@ def test_blocks_are_views_that_share_one_token(dataset: BlockDataset) -> None:
 
 def test_a_shard_that_is_just_long_enough(tmp_path: Path) -> None:
     for tokens, blocks in ((BLOCK_SIZE, 1), (2 * BLOCK_SIZE - 1, 1), (2 * BLOCK_SIZE, 2)):
-        with ShardWriter(tmp_path, f"{tokens}", split=tmp_path.name, tokenizer="gpt2") as shard:
+        with ShardWriter(tmp_path, f"{tokens}", split=tmp_path.name, ids=GPT2_IDS) as shard:
             shard.append(range(tokens))  # and END_OF_TEXT
         selection = parse_set("--train_set", f"{tmp_path.name}:{tokens}")
         dataset = BlockDataset.open(tmp_path.parent, BLOCK_SIZE, selection)
@@ -193,7 +193,7 @@ def test_a_split_without_a_whole_block_is_an_error(data_dir: Path, value: str) -
 
 def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) -> None:
     """Opening does not read the tokens; a damaged file must not reach the embedding."""
-    with ShardWriter(tmp_path, "A", split=tmp_path.name, tokenizer="gpt2") as shard:
+    with ShardWriter(tmp_path, "A", split=tmp_path.name, ids=GPT2_IDS) as shard:
         shard.append(range(40))
     data = np.fromfile(tmp_path / "A.bin", "<u2")
     data[19] = 50257
@@ -395,7 +395,7 @@ def write_lengths(data_dir: Path, split: str, tokens: dict[str, int]) -> None:
     """A split of domains with one document each."""
     (data_dir / split).mkdir()
     for domain, length in tokens.items():
-        with ShardWriter(data_dir / split, domain, split=split, tokenizer="gpt2_bytes") as shard:
+        with ShardWriter(data_dir / split, domain, split=split, ids=GPT2_BYTES_IDS) as shard:
             shard.append(range(length))
 
 

@@ -11,7 +11,7 @@ from run_helpers import write_shards
 from benchmarks.domain_ranking import rank_domains
 from benchmarks.experiment import compute_auroc, cut_head, train, write_without_blocks
 from benchmarks.paraphrases import edit_text
-from data_processing.shards import EOT, list_shards
+from data_processing.shards import GPT2_IDS, list_shards
 
 
 def test_auroc_is_the_share_of_pairs_in_order() -> None:
@@ -44,7 +44,7 @@ def test_edits_leave_out_and_exchange_words() -> None:
 def test_smaller_data(tmp_path: Path) -> None:
     shard = list_shards(write_shards(tmp_path / "data"), "train")[0]
     head = cut_head(shard, 101)
-    assert head[:-1].tolist() == shard.tokens[: len(head) - 1].tolist() and head[-1] == EOT
+    assert head[:-1].tolist() == shard.tokens[: len(head) - 1].tolist() and head[-1] == GPT2_IDS.end_of_text
     assert len(head) == 101
     source = tmp_path / "data"
     folder = write_without_blocks(source, tmp_path / "less", 100, {"Alpha": [0, 2]})

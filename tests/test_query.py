@@ -28,7 +28,7 @@ from attribution.query.text_search import Place, find_documents
 from attribution.scored_run import AttributionError, ScoredRun
 from attribution.units import write_units
 from data_processing.shard_files import ShardError
-from data_processing.shards import EOT, Shard, ShardWriter, open_shard
+from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, Shard, ShardWriter, open_shard
 from data_processing.tokenizers import Gpt2Bytes, get_tokenizer
 
 T = 32
@@ -39,14 +39,14 @@ TRAINED = DOMAINS[1]
 class Pieces(Gpt2Bytes):
     """A tokenizer of some byte strings, which may be parts of characters."""
 
-    name = "pieces"
+    ids = replace(GPT2_IDS, tokenizer="pieces")
 
     def __init__(self, pieces: list[bytes]) -> None:
         super().__init__()
         self._pieces = pieces
 
     def token_bytes(self) -> list[bytes]:
-        return self._pieces + [b""] * (EOT - len(self._pieces))
+        return self._pieces + [b""] * (GPT2_IDS.vocabulary - len(self._pieces))
 
 
 def first_places(shard: Shard, pieces: list[bytes], text: str) -> list[Place]:
@@ -54,7 +54,10 @@ def first_places(shard: Shard, pieces: list[bytes], text: str) -> list[Place]:
     found = []
     stops = [*shard.document_starts[1:].tolist(), shard.num_tokens]
     for document, (start_token, stop) in enumerate(zip(shard.document_starts.tolist(), stops, strict=True)):
-        texts = [b"\xff" if token == EOT else pieces[token] for token in shard.tokens[start_token:stop]]
+        texts = [
+            b"\xff" if token == GPT2_IDS.end_of_text else pieces[token]
+            for token in shard.tokens[start_token:stop]
+        ]
         begin = b"".join(texts).find(text.encode())
         if begin >= 0:
             ends = np.cumsum([len(piece) for piece in texts])
@@ -71,11 +74,11 @@ def test_a_text_is_found_across_chunks_tokens_and_characters(
     draw = random.Random(chunk)
     euro = "€".encode()
     pieces = [b"a", b"b", b"ab", b"ba a", euro, euro[:1], euro[1:], euro[:2], euro[2:], b"a" + euro[:1]]
-    with ShardWriter(tmp_path, "A", split="train", tokenizer="pieces") as writer:
+    with ShardWriter(tmp_path, "A", split="train", ids=Pieces.ids) as writer:
         for _ in range(40):
             writer.append(draw.choices(range(len(pieces)), k=draw.randrange(1, 9)))
         # Documents without END_OF_TEXT: what is found must not reach from one into the next.
-        writer.extend_cut(np.array([0, 1, 0, 4, EOT], "<u2"), np.array([0, 1, 3]))
+        writer.extend_cut(np.array([0, 1, 0, 4, GPT2_IDS.end_of_text], "<u2"), np.array([0, 1, 3]))
     shard = open_shard(tmp_path / "A.json")
     hits = 0
     for text in ("a", "ab", "ba", "€", "a€", "€€", "aba", "ba a€", "bab a", "€a€", "b€ab€a"):
@@ -86,7 +89,7 @@ def test_a_text_is_found_across_chunks_tokens_and_characters(
 
 
 def test_a_token_that_the_tokenizer_does_not_have_is_an_error(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2_bytes") as writer:
+    with ShardWriter(tmp_path, "A", split="train", ids=GPT2_BYTES_IDS) as writer:
         writer.append([5, 300])
     with pytest.raises(ShardError, match="token id 300 is none of this tokenizer's"):
         list(find_documents([open_shard(tmp_path / "A.json")], "x", get_tokenizer("gpt2_bytes")))

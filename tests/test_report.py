@@ -39,7 +39,7 @@ from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
 from data_processing.blocks import BLOCK_BITS
-from data_processing.shards import ShardWriter
+from data_processing.shards import GPT2_BYTES_IDS, ShardWriter
 from data_processing.tokenizers import byte_ids, get_tokenizer
 
 T = 96  # block size: a hostile text fits in whole
@@ -66,7 +66,7 @@ def hostile_shards(folder: Path) -> Path:
     for split in ("train", "val", "test"):
         (folder / split).mkdir(parents=True)
         for domain in DOMAINS:
-            with ShardWriter(folder / split, domain, split=split, tokenizer="gpt2_bytes") as shard:
+            with ShardWriter(folder / split, domain, split=split, ids=GPT2_BYTES_IDS) as shard:
                 for number in range(4):
                     texts = HOSTILE[number::4]
                     shard.append(encode(f"{split} {number} " + " ".join(texts) + " end " * 8))

@@ -29,7 +29,7 @@ import main
 import model_setup
 from benchmarks.launch import fork
 from config_file import TrainingConfig, resolve
-from data_processing.shards import ShardWriter
+from data_processing.shards import GPT2_BYTES_IDS, ShardWriter
 from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine
 from ghostEngines.engine_manager import GradDotProdManager
@@ -115,7 +115,7 @@ def test_wrong_flags(
 
 def test_a_block_longer_than_a_shard(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = shutil.copytree(data, tmp_path / "shards")
-    with ShardWriter(shards / "val", "Short", split="val", tokenizer="gpt2_bytes") as shard:
+    with ShardWriter(shards / "val", "Short", split="val", ids=GPT2_BYTES_IDS) as shard:
         shard.append([1, 2, 3])
     flags = command(shards, tmp_path / "results", val_set="val:Short")
     message = refusal(flags, tmp_path / "results", capsys)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,14 @@ import pytest
 
 from data_processing import shard_files
 from data_processing.shard_files import BUFFER_BYTES, ShardError
-from data_processing.shards import EOT, ShardWriter, domain_file_name, list_shards, open_shard
+from data_processing.shards import GPT2_IDS, ShardWriter, domain_file_name, list_shards, open_shard
 
 DOCUMENTS = [[1, 2, 3], [50255], [7] * 10]
 
 
 def write_shard(folder: Path, domain: str = "Pile-CC", split: str = "train", tokenizer: str = "gpt2") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(folder, domain, split=split, tokenizer=tokenizer) as shard:
+    with ShardWriter(folder, domain, split=split, ids=replace(GPT2_IDS, tokenizer=tokenizer)) as shard:
         for document in DOCUMENTS:
             shard.append(document)
     return folder / f"{domain_file_name(domain)}.json"
@@ -28,9 +29,13 @@ def write_shard(folder: Path, domain: str = "Pile-CC", split: str = "train", tok
 
 def test_a_written_shard_reads_back(tmp_path: Path) -> None:
     shard = open_shard(write_shard(tmp_path, "Wikipedia (en)"), verify_checksum=True)
-    expected = [token for document in DOCUMENTS for token in (*document, EOT)]
+    expected = [token for document in DOCUMENTS for token in (*document, GPT2_IDS.end_of_text)]
     assert (shard.domain, shard.split, shard.tokenizer) == ("Wikipedia (en)", "train", "gpt2")
-    assert (shard.num_tokens, shard.num_documents, shard.max_token_id) == (len(expected), 3, EOT)
+    assert (shard.num_tokens, shard.num_documents, shard.max_token_id) == (
+        len(expected),
+        3,
+        GPT2_IDS.end_of_text,
+    )
     assert shard.tokens.tolist() == expected
     assert shard.document_starts.tolist() == [0, 4, 6]
     assert not shard.tokens.flags.owndata and not shard.tokens.flags.writeable  # mapped
@@ -46,10 +51,10 @@ def test_extend_and_append_write_the_same_bytes(tmp_path: Path) -> None:
     appended = write_shard(tmp_path / "a")
     (tmp_path / "b").mkdir()
     chunks = [
-        np.array([*DOCUMENTS[0], EOT, *DOCUMENTS[1], EOT], "<u2"),
-        np.array([*DOCUMENTS[2], EOT], "<u2"),
+        np.array([*DOCUMENTS[0], GPT2_IDS.end_of_text, *DOCUMENTS[1], GPT2_IDS.end_of_text], "<u2"),
+        np.array([*DOCUMENTS[2], GPT2_IDS.end_of_text], "<u2"),
     ]
-    with ShardWriter(tmp_path / "b", "Pile-CC", split="train", tokenizer="gpt2") as shard:
+    with ShardWriter(tmp_path / "b", "Pile-CC", split="train", ids=GPT2_IDS) as shard:
         for chunk in chunks:
             shard.extend(chunk)
     for path in (tmp_path / "b").iterdir():
@@ -57,56 +62,69 @@ def test_extend_and_append_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_cut_documents_begin_where_they_are_said_to(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
-        shard.extend_cut(np.array([1, 2, 3, EOT, 4], "<u2"), np.array([0, 2, 4]))
-        shard.extend_cut(np.array([5, EOT], "<u2"), np.array([], np.int64))  # the document goes on
+    with ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS) as shard:
+        shard.extend_cut(np.array([1, 2, 3, GPT2_IDS.end_of_text, 4], "<u2"), np.array([0, 2, 4]))
+        shard.extend_cut(
+            np.array([5, GPT2_IDS.end_of_text], "<u2"), np.array([], np.int64)
+        )  # the document goes on
         shard.append([6])
-        shard.extend_cut(np.array([EOT], "<u2"), np.array([0]))
+        shard.extend_cut(np.array([GPT2_IDS.end_of_text], "<u2"), np.array([0]))
     written = open_shard(tmp_path / "A.json", verify_checksum=True)
-    assert written.tokens.tolist() == [1, 2, 3, EOT, 4, 5, EOT, 6, EOT, EOT]
+    assert written.tokens.tolist() == [
+        1,
+        2,
+        3,
+        GPT2_IDS.end_of_text,
+        4,
+        5,
+        GPT2_IDS.end_of_text,
+        6,
+        GPT2_IDS.end_of_text,
+        GPT2_IDS.end_of_text,
+    ]
     assert written.document_starts.tolist() == [0, 2, 4, 7, 9]
 
 
 @pytest.mark.parametrize(
     ("tokens", "starts", "message"),
     [
-        ([1, EOT], [1], "first document starts at 0"),
-        ([1, EOT], [], "first document starts at 0"),
-        ([1, 2, EOT], [0, 2, 1], "out of order"),
-        ([1, EOT], [0, 2], "out of order"),
-        ([1, EOT], [-1, 0], "out of order"),
+        ([1, GPT2_IDS.end_of_text], [1], "first document starts at 0"),
+        ([1, GPT2_IDS.end_of_text], [], "first document starts at 0"),
+        ([1, 2, GPT2_IDS.end_of_text], [0, 2, 1], "out of order"),
+        ([1, GPT2_IDS.end_of_text], [0, 2], "out of order"),
+        ([1, GPT2_IDS.end_of_text], [-1, 0], "out of order"),
         ([], [], "no tokens"),
-        ([1, EOT, 2], [0, 2], "without END_OF_TEXT"),
+        ([1, GPT2_IDS.end_of_text, 2], [0, 2], "without END_OF_TEXT"),
     ],
 )
 def test_documents_that_no_reader_would_take_are_not_written(
     tmp_path: Path, tokens: list[int], starts: list[int], message: str
 ) -> None:
-    writer = ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2")
+    writer = ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS)
     with pytest.raises(AssertionError, match=message), writer as shard:
         shard.extend_cut(np.array(tokens, "<u2"), np.array(starts, np.int64))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("document", [[], [EOT], [-1], [70_000], [1.5], [[1, 2]]])
+@pytest.mark.parametrize("document", [[], [GPT2_IDS.end_of_text], [-1], [70_000], [1.5], [[1, 2]]])
 def test_a_document_that_is_no_list_of_token_ids_is_an_error(tmp_path: Path, document: list) -> None:
-    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+    with ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS) as shard:
         shard.append([1])
         with pytest.raises(ShardError, match=r"a document is|token ids are"):
             shard.append(document)
-    assert open_shard(tmp_path / "A.json").tokens.tolist() == [1, EOT]
+    assert open_shard(tmp_path / "A.json").tokens.tolist() == [1, GPT2_IDS.end_of_text]
 
 
 def test_an_id_beyond_the_vocabulary_is_not_written(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2")
+    writer = ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS)
     with pytest.raises(ShardError, match="50257 is beyond"), writer as shard:
-        shard.extend(np.array([50257, EOT], "<u2"))
+        shard.extend(np.array([50257, GPT2_IDS.end_of_text], "<u2"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_leaves_no_files(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+        with ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS) as shard:
             shard.append([1])
             assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
             raise KeyboardInterrupt
@@ -117,7 +135,7 @@ def test_an_exception_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_a_shard_has_documents_and_is_never_overwritten(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2")
+    writer = ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS)
     with pytest.raises(ShardError, match="no document"), writer:
         pass
     path = write_shard(tmp_path)
@@ -167,12 +185,12 @@ def test_file_names_stay_as_they_are() -> None:
 
 def test_two_domains_never_write_into_one_file(tmp_path: Path) -> None:
     """As on a file system that takes "a" for "A"."""
-    with ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2") as shard:
+    with ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS) as shard:
         shard.append([1])
         with pytest.raises(
             ShardError, match=r"A\.bin\.partial: is there already.*does not distinguish from 'A'"
         ):
-            ShardWriter(tmp_path, "A", split="train", tokenizer="gpt2").__enter__()
+            ShardWriter(tmp_path, "A", split="train", ids=GPT2_IDS).__enter__()
         shard.append([2])
     assert open_shard(tmp_path / "A.json", verify_checksum=True).num_documents == 2
 
@@ -189,7 +207,7 @@ def open_files(folder: Path) -> int:
 def test_writers_have_no_file_open(tmp_path: Path) -> None:
     with ExitStack() as stack:
         shards = [
-            stack.enter_context(ShardWriter(tmp_path, f"{number}", split=tmp_path.name, tokenizer="gpt2"))
+            stack.enter_context(ShardWriter(tmp_path, f"{number}", split=tmp_path.name, ids=GPT2_IDS))
             for number in range(100)
         ]
         for shard in shards:
@@ -205,7 +223,7 @@ def test_writers_have_no_file_open(tmp_path: Path) -> None:
 def test_open_shards_share_a_few_maps(tmp_path: Path) -> None:
     """Read again and again by four threads; all maps go with the shards."""
     for number in range(60):
-        with ShardWriter(tmp_path, f"{number:02d}", split=tmp_path.name, tokenizer="gpt2") as shard:
+        with ShardWriter(tmp_path, f"{number:02d}", split=tmp_path.name, ids=GPT2_IDS) as shard:
             shard.append([number] * 5)
 
     def read_all() -> None:
@@ -248,10 +266,11 @@ def test_a_shard_that_changes_while_it_is_in_use(tmp_path: Path, monkeypatch: py
 
 def change(**fields: object) -> Callable[[Path], None]:
     """Damage: other values in the JSON; None removes the field."""
+    gone = {name for name, value in fields.items() if value is None}
 
     def damage(path: Path) -> None:
         content = json.loads(path.read_text()) | fields
-        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+        path.write_text(json.dumps({name: value for name, value in content.items() if name not in gone}))
 
     return damage
 

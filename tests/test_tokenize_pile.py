@@ -21,7 +21,7 @@ from data_processing import pile_records, progress, split_parts, tokenize_pile
 from data_processing.batch_encoder import BatchEncoder, Counts
 from data_processing.input_files import InputFile, PileError, find_inputs
 from data_processing.pile_records import BadRecord, LineBatch, number_lines, parse_record, read_line_batches
-from data_processing.shards import EOT, list_shards
+from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, list_shards
 from data_processing.tokenize_pile import main, tokenize
 from data_processing.tokenizers import get_tokenizer
 from data_processing.worker_pool import WorkerError, WorkerPool
@@ -54,7 +54,7 @@ def expected_tokens(records: list[Record]) -> dict[str, list[int]]:
     tokenizer = get_tokenizer("gpt2_bytes")
     tokens: dict[str, list[int]] = {}
     for domain, text in records:
-        tokens.setdefault(domain, []).extend([*tokenizer.encode(text).tolist(), EOT])
+        tokens.setdefault(domain, []).extend([*tokenizer.encode(text).tolist(), GPT2_IDS.end_of_text])
     return tokens
 
 
@@ -127,7 +127,7 @@ def test_the_sample_with_gpt2(tmp_path: Path) -> None:
     tokenizer = get_tokenizer("gpt2")
     tokens: dict[str, list[int]] = {}
     for text, domain in records:
-        tokens.setdefault(domain, []).extend([*tokenizer.encode(text).tolist(), EOT])
+        tokens.setdefault(domain, []).extend([*tokenizer.encode(text).tolist(), GPT2_IDS.end_of_text])
     assert tokens_in(tmp_path, "val") == tokens
 
 
@@ -505,14 +505,14 @@ def test_a_domain_may_be_named_as_what_the_writer_makes(tmp_path: Path, name: st
 def join(work: Path, path: Path) -> Path:
     """One part, joined: as `tokenize` makes it, without worker processes."""
     work.mkdir()
-    key = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes")
+    key = split_parts.PartKey(InputFile.at(path), "train", GPT2_BYTES_IDS)
     encoder = BatchEncoder(get_tokenizer("gpt2_bytes"))
     with split_parts.PartWriter(work, key) as writer:
         for batch in read_line_batches(key.source):
             writer.add(encoder(batch))
     part = split_parts.find_finished_part(work, key)
     assert part is not None
-    return split_parts.join_parts(work, [part], split="train", tokenizer="gpt2_bytes")
+    return split_parts.join_parts(work, [part], split="train", ids=GPT2_BYTES_IDS)
 
 
 def test_more_domains_than_files_may_be_open(tmp_path: Path, few_descriptors: None) -> None:
@@ -525,7 +525,7 @@ def test_a_domain_named_part_and_the_folder_that_older_versions_left(tmp_path: P
     """Of a part whose part.json was another's; the same command goes on."""
     path = write_jsonl(tmp_path / "in.jsonl", [("part", "some text"), ("Я" * 80, "more text")])
     work = tmp_path / "out" / ".train.work"
-    folder = split_parts.PartKey(InputFile.at(path), "train", "gpt2_bytes").folder(work)
+    folder = split_parts.PartKey(InputFile.at(path), "train", GPT2_BYTES_IDS).folder(work)
     folder.mkdir(parents=True)
     (folder / "part.json").write_text("{}")
     run([path], tmp_path / "out")
@@ -624,10 +624,10 @@ def test_a_part_of_another_tokenizer_or_with_bad_records_is_made_again(
         run(inputs, tmp_path / "out", on_bad_record="skip")
     with pytest.raises(PileError, match=r"0\.jsonl:3"):
         run(inputs, tmp_path / "out")
-    key = split_parts.PartKey(InputFile.at(inputs[1]), "train", "gpt2_bytes")
+    key = split_parts.PartKey(InputFile.at(inputs[1]), "train", GPT2_BYTES_IDS)
     work = tmp_path / "out" / ".train.work"
     assert split_parts.find_finished_part(work, key) is not None
-    assert split_parts.find_finished_part(work, split_parts.PartKey(key.source, "train", "gpt2")) is None
+    assert split_parts.find_finished_part(work, split_parts.PartKey(key.source, "train", GPT2_IDS)) is None
 
 
 def live_processes(group: int) -> set[int]:

@@ -14,7 +14,7 @@ import requests
 import tiktoken
 
 from data_processing import tokenizers
-from data_processing.shards import EOT
+from data_processing.shards import GPT2_IDS
 from data_processing.tokenizers import Gpt2, TokenizerError, byte_ids, get_tokenizer
 
 needs_vocabulary = pytest.mark.skipif(
@@ -55,7 +55,9 @@ def test_real_gpt2_decodes_bytes_to_the_same_text(text: str) -> None:
 def test_gpt2_bytes_round_trip(text: str) -> None:
     tokenizer = get_tokenizer("gpt2_bytes")
     assert len(tokenizer.encode(text)) == len(text.encode())
-    assert tokenizer.decode([*tokenizer.encode(text).tolist(), EOT]) == text + "<|endoftext|>"
+    assert (
+        tokenizer.decode([*tokenizer.encode(text).tolist(), GPT2_IDS.end_of_text]) == text + "<|endoftext|>"
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2_bytes", pytest.param("gpt2", marks=needs_vocabulary)])
@@ -63,9 +65,9 @@ def test_gpt2_bytes_round_trip(text: str) -> None:
 def test_the_bytes_of_tokens_are_those_of_the_text(name: str, text: str) -> None:
     tokenizer = get_tokenizer(name)
     table = tokenizer.token_bytes()
-    assert len(table) == EOT
+    assert len(table) == GPT2_IDS.vocabulary
     assert b"".join(table[token_id] for token_id in tokenizer.encode(text)) == text.encode()
-    assert table.count(b"") == {"gpt2": 0, "gpt2_bytes": EOT - 256}[name]
+    assert table.count(b"") == {"gpt2": 0, "gpt2_bytes": GPT2_IDS.end_of_text - 256}[name]
 
 
 def test_a_cut_character_decodes_to_a_replacement() -> None:
@@ -80,7 +82,7 @@ def test_gpt2_is_ordinary_encoding() -> None:
         ids = tokenizer.encode(text)
         assert ids.dtype == np.uint16
         assert ids.tolist() == encoding.encode_ordinary(text)
-        assert tokenizer.decode([*ids.tolist(), EOT]) == text + "<|endoftext|>"
+        assert tokenizer.decode([*ids.tolist(), GPT2_IDS.end_of_text]) == text + "<|endoftext|>"
     assert tokenizer.decode(encoding.encode_ordinary("😀")[:1]) == "\ufffd"
 
 

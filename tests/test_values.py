@@ -29,7 +29,7 @@ from attribution.values import main, write_values
 from attribution.values_folder import FILES, Values, being_written
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
-from data_processing.shards import ShardWriter, domain_file_name, list_shards
+from data_processing.shards import GPT2_BYTES_IDS, ShardWriter, domain_file_name, list_shards
 from foundation import progress
 from score_store.validation_rows import Shown, save_validation_rows
 
@@ -158,7 +158,7 @@ def test_short_documents_and_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     samples, starts, ends = [], {}, {}
     (tmp_path / "train").mkdir()
     for domain in ("a", "b", "c"):
-        with ShardWriter(tmp_path / "train", domain, split="train", tokenizer="gpt2_bytes") as shard:
+        with ShardWriter(tmp_path / "train", domain, split="train", ids=GPT2_BYTES_IDS) as shard:
             for length in random.integers(1, 30, 40):
                 shard.append(random.integers(0, 256, length))
         starts[domain] = document_starts(tmp_path, domain)
@@ -511,7 +511,7 @@ def test_another_shard(
     other = Path(shutil.copytree(data, tmp_path / "data"))
     for path in (other / "train").glob("Alpha*"):
         path.unlink()
-    with ShardWriter(other / "train", "Alpha", split="train", tokenizer="gpt2_bytes") as shard:
+    with ShardWriter(other / "train", "Alpha", split="train", ids=GPT2_BYTES_IDS) as shard:
         shard.append(np.ones(5000, np.int64))
     status, _, err = command(capsys, folders[0], "--pile_data_dir", other)
     assert status == 2 and "Alpha.json is not the shard that" in err
@@ -644,7 +644,7 @@ def test_what_a_run_says_of_itself(folders: list[Path], data: Path, tmp_path: Pa
     assert [path.name for path in run.files] == sorted(os.listdir(folders[0] / "grad_dotprods"))
     want = BlockDataset.open(data, T, parse_set("--train_set", "train"))
     more = Path(shutil.copytree(data, tmp_path / "data"))
-    with ShardWriter(more / "train", "Aardvarks", split="train", tokenizer="gpt2_bytes") as shard:
+    with ShardWriter(more / "train", "Aardvarks", split="train", ids=GPT2_BYTES_IDS) as shard:
         shard.append(np.ones(50, np.int64))
     for blocks in (run.blocks(), run.blocks(more)):  # a domain more does not change the ids
         assert blocks.blocks_per_domain == want.blocks_per_domain

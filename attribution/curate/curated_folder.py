@@ -17,7 +17,7 @@ from attribution.documents import locate_documents
 from attribution.scored_run import AttributionError
 from attribution.units import Unit
 from attribution.values_folder import being_written
-from data_processing.shards import TOKEN_TYPE, Shard, ShardWriter, list_shards, visible
+from data_processing.shards import Shard, ShardWriter, list_shards, visible
 from foundation.files import sync
 from foundation.progress import progress_bar
 
@@ -141,15 +141,18 @@ def write_splits(target: Path, others: Sequence[Path], cuts: Sequence[CutShard],
     copies = [path for folder in others for path in sorted(visible(folder.iterdir())) if path.is_file()]
     copies += [each.shard.path.with_suffix(end) for each in of_state["unchanged"] for end in SUFFIXES]
     total = sum(path.stat().st_size for path in copies)
-    total += sum(each.shard.num_tokens * TOKEN_TYPE.itemsize for each in of_state["cut"])
+    total += sum(each.shard.num_tokens * each.shard.ids.token_type.itemsize for each in of_state["cut"])
     with progress_bar("writing shards", total, "B") as bar:
+        for each in cuts[:1]:  # all are of one folder, whose tokenizer goes with its shards
+            for path in each.shard.data_dir.glob("tokenizer-*.json"):
+                copy_file(path, target / path.name, bar)
         for path in copies:
             (target / path.parent.name).mkdir(exist_ok=True)
             copy_file(path, target / path.parent.name / path.name, bar)
         for each in of_state["cut"]:
             shard, folder = each.shard, target / each.shard.split
             folder.mkdir(exist_ok=True)
-            with ShardWriter(folder, shard.domain, split=shard.split, tokenizer=shard.tokenizer) as writer:
+            with ShardWriter(folder, shard.domain, split=shard.split, ids=shard.ids) as writer:
                 cut_shard(shard, each.ranges(dropped), writer, bar)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from data_processing.shards import EOT, TOKEN_TYPE, Shard, ShardWriter
+from data_processing.shards import Shard, ShardWriter
 
 WINDOW_TOKENS = 1 << 22
 
@@ -19,11 +19,12 @@ def cut_shard(shard: Shard, dropped: Iterable[Ranges], writer: ShardWriter, bar:
     A document of the result starts where a document of the shard does, and after each dropped range. The last
     document gets an END_OF_TEXT if its own was dropped.
     """
-    kept_before, last = True, EOT
+    end, token_type = shard.ids.end_of_text, shard.ids.token_type
+    kept_before, last = True, end
     # Read the file, not the memory map: its pages would stay in memory.
     with shard.path.with_suffix(".bin").open("rb") as file:
         for first, ranges in _windows(dropped, shard.num_tokens):
-            tokens = np.fromfile(file, TOKEN_TYPE, min(WINDOW_TOKENS, shard.num_tokens - first))
+            tokens = np.fromfile(file, token_type, min(WINDOW_TOKENS, shard.num_tokens - first))
             keep = _kept(ranges - first, len(tokens))
             begins = keep & ~np.append(kept_before, keep[:-1])
             own = np.searchsorted(shard.document_starts, [first, first + len(tokens)])
@@ -34,8 +35,8 @@ def cut_shard(shard: Shard, dropped: Iterable[Ranges], writer: ShardWriter, bar:
                 last = left[-1]
                 writer.extend_cut(left, np.flatnonzero(begins[keep]))
             bar.update(tokens.nbytes)
-    if last != EOT:
-        writer.extend_cut(np.array([EOT], TOKEN_TYPE), np.empty(0, np.int64))
+    if last != end:
+        writer.extend_cut(np.array([end], token_type), np.empty(0, np.int64))
 
 
 def _windows(dropped: Iterable[Ranges], num_tokens: int) -> Iterator[tuple[int, Ranges]]:

@@ -38,7 +38,8 @@ from attribution.samples import Samples, StoredSamples
 from attribution.screen import plain_console, print_samples, printable
 from attribution.units import Unit, write_units
 from data_processing.shards import Shard
-from data_processing.tokenizers import Tokenizer, get_tokenizer
+from data_processing.tokenizer_files import tokenizer_of
+from data_processing.tokenizers import Tokenizer
 
 SHOWN_DOCUMENTS = 10
 SHOWN_USES = 20  # of a document, or a sample
@@ -58,7 +59,10 @@ def query_text(options: RunOptions, text: str) -> None:
         query_stored_text(options, samples, text)
         return
     shards = samples.shards
-    by_name, tokenizer = {shard.domain: shard for shard in shards}, get_tokenizer(shards[0].tokenizer)
+    by_name, tokenizer = (
+        {shard.domain: shard for shard in shards},
+        tokenizer_of(shards[0].ids, shards[0].data_dir),
+    )
     places, count = find_text(shards, text, SHOWN_DOCUMENTS)
     screen.print(
         f"{count:,} training documents contain the text"

@@ -14,7 +14,7 @@ from attribution.scored_run import AttributionError, ScoredRun
 from attribution.values import samples_sql
 from attribution.values_folder import highest_and_lowest
 from data_processing.shards import Shard
-from data_processing.tokenizers import get_tokenizer
+from data_processing.tokenizer_files import tokenizer_of
 
 
 def check_text(text: str) -> None:
@@ -49,7 +49,7 @@ def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Plac
         AttributionError: the text is empty, not Unicode, or in no document.
     """
     check_text(text)
-    places = find_documents(shards, text, get_tokenizer(shards[0].tokenizer))
+    places = find_documents(shards, text, tokenizer_of(shards[0].ids, shards[0].data_dir))
     first = list(islice(places, count))
     if not first:
         documents = sum(shard.num_documents for shard in shards)

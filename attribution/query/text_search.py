@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from attribution.documents import locate_document
 from data_processing.shard_files import ShardError
-from data_processing.shards import EOT, TOKEN_TYPE, Shard
+from data_processing.shards import Shard, Tokens
 from data_processing.tokenizers import Tokenizer
 from foundation.progress import progress_bar
 
@@ -31,18 +31,23 @@ class TokenBytes:
     """Decode token ids to bytes by array indexing, without a Python object per token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        table = [*tokenizer.token_bytes(), NO_TEXT]
-        assert len(table) == EOT + 1, len(table)
-        self._lengths = np.zeros(1 << 16, np.int64)
+        table, ids = tokenizer.token_bytes(), tokenizer.ids
+        assert len(table) == ids.vocabulary, len(table)
+        for between in (ids.end_of_text, ids.begin_of_text):
+            if between is not None:
+                table[between] = NO_TEXT
+        self._lengths = np.zeros(max(1 << 16, ids.vocabulary), np.int64)
         self._lengths[: len(table)] = [len(entry) for entry in table]
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._pool = np.frombuffer(b"".join(table), np.uint8)
 
-    def join(self, ids: npt.NDArray[np.uint16]) -> tuple[bytes, npt.NDArray[np.int64]]:
+    def join(self, ids: Tokens) -> tuple[bytes, npt.NDArray[np.int64]]:
         """Return the bytes of k tokens, and the position after each token's bytes, (k,).
 
         Raises ShardError for an id that the tokenizer does not have.
         """
+        if ids.max() >= len(self._lengths):
+            raise ShardError(f"token id {ids.max()} is none of this tokenizer's: a damaged shard")
         lengths = self._lengths[ids]
         if not lengths.all():
             raise ShardError(f"token id {ids[lengths.argmin()]} is none of this tokenizer's: a damaged shard")
@@ -88,10 +93,11 @@ def _find_in_shard(shard: Shard, pattern: bytes, table: TokenBytes, bar: tqdm) -
         bar.update(min(step, shard.num_tokens - first))
 
 
-def _chunks(shard: Shard, step: int, length: int) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
+def _chunks(shard: Shard, step: int, length: int) -> Iterator[tuple[int, Tokens]]:
     """Yield, every `step` tokens, the position and the next `length` tokens (fewer at the shard's end)."""
     # Read the file, not the memory map: its pages would stay in memory.
+    token_type = shard.ids.token_type
     with shard.path.with_suffix(".bin").open("rb") as file:
         for first in range(0, shard.num_tokens, step):
-            file.seek(first * TOKEN_TYPE.itemsize)
-            yield first, np.fromfile(file, TOKEN_TYPE, length)
+            file.seek(first * token_type.itemsize)
+            yield first, np.fromfile(file, token_type, length)

@@ -15,7 +15,7 @@ from attribution.samples import Samples, excerpt_of
 from attribution.scored_run import ScoredRun
 from attribution.values_folder import Values
 from data_processing.images import small_png
-from data_processing.tokenizers import get_tokenizer
+from data_processing.tokenizer_files import tokenizer_of
 
 EXTREMES = 10  # at either end
 SHOWN_TOKENS = 2048  # of a text
@@ -55,7 +55,9 @@ def collect_documents(
         end = row["first_token"] + row["tokens"]
         shard = by_name[row["domain"]]
         tokens = shard.tokens[row["first_token"] : end].tolist()
-        row |= vars(excerpt_of(get_tokenizer(shard.tokenizer), tokens, SHOWN_TOKENS)) | {"image": None}
+        row |= vars(excerpt_of(tokenizer_of(shard.ids, shard.data_dir), tokens, SHOWN_TOKENS)) | {
+            "image": None
+        }
     return {"helpful_documents": helpful, "harmful_documents": harmful}
 
 
