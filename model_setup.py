@@ -17,6 +17,7 @@ from config_file import TrainingConfig
 from foundation.errors import ConfigError
 from models.architectures import ARCHITECTURES, AUTO, BY_TYPE, architecture_config
 from models.causal_lm import CausalLM, dropout_fields
+from models.family import Family
 from models.gpt2 import FrugalMLP
 from models.pretrained import read_config, read_model
 from run.checkpoint import find_saved_model
@@ -152,27 +153,33 @@ def check_positions(hf_config: PreTrainedConfig, config: TrainingConfig) -> None
 def place(model: CausalLM, config: TrainingConfig) -> CausalLM:
     """Move the model to its device and precision, and compile its blocks if so configured."""
     model.to(config.device, getattr(torch, config.model_dtype)).train()
-    freeze(model, config.train_only)
+    family = BY_TYPE.get(model.hf.config.model_type)
+    if family is not None:
+        freeze(model, family)
+    train_only(model, family, config.train_only)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_up_blocks(model, compiled=config.compile, checkpointing=config.activation_checkpointing)
     return model
 
 
-def freeze(model: CausalLM, train_only: str) -> None:
-    """Leave out of training what its family never trains, and all but the part that is to be trained.
+def freeze(model: nn.Module, family: Family) -> None:
+    """Leave out of training what the model's family never trains."""
+    for name, parameter in model.named_parameters():
+        if not set(family.frozen).isdisjoint(name.split(".")):
+            parameter.requires_grad_(False)
+
+
+def train_only(model: CausalLM, family: Family | None, part: str) -> None:
+    """Leave out of training all but one part of the model; "all" leaves out nothing.
 
     Raises ConfigError if the model has no such part.
     """
-    family = BY_TYPE.get(model.hf.config.model_type)
-    if train_only != "all" and (family is None or train_only not in family.parts):
-        raise ConfigError(
-            f"--train_only {train_only}: {type(model.hf).__name__} has no such part; leave it out"
-        )
+    if part == "all":
+        return
+    if family is None or part not in family.parts:
+        raise ConfigError(f"--train_only {part}: {type(model.hf).__name__} has no such part; leave it out")
     for name, parameter in model.named_parameters():
-        modules = name.split(".")
-        if family is not None and any(frozen in modules for frozen in family.frozen):
-            parameter.requires_grad_(False)
-        if train_only != "all" and family is not None and family.parts[train_only] not in modules:
+        if family.parts[part] not in name.split("."):
             parameter.requires_grad_(False)
 
 

@@ -15,18 +15,17 @@ import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from ghostEngines import GradDotProdEngine, per_sample_losses
-from model_setup import set_up_blocks
+from ghostEngines import GradDotProdEngine
+from model_setup import freeze, set_up_blocks
 from models.architectures import ARCHITECTURES, architecture_config
-from models.causal_lm import CausalLM
+from models.causal_lm import CausalLM, blocks_of
 
-HuggingFace: TypeAlias = GPT2LMHeadModel | LlamaForCausalLM
 ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "graddotprod": {},
     "gram": {"strategy": "gram"},
@@ -40,43 +39,15 @@ EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
 
 
-LLAMA = "Llama-134M"  # all methods run Hugging Face's model, with a plain cross entropy
-ARCHITECTURE_NAMES = (*ARCHITECTURES, LLAMA)
-
-
-class WithLosses(nn.Module):
-    """A Hugging Face model that returns a loss for each row."""
-
-    def __init__(self, hf: HuggingFace) -> None:
-        super().__init__()
-        self.hf = hf
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return per_sample_losses(lambda x: self.hf(input_ids=x, use_cache=False), x, y)
-
-
-def make_llama() -> LlamaForCausalLM:
-    """Return a Llama with 12 layers and GPT2-Small's width and vocabulary."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50304,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 @dataclass
 class Setup:
     """The weights and rows that all methods share."""
 
-    hf: HuggingFace
-    ours: CausalLM | WithLosses  # with the same weights as hf
+    hf: PreTrainedModel
+    ours: CausalLM  # with the same weights as hf
     x: Tensor  # (n+m, T) train rows first
     y: Tensor  # (n+m, T)
+    images: Tensor | None  # (n+m, 3, height, width), of a model that takes images
     n: int
     m: int
     autocast: Callable[[], torch.autocast]
@@ -86,20 +57,25 @@ class Setup:
     def make(cls, args: argparse.Namespace) -> "Setup":
         """Make random weights and rows."""
         torch.manual_seed(0)
-        ours: CausalLM | WithLosses
-        hf: HuggingFace
-        if args.architecture == LLAMA:
-            ours, hf = WithLosses(make_llama()), make_llama()
-        else:
-            ours = CausalLM(GPT2LMHeadModel(architecture_config(args.architecture)))
-            plain = architecture_config(args.architecture)
+        family, config = ARCHITECTURES[args.architecture], architecture_config(args.architecture)
+        ours = CausalLM(family.model(config))
+        plain = architecture_config(args.architecture)
+        if plain.model_type == "gpt2":
             plain.activation_function = "gelu_new"  # what Hugging Face's GPT-2 runs
-            hf = GPT2LMHeadModel(plain)
+        hf = family.model(plain)
         hf.load_state_dict(ours.hf.state_dict())
+        for model in (hf, ours):
+            freeze(model, family)
         set_up_hugging_face(hf, compiled=args.compile, checkpointing=args.activation_checkpointing)
         rows = args.batch_size + args.val_batch_size
-        tokens = torch.randint(50257, (rows, args.block_size + 1))
-        x, y = tokens[:, :-1].to(args.device), tokens[:, 1:].to(args.device)
+        tokens = torch.randint(min(ours.vocabulary, 50257), (rows, args.block_size + 1))
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        images = None
+        if family.images:
+            size = config.vision_config.image_size
+            images = torch.randn(rows, 3, size, size).to(args.device)
+            x = x.clone()
+            x[:, : config.image_seq_length] = config.image_token_index
 
         def autocast() -> torch.autocast:
             return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -107,32 +83,44 @@ class Setup:
         return cls(
             hf.to(args.device).train(),
             ours.to(args.device).train(),
-            x,
-            y,
+            x.to(args.device),
+            y.to(args.device),
+            images,
             args.batch_size,
             args.val_batch_size,
             autocast,
             args,
         )
 
-    def own_model(self, name: str) -> CausalLM | WithLosses:
+    def inputs(self, rows: slice) -> tuple[Tensor, ...]:
+        """Return what our model is called with."""
+        every = (self.x, self.y) if self.images is None else (self.x, self.y, self.images)
+        return tuple(each[rows] for each in every)
+
+    def hf_inputs(self, rows: slice) -> dict[str, Any]:
+        """Return what Hugging Face's model is called with."""
+        pixels = {} if self.images is None else {"pixel_values": self.images[rows]}
+        return {"input_ids": self.x[rows], "use_cache": False, **pixels}
+
+    def own_model(self, name: str) -> CausalLM:
         """Return new modules around the shared parameters, for one method to attach to and to compile."""
         model = copy.deepcopy(self.ours, {id(parameter): parameter for parameter in self.ours.parameters()})
         compiled, checkpointing = self.args.compile and name not in EAGER, self.args.activation_checkpointing
-        if isinstance(model, CausalLM):
-            set_up_blocks(model, compiled=compiled, checkpointing=checkpointing)
-        else:
-            set_up_hugging_face(model.hf, compiled=compiled, checkpointing=checkpointing)
+        set_up_blocks(model, compiled=compiled, checkpointing=checkpointing)
         return model
 
 
-def set_up_hugging_face(hf: HuggingFace, *, compiled: bool, checkpointing: bool) -> None:
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def set_up_hugging_face(hf: PreTrainedModel, *, compiled: bool, checkpointing: bool) -> None:
     """Compile the blocks, and checkpoint their activations, as asked."""
     if checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    if compiled:
-        for block in hf.model.layers if isinstance(hf, LlamaForCausalLM) else hf.transformer.h:
-            block.compile()
+    for block in blocks_of(hf) if compiled else ():
+        block.compile()
 
 
 @dataclass
@@ -146,7 +134,7 @@ class Method:
 
 def compute_hf_loss(setup: Setup, rows: slice) -> Tensor:
     with setup.autocast():
-        logits = setup.hf(setup.x[rows], use_cache=False).logits
+        logits = setup.hf(**setup.hf_inputs(rows)).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), setup.y[rows].flatten())
 
 
@@ -160,7 +148,7 @@ def make_hf(setup: Setup, rows: slice) -> Callable[[], None]:
 def make_regular(setup: Setup, model: nn.Module, rows: slice) -> Callable[[], None]:
     def step() -> None:
         with setup.autocast():
-            losses = model(setup.x[rows], setup.y[rows])
+            losses = model(*setup.inputs(rows))
         losses.mean().backward()
 
     return step
@@ -169,9 +157,9 @@ def make_regular(setup: Setup, model: nn.Module, rows: slice) -> Callable[[], No
 def make_engine(setup: Setup, model: nn.Module, **options: Any) -> Callable[[], Tensor]:
     """Attach the engine to a model and return its step. options: of GradDotProdEngine."""
     engine = GradDotProdEngine(model, setup.m, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1.0, fused=True)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.0, eps=1.0, fused=True)
     if engine.direction == "adamw":  # after a step with zero gradients it divides by sqrt(0) + 1
-        for parameter in model.parameters():
+        for parameter in trained(model):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
@@ -179,7 +167,7 @@ def make_engine(setup: Setup, model: nn.Module, **options: Any) -> Callable[[], 
 
     def step() -> Tensor:
         with setup.autocast():
-            losses = model(setup.x, setup.y)
+            losses = model(*setup.inputs(slice(None)))
         engine.joint_loss(losses).backward()
         engine.prepare_gradients()
         return engine.dot_products()
@@ -189,7 +177,7 @@ def make_engine(setup: Setup, model: nn.Module, **options: Any) -> Callable[[], 
 
 def make_loop(setup: Setup) -> Callable[[], Tensor]:
     """Return a step of one backward pass per row: first the validation rows, then the train rows."""
-    parameters = list(setup.hf.parameters())
+    parameters = trained(setup.hf)
 
     def step() -> Tensor:
         n, m = setup.n, setup.m

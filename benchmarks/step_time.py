@@ -26,7 +26,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.step_methods import (
-    ARCHITECTURE_NAMES,
     METHODS,
     Method,
     Setup,
@@ -34,6 +33,7 @@ from benchmarks.step_methods import (
     make_methods,
 )
 from foundation.paths import path_argument
+from models.architectures import ARCHITECTURES
 
 RATIOS = (
     ("graddotprod", "regular_nm"),
@@ -200,7 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "benchmarks.step_time", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--architecture", choices=ARCHITECTURE_NAMES, default="GPT2-Small")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="GPT2-Small")
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=2, help="n, train rows")
     parser.add_argument("--val_batch_size", type=int, default=1, help="m, validation rows")

@@ -71,14 +71,19 @@ class CausalLM(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the model, in order: what Hugging Face keeps on one device."""
-        names = self.hf._no_split_modules or ()
-        found = [module for module in self.hf.modules() if type(module).__name__ in names]
-        if not found:
-            raise ConfigError(
-                f"{type(self.hf).__name__} does not name its blocks (_no_split_modules): --compile and --parallel "
-                "fsdp need them; leave them out"
-            )
-        return found
+        return blocks_of(self.hf)
+
+
+def blocks_of(hf: PreTrainedModel) -> list[nn.Module]:
+    """Return the blocks of a Hugging Face model, in order. Raises ConfigError if it does not name them."""
+    names = hf._no_split_modules or ()
+    found = [module for module in hf.modules() if type(module).__name__ in names]
+    if not found:
+        raise ConfigError(
+            f"{type(hf).__name__} does not name its blocks (_no_split_modules): --compile and --parallel fsdp need "
+            "them; leave them out"
+        )
+    return found
 
 
 def fused_head(hf: PreTrainedModel) -> CrossEntropyHead:

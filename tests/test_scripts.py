@@ -23,7 +23,11 @@ FILES = (
 )
 INSTALL = "-m pip install --disable-pip-version-check -r requirements.txt"
 INSTALL_DEV = "-m pip install --disable-pip-version-check -r requirements-dev.txt"
-MAKE_SHARDS = "-m data_processing.demo_corpus --output_dir data/demo"
+MAKE_DEMOS = [
+    "-m data_processing.demo_corpus --output_dir data/demo",
+    "-m data_processing.demo_corpus --output_dir data/demo_bpe --vocabulary 4096",
+    "-m data_processing.llava_demo --output_dir data/llava_demo",
+]
 
 # Notes folder, variables and arguments of each call in $CALLS; fails at $BREAK, waits at $SLOW.
 PYTHON = r"""#!/usr/bin/env bash
@@ -35,7 +39,7 @@ echo "$note" >>"$CALLS"
 [[ -z ${BREAK:-} || "$*" != *"$BREAK"* ]] || exit 7
 [[ -z ${SLOW:-} || "$*" != *"$SLOW"* ]] || sleep 20
 if [[ "$*" == "-m venv .venv" ]]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python; fi
-if [[ $2 == data_processing.demo_corpus ]]; then mkdir -p data/demo; fi
+if [[ $2 == data_processing.* ]]; then mkdir -p "$4"; fi
 if [[ $1 == */main.py ]]; then printf '<%s>' "$@"; exit "${STATUS:-0}"; fi
 """
 
@@ -86,7 +90,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_init_does_everything_once_and_then_nothing_in_no_time(checkout: Checkout) -> None:
     assert checkout.run("init.sh").returncode == 0
-    assert checkout.calls() == ["-m venv .venv", INSTALL, MAKE_SHARDS]
+    assert checkout.calls() == ["-m venv .venv", INSTALL, *MAKE_DEMOS]
     start = time.perf_counter()
     assert checkout.run("init.sh").returncode == 0
     assert time.perf_counter() - start < 2
@@ -95,7 +99,7 @@ def test_init_does_everything_once_and_then_nothing_in_no_time(checkout: Checkou
 
 @pytest.mark.parametrize(
     ("changed", "calls"),
-    [("requirements.txt", [INSTALL]), ("data_processing/demo_corpus.py", [MAKE_SHARDS])],
+    [("requirements.txt", [INSTALL]), ("data_processing/demo_corpus.py", MAKE_DEMOS)],
 )
 def test_init_does_again_what_has_changed(checkout: Checkout, changed: str, calls: list[str]) -> None:
     checkout.run("init.sh")
@@ -115,9 +119,9 @@ def test_init_dev_includes_the_rest(checkout: Checkout) -> None:
     assert checkout.calls() == []
 
 
-@pytest.mark.parametrize(("broken", "again"), [("venv", 0), ("pip install", 1), ("demo_corpus", 2)])
+@pytest.mark.parametrize(("broken", "again"), [("venv", 0), ("pip install", 1), ("output_dir data/demo", 2)])
 def test_init_stops_at_a_failure_and_goes_on_from_there(checkout: Checkout, broken: str, again: int) -> None:
-    whole = ["-m venv .venv", INSTALL, MAKE_SHARDS]
+    whole = ["-m venv .venv", INSTALL, *MAKE_DEMOS]
     assert checkout.run("init.sh", BREAK=broken).returncode != 0
     assert checkout.calls() == whole[: again + 1]
     assert checkout.run("init.sh").returncode == 0
@@ -139,7 +143,7 @@ def test_init_installs_again_after_a_failure_even_if_the_requirements_are_the_ol
     assert checkout.calls() == [INSTALL]
 
 
-@pytest.mark.parametrize(("slow", "again"), [("pip install", 1), ("demo_corpus", 2)])
+@pytest.mark.parametrize(("slow", "again"), [("pip install", 1), ("output_dir data/demo", 2)])
 def test_init_survives_kill_9(checkout: Checkout, slow: str, again: int) -> None:
     process = subprocess.Popen(**checkout.command("init.sh", SLOW=slow), start_new_session=True)
     wait_for(lambda: checkout.log.exists() and slow in checkout.log.read_text())
@@ -147,20 +151,20 @@ def test_init_survives_kill_9(checkout: Checkout, slow: str, again: int) -> None
     process.wait()
     checkout.calls()
     assert checkout.run("init.sh").returncode == 0
-    assert checkout.calls() == ["-m venv .venv", INSTALL, MAKE_SHARDS][again:]
+    assert checkout.calls() == ["-m venv .venv", INSTALL, *MAKE_DEMOS][again:]
 
 
 def test_two_at_once_install_once(checkout: Checkout) -> None:
     processes = [subprocess.Popen(**checkout.command("init.sh"), stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    assert checkout.calls() == ["-m venv .venv", INSTALL, MAKE_SHARDS]
+    assert checkout.calls() == ["-m venv .venv", INSTALL, *MAKE_DEMOS]
 
 
 def test_a_venv_made_by_hand_is_used(checkout: Checkout) -> None:
     (checkout.root / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(checkout.python, checkout.root / ".venv" / "bin" / "python")
     assert checkout.run("init.sh").returncode == 0
-    assert checkout.calls() == [INSTALL, MAKE_SHARDS]
+    assert checkout.calls() == [INSTALL, *MAKE_DEMOS]
 
 
 def test_init_names_an_old_python_and_the_way_out(checkout: Checkout) -> None:
@@ -195,7 +199,7 @@ def test_train_stops_where_the_environment_cannot_be_made(checkout: Checkout) ->
 
 @pytest.mark.parametrize(
     ("script", "last"),
-    [("init.sh", MAKE_SHARDS), ("Scripts/train.sh", "{root}/main.py"), ("Scripts/test.sh", "-m pytest")],
+    [("init.sh", MAKE_DEMOS[0]), ("Scripts/train.sh", "{root}/main.py"), ("Scripts/test.sh", "-m pytest")],
 )
 def test_scripts_work_through_a_link(checkout: Checkout, tmp_path: Path, script: str, last: str) -> None:
     link = tmp_path / "link"
