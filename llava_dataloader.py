@@ -184,13 +184,13 @@ class LlavaDataset:
     def samples(self) -> Iterator[Sample]:
         """Yield what the tools show of each record."""
         for record in self.records():
-            _, y = self.encode(record)
-            ends = np.flatnonzero(y != IGNORED)
+            x, y = self.encode(record)
+            end = int(np.flatnonzero(y != IGNORED)[-1])
             yield Sample(
                 self.sample_id(record.group, record.number),
                 record.group,
                 text_of(record),
-                int(ends[-1]) + 1 - self._image_tokens,
+                [*x[: end + 1].tolist(), int(y[end])],
                 {"image": record.image.as_posix(), "record": record.number, "id": record.name},
             )
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -73,21 +73,21 @@ class StoredSamples:
         self.table, self.images = table, images
         self._numbers = {domain: number for number, domain in enumerate(domains)}
 
-    def _row(self, domain: str, number: int) -> dict[str, str | int]:
+    def _row(self, domain: str, number: int) -> dict[str, Any]:
         if domain not in self._numbers:
             raise LookupError(f"there is no group {domain!r}; there are {', '.join(self._numbers)}")
         own = pc.field("sample_id") == (self._numbers[domain] << BLOCK_BITS | number)
-        rows: list[dict[str, str | int]] = self.table.to_table(filter=own).to_pylist()
+        rows: list[dict[str, Any]] = self.table.to_table(filter=own).to_pylist()
         if not rows:
             raise LookupError(f"there is no sample {number} in group {domain!r}")
         return rows[0]
 
     def excerpt(self, domain: str, number: int, tokens: int) -> Excerpt:
         row = self._row(domain, number)
-        return Excerpt(str(row["text"]), int(row["tokens"]), int(row["tokens"]))
+        return Excerpt(row["text"], len(row["tokens"]), len(row["tokens"]))
 
     def image(self, domain: str, number: int) -> Path | None:
-        name = json.loads(str(self._row(domain, number)["metadata"])).get("image")
+        name = json.loads(self._row(domain, number)["metadata"]).get("image")
         if name is None:
             return None
         path: Path = self.images / name

@@ -194,6 +194,7 @@ def _is_usable(part: Part | None, job: Job) -> bool:
 def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
     """Write one part per key. Workers encode the batches; results come back in order."""
     encoder = BatchEncoder(job.tokenizer)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of the workers: they are the parallelism
     batches = (batch for key in keys for batch in read_line_batches(key.source))
     total_bytes = sum(key.source.size for key in keys)
     with (
@@ -296,7 +297,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     try:
         # Reading the input raises PileErrors, so an OSError here comes from writing the output.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
         with file_errors(f"--output_dir {arguments.output_dir}", PileError):
             tokenize(**vars(arguments))
     except UserError as error:

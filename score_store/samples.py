@@ -8,7 +8,7 @@ the sample's image below the folder of images.
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         "sample_id": pa.int64(),
         "group": pa.string(),
         "text": pa.string(),
-        "tokens": pa.int32(),  # their number
+        "tokens": pa.list_(pa.int32()),  # as the model gets them, without padding
         "metadata": pa.string(),
     },
     metadata={"format": "ghostEngines samples", "format_version": "1"},
@@ -45,7 +45,7 @@ class Sample:
     sample_id: int
     group: str
     text: str
-    tokens: int  # number of them
+    tokens: Sequence[int]  # as the model gets them, without padding
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

@@ -106,6 +106,16 @@ def find_validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
     return row
 
 
+def pair_sums(number: int) -> str:
+    """Return SQL for sample_id, value, steps, first_step, last_step of each sample, of one validation row alone."""
+    return f"""
+        SELECT
+            sample_id, count(pairwise)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step,
+            fsum(r.lr * r.clip_factor * pairwise[{number + 1}] / global_batch_size * weight) AS value
+        FROM scores r JOIN steps USING (run, step) GROUP BY sample_id
+    """
+
+
 def find_extreme_pairs(database: ScoreDatabase, number: int, count: int) -> tuple[pa.Table, pa.Table]:
     """Return the `count` samples that helped a validation row most, and the `count` that hurt it most.
 
@@ -113,13 +123,7 @@ def find_extreme_pairs(database: ScoreDatabase, number: int, count: int) -> tupl
     lr · clip factor · <∇ℓ_i, ∇ℓ_j> / global batch size. Its mean over the validation rows is the value of
     the sample.
     """
-    sums = f"""
-        SELECT
-            sample_id, count(pairwise)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step,
-            fsum(r.lr * r.clip_factor * pairwise[{number + 1}] / global_batch_size * weight) AS value
-        FROM scores r JOIN steps USING (run, step) GROUP BY sample_id
-    """
-    database.create("pairs", samples_sql(database, sums), "summing pairs")
+    database.create("pairs", samples_sql(database, pair_sums(number)), "summing pairs")
     helped = highest_and_lowest(database.connection, "(FROM pairs WHERE value > 0)", "sample_id", count)[0]
     hurt = highest_and_lowest(database.connection, "(FROM pairs WHERE value < 0)", "sample_id", count)[1]
     return helped, hurt
