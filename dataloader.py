@@ -230,8 +230,8 @@ def log_short_domains(
 
 def check_tokenizers(blocks: Mapping[str, Dataset]) -> None:
     """Raise ConfigError for splits of different tokenizers."""
-    tokenizers = {name: part.ids for name, part in blocks.items()}
-    if len(set(tokenizers.values())) > 1:
+    tokenizers = {name: part.ids.tokenizer for name, part in blocks.items()}
+    if len({part.ids for part in blocks.values()}) > 1:
         raise ConfigError(f"the splits were made by different tokenizers, {tokenizers}: make them with one")
 
 

@@ -1,12 +1,13 @@
 """Encode lines of JSON into token ids by domain, in a worker process."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from data_processing.pile_records import BadRecord, LineBatch, number_lines, parse_record
 from data_processing.shards import Tokens
-from data_processing.tokenizers import Tokenizer
+from data_processing.tokenizers import Tokenizer, TokenizerError
 
 
 @dataclass
@@ -59,8 +60,11 @@ class BatchEncoder:
                 counts.empty_texts += 1
                 continue
             records.append((number, text, domain))
-        encoded = self._tokenizer.encode_batch([text for _, text, _ in records])
+        encoded = self._encode([text for _, text, _ in records])
         for (number, text, domain), ids in zip(records, encoded, strict=True):
+            if isinstance(ids, TokenizerError):
+                bad_records.append((number, str(ids)))
+                continue
             if len(ids) == 0:
                 bad_records.append((number, "the tokenizer makes no token of its text"))
                 continue
@@ -72,3 +76,16 @@ class BatchEncoder:
         counts.bad_records = len(bad_records)
         tokens = {domain: np.concatenate(pieces) for domain, pieces in documents.items()}
         return EncodedBatch(counts, tokens, bad_records)
+
+    def _encode(self, texts: list[str]) -> Sequence[Tokens | TokenizerError]:
+        """Return the ids of each text, or why it has none. One such text fails a whole batch: then go one by one."""
+        try:
+            return self._tokenizer.encode_batch(texts)
+        except TokenizerError:
+            return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> Tokens | TokenizerError:
+        try:
+            return self._tokenizer.encode(text)
+        except TokenizerError as error:
+            return error

@@ -314,10 +314,17 @@ def open_shard(json_path: Path, *, verify_checksum: bool = False) -> Shard:
         )
     ids = TokenIds(**{field.name: fields.pop(field.name) for field in dataclass_fields(TokenIds)})
     token_type = fields.pop("token_type")
-    if fields["max_token_id"] >= ids.vocabulary or token_type != ids.type_name:
+    if fields["max_token_id"] >= ids.vocabulary:
         raise ShardError(
-            f"{json_path}: its largest token id {fields['max_token_id']}, its vocabulary of {ids.vocabulary} ids and "
-            f"its numbers' type {token_type} do not belong together: tokenize again"
+            f"{json_path}: its largest token id {fields['max_token_id']} is beyond the vocabulary of "
+            f"{ids.vocabulary} ids: tokenize again"
+        )
+    if token_type != ids.type_name or not all(
+        0 <= each < ids.vocabulary for each in (ids.end_of_text, ids.begin_of_text or 0)
+    ):
+        raise ShardError(
+            f"{json_path}: its vocabulary of {ids.vocabulary} ids, its numbers' type {token_type}, end_of_text "
+            f"{ids.end_of_text} and begin_of_text {ids.begin_of_text} do not belong together: tokenize again"
         )
     token_file = _mapped_file(json_path, "bin", ids.token_type, fields["num_tokens"], fields["checksum"])
     start_file = _mapped_file(json_path, "idx", INDEX_TYPE, fields["num_documents"], fields["index_checksum"])

@@ -131,11 +131,14 @@ def _check_other_splits(job: Job) -> None:
         manifest = job.output_dir / split / MANIFEST
         if split == job.split or not manifest.is_file():
             continue
-        other = json.loads(manifest.read_bytes())["tokenizer"]
-        if other != job.tokenizer.ids.tokenizer:
+        found, wanted = OF_VERSION_1 | json.loads(manifest.read_bytes()), asdict(job.tokenizer.ids)
+        different = next((name for name in wanted if found[name] != wanted[name]), None)
+        if different is not None:
+            detail = "" if different == "tokenizer" else f"{different} "
             raise PileError(
-                f"--tokenizer {job.tokenizer.ids.tokenizer}: split {split!r} in {job.output_dir} has {other}; "
-                "take the same, or another --output_dir"
+                f"--tokenizer {wanted['tokenizer']}: split {split!r} in {job.output_dir} has {detail}"
+                f"{found[different]}{f' and not {wanted[different]}' * bool(detail)}; take the same, or another "
+                "--output_dir"
             )
 
 

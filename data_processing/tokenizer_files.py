@@ -6,7 +6,11 @@ The `tokenizers` library encodes and decodes. The file travels with the shards t
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,14 +37,12 @@ class FileTokenizer:
         TokenizerError: it makes an id from text that stands for the end or the beginning of one.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer, end_of_text: int, begin_of_text: int | None) -> None:
-        library.no_truncation()
-        library.no_padding()
-        library.encode_special_tokens = True
-        self._library, self._text = library, canonical(library)
-        size = max(library.get_vocab(with_added_tokens=True).values()) + 1
-        name = PREFIX + hashlib.sha256(self._text.encode()).hexdigest()
-        self.ids = TokenIds(name, size, end_of_text, begin_of_text)
+    def __init__(self, text: str, end_of_text: int, begin_of_text: int | None) -> None:
+        """Take the content of a file that travels with shards, which `canonical` made."""
+        self._text, self._library = text, tokenizers.Tokenizer.from_str(text)
+        self._library.encode_special_tokens = True
+        self._known = frozenset(self._library.get_vocab(with_added_tokens=True).values())
+        self.ids = TokenIds(name_of(text), max(self._known) + 1, end_of_text, begin_of_text)
         self._reserved = [end_of_text] + ([] if begin_of_text is None else [begin_of_text])
 
     @classmethod
@@ -50,7 +52,8 @@ class FileTokenizer:
         Args:
             end_of_text: the token after each document; None: the eos_token that the folder names.
             begin_of_text: the token before each document; None: the one that the tokenizer itself puts before a
-                text, if any.
+                text, if any. If that is the end-of-text, which stands before all documents but the first
+                already, there is none.
 
         Raises:
             TokenizerError: it cannot be read; nothing says what ends a text; a token is not of its vocabulary.
@@ -63,12 +66,17 @@ class FileTokenizer:
                 f"--tokenizer {path}: nothing says which token ends a text (no eos_token in {' or '.join(SETTINGS)} "
                 "beside it); give --end_of_text TOKEN"
             )
-        begin = None if begin_of_text is None else cls._id(library, file, begin_of_text)
-        if begin is None:
-            whole = library.encode("a", add_special_tokens=True).ids
-            plain = library.encode("a", add_special_tokens=False).ids
-            begin = whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None
-        return cls(library, cls._id(library, file, named), begin)
+        end = cls._id(library, file, named)
+        if begin_of_text is None:
+            own = own_begin(library, file)
+            return cls(canonical(library), end, None if own == end else own)
+        begin = cls._id(library, file, begin_of_text)
+        if begin == end:
+            raise TokenizerError(
+                f"--begin_of_text {begin_of_text}: is the end-of-text, which stands between documents already; "
+                "leave the flag out, or name another token"
+            )
+        return cls(canonical(library), end, begin)
 
     @staticmethod
     def _id(library: tokenizers.Tokenizer, file: Path, token: str) -> int:
@@ -78,13 +86,14 @@ class FileTokenizer:
         return int(found)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_text, (self._text, self.ids.end_of_text, self.ids.begin_of_text)
+        return FileTokenizer, (self._text, self.ids.end_of_text, self.ids.begin_of_text)
 
     def encode(self, text: str) -> Tokens:
-        return self._checked(self._library.encode(text, add_special_tokens=False).ids, text)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        with library_errors(f"tokenizer {self.ids.tokenizer[:23]} cannot encode a text"):
+            found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._checked(each.ids, text) for each, text in zip(found, texts, strict=True)]
 
     def _checked(self, ids: list[int], text: str) -> Tokens:
@@ -99,7 +108,7 @@ class FileTokenizer:
         return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
-        if unknown := [each for each in ids if not 0 <= each < self.ids.vocabulary]:
+        if unknown := [each for each in ids if each not in self._known]:
             raise TokenizerError(f"tokenizer {self.ids.tokenizer[:23]} has no id {unknown[0]}")
         text: str = self._library.decode(list(map(int, ids)), skip_special_tokens=False)
         return text
@@ -108,10 +117,10 @@ class FileTokenizer:
         decoder = json.loads(self._text).get("decoder")
         of_token = token_decoder(decoder)
         if of_token is None:
-            kind = "none" if decoder is None else decoder["type"]
             raise TokenizerError(
                 f"tokenizer {self.ids.tokenizer[:23]}: the text of a token depends on those around it (its decoder is "
-                f"{kind}), so its shards cannot be searched for a text; byte-level and byte-fallback tokenizers can"
+                f"{json.dumps(decoder)}), so its shards cannot be searched for a text; those of byte-level "
+                "tokenizers can, and of byte-fallback ones that put no space before a text"
             )
         added = {id_: token.content for id_, token in self._library.get_added_tokens_decoder().items()}
         table = [b""] * self.ids.vocabulary
@@ -129,14 +138,48 @@ class FileTokenizer:
         with file_errors(path, TokenizerError):
             if not path.exists():
                 data_dir.mkdir(parents=True, exist_ok=True)
-                write_text(path, self._text, path.with_name(f".{path.name}.tmp"))
+                # Processes that write other splits may save it at the same time.
+                write_text(path, self._text, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
             elif path.read_text(encoding="utf-8") != self._text:
                 raise TokenizerError(f"{path}: is another tokenizer than its name says; remove it")
         return path
 
 
-def _from_text(text: str, end_of_text: int, begin_of_text: int | None) -> FileTokenizer:
-    return FileTokenizer(tokenizers.Tokenizer.from_str(text), end_of_text, begin_of_text)
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Raise an error of the `tokenizers` library, which raises nothing narrower than Exception, as TokenizerError."""
+    try:
+        yield
+    except Exception as error:
+        raise TokenizerError(f"{what}: {str(error)[:200]}") from error
+
+
+def own_begin(library: tokenizers.Tokenizer, file: Path) -> int | None:
+    """Return the id that a tokenizer itself puts before a text; None if it puts none.
+
+    Raises:
+        TokenizerError: it puts several, or it is not seen what it puts.
+    """
+    if library.post_processor is None:
+        return None
+    with library_errors(
+        f"{file}: cannot encode 'a', to see what it puts before a text; give --begin_of_text"
+    ):
+        plain, whole = (library.encode("a", add_special_tokens=added).ids for added in (False, True))
+    if whole == plain:
+        return None
+    places = [place for place in range(len(whole)) if whole[place : place + len(plain)] == plain]
+    if not plain or not places or places[0] > 1:
+        raise TokenizerError(
+            f"{file}: makes {whole} of 'a', {plain} of them without special tokens, so not one token begins a "
+            "text; name it with --begin_of_text"
+        )
+    return int(whole[0]) if places[0] == 1 else None
+
+
+def name_of(text: str) -> str:
+    """Return the name that shards have for a tokenizer with this canonical text."""
+    return PREFIX + hashlib.sha256(text.encode()).hexdigest()
 
 
 def canonical(library: tokenizers.Tokenizer) -> str:
@@ -152,12 +195,8 @@ def read_library(file: Path) -> tokenizers.Tokenizer:
         if not file.is_file():
             raise TokenizerError(f"--tokenizer: there is no {file}; name a {FILE}, or a folder that has one")
         text = file.read_text(encoding="utf-8")
-    try:
+    with library_errors(f"{file} is no tokenizer of Hugging Face's format"):
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(
-            f"{file} is no tokenizer of Hugging Face's format: {str(error)[:200]}"
-        ) from error
 
 
 def named_end(folder: Path) -> str | None:
@@ -177,26 +216,42 @@ def named_end(folder: Path) -> str | None:
     return None
 
 
-def token_decoder(decoder: dict[str, Any] | None) -> Any:
-    """Return a function from a token of the vocabulary to its bytes; None if there is none for this decoder."""
+def token_decoder(decoder: dict[str, Any] | None) -> Callable[[str], bytes] | None:
+    """Return a function from a token of the vocabulary to its bytes; None if a token has no bytes of its own.
+
+    A decoder that strips the text's first space makes the bytes of its first token others than elsewhere.
+    """
     steps = [] if decoder is None else decoder.get("decoders", [decoder])
-    kinds = {step["type"] for step in steps}
-    if kinds == {"ByteLevel"}:
-        of_letter = byte_letters()
-        return lambda token: bytes(of_letter[letter] for letter in token)
-    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and kinds & {
-        "ByteFallback", "Metaspace"
-    }:  # fmt: skip
-        return _fallback_bytes
-    return None
+    steps = [step for step in steps if step["type"] != "Fuse"]  # which only joins tokens
+    if [step["type"] for step in steps] == ["ByteLevel"]:
+        return _level_bytes
+    spaces, fallback = [], False
+    for step in steps:
+        if step["type"] == "ByteFallback":
+            fallback = True
+        elif step["type"] == "Metaspace" and step["prepend_scheme"] == "never" and not fallback:
+            spaces.append((step["replacement"], " "))
+        elif step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1 and not fallback:
+            spaces.append((step["pattern"]["String"], step["content"]))
+        else:
+            return None
+    return partial(_piece_bytes, spaces, fallback) if steps else None
 
 
-def _fallback_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()
+def _level_bytes(token: str) -> bytes:
+    """Return the bytes of a byte-level token; as the library does, its UTF-8 if a letter stands for no byte."""
+    of_letter = byte_letters()
+    return bytes(map(of_letter.__getitem__, token)) if of_letter.keys() >= set(token) else token.encode()
 
 
+def _piece_bytes(spaces: list[tuple[str, str]], fallback: bool, token: str) -> bytes:
+    for old, new in spaces:
+        token = token.replace(old, new)
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token) if fallback else None
+    return token.encode() if byte is None else bytes([int(byte[1], 16)])
+
+
+@cache
 def byte_letters() -> dict[str, int]:
     """Return the byte that each letter of a byte-level vocabulary stands for (GPT-2's bytes_to_unicode)."""
     letters = {chr(byte): byte for byte in _PRINTABLE}
@@ -240,10 +295,15 @@ def tokenizer_of(ids: TokenIds, data_dir: Path) -> Tokenizer:
         raise TokenizerError(
             f"{path}, the tokenizer of the shards there, is missing: copy it there with them"
         )
-    found = FileTokenizer(read_library(path), ids.end_of_text, ids.begin_of_text)
-    if found.ids != ids:
-        raise TokenizerError(f"{path} is not the tokenizer that made the shards there: copy the folder again")
-    return found
+    with file_errors(path, TokenizerError):
+        data = path.read_bytes()
+    # The file's own hash: another version of the library may write the same tokenizer in other words.
+    if PREFIX + hashlib.sha256(data).hexdigest() == ids.tokenizer:
+        with library_errors(f"{path} cannot be read by this version of tokenizers"):
+            found = FileTokenizer(data.decode("utf-8"), ids.end_of_text, ids.begin_of_text)
+        if found.ids == ids:
+            return found
+    raise TokenizerError(f"{path} is not the tokenizer that made the shards there: copy the folder again")
 
 
 def same_tokenizer(folder: Path, ids: TokenIds) -> bool | None:
@@ -260,6 +320,4 @@ def same_tokenizer(folder: Path, ids: TokenIds) -> bool | None:
         want = {letter: int(byte_ids()[byte]) for letter, byte in letters.items()}
         want["<|endoftext|>"] = ids.end_of_text
         return all(vocabulary.get(token) == id_ for token, id_ in want.items())
-    library.no_truncation()
-    library.no_padding()
-    return ids.tokenizer == PREFIX + hashlib.sha256(canonical(library).encode()).hexdigest()
+    return ids.tokenizer == name_of(canonical(library))

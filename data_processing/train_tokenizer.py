@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_processing.input_files import InputFile, find_inputs
-from data_processing.pile_records import number_lines, parse_record, read_line_batches
+from data_processing.input_files import InputFile, PileError, find_inputs
+from data_processing.pile_records import BadRecord, number_lines, parse_record, read_line_batches
 from data_processing.shards import write_json_atomically
 from data_processing.tokenizer_files import FILE, SETTINGS
 from foundation.arguments import ArgumentParser
@@ -28,18 +28,22 @@ log = logging.getLogger(__name__)
 
 
 def texts_of(sources: Sequence[InputFile]) -> Iterator[str]:
-    """Yield the text of each record."""
+    """Yield the text of each record. Raises PileError for a line that is none."""
     for source in sources:
         for batch in read_line_batches(source):
-            for _, line in number_lines(batch):
-                yield parse_record(line)[0]
+            for number, line in number_lines(batch):
+                try:
+                    yield parse_record(line)[0]
+                except BadRecord as error:
+                    raise PileError(f"{source.path}:{number}: {error}. Correct or remove the line") from error
 
 
 def train_tokenizer(inputs: Sequence[Path], vocabulary: int, output_dir: Path) -> Path:
     """Train a tokenizer with this many ids, END among them, and return its file.
 
     Raises:
-        UserError: the vocabulary is too small, the input is bad, or the folder cannot be written.
+        UserError: the vocabulary is too small, or too large for the input; the input is bad, or the folder
+            cannot be written.
     """
     if vocabulary < 257:
         raise UserError(f"--vocabulary {vocabulary}: at least 257, the 256 bytes and {END}")
@@ -51,6 +55,11 @@ def train_tokenizer(inputs: Sequence[Path], vocabulary: int, output_dir: Path) -
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts_of(find_inputs(inputs)), trainer)
+    made = tokenizer.get_vocab_size()
+    if made < vocabulary:
+        raise UserError(
+            f"--vocabulary {vocabulary}: the input gives only {made} ids; choose fewer, or add text"
+        )
     path = output_dir / FILE
     with file_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +67,7 @@ def train_tokenizer(inputs: Sequence[Path], vocabulary: int, output_dir: Path) -
             output_dir / SETTINGS[0], {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
         )
         write_text(path, tokenizer.to_str(pretty=True), path.with_name(f".{FILE}.tmp"))
-    log.info("%s: %d ids", path, tokenizer.get_vocab_size())
+    log.info("%s: %d ids", path, made)
     return path
 
 

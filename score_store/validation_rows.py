@@ -35,7 +35,8 @@ def hash_of_rows(batch: Batch) -> str:
     if batch.images is not None:
         parts = [part.contiguous().numpy().tobytes() for part in batch.inputs]
         return hashlib.sha256(b"".join(parts)).hexdigest()
-    return hashlib.sha256(tokens_of(batch).numpy().astype("<u2").tobytes()).hexdigest()
+    tokens = tokens_of(batch).numpy()
+    return hashlib.sha256(tokens.astype("<u2" if tokens.max() < 1 << 16 else "<u4").tobytes()).hexdigest()
 
 
 def save_validation_rows(batch: Batch, shown: Sequence[Shown], path: Path) -> None:

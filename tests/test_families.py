@@ -8,17 +8,33 @@ import pandas as pd
 import pytest
 import torch
 from run_helpers import Run, TwoProcesses, start, tokens_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from benchmarks.kill_and_resume import differences
 from benchmarks.oracle import per_sample
+from models.pythia import pythia_config
 
 M, T = 2, 8
 FLAGS: dict[str, Any] = {
     "model_dtype": "float64", "max_steps": 2, "batch_size": 4, "val_batch_size": M, "block_size": T,
     "checkpoint_interval": 1, "eval_interval": 1, "eval_bs": 2, "lr_decay_steps": 2, "keep_checkpoints": 3,
 }  # fmt: skip
-NAMES = ("Pythia-14m", "Llama", "Qwen3")  # GPT-2 has all this, and more, in tests of its own
+
+
+def save_pythia(folder: Path) -> None:
+    """Attention and MLP side by side, a quarter of each head rotated, a head of its own."""
+    pythia_config({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}).save_pretrained(
+        folder
+    )
+    GPTNeoXForCausalLM(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
 
 
 def save_llama(folder: Path) -> None:
@@ -40,15 +56,16 @@ def save_qwen3(folder: Path) -> None:
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+SAVERS = {"Pythia": save_pythia, "Llama": save_llama, "Qwen3": save_qwen3}  # GPT-2 has tests of its own
+
+
+@pytest.fixture(scope="module", params=SAVERS)
 def flags(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The flags of a run of one family."""
     name: str = request.param
-    if name == "Pythia-14m":
-        return FLAGS | {"architecture": name}
     torch.manual_seed(4)
     folder = tmp_path_factory.mktemp("models") / name
-    (save_llama if name == "Llama" else save_qwen3)(folder)
+    SAVERS[name](folder)
     return FLAGS | {"architecture": "auto", "init_from": folder}
 
 

@@ -36,8 +36,9 @@ PUBLISHED = {
     "Pythia-1.4b": 1_414_647_808,
     "Llama-60M": 58_073_600,
     "Llama-130M": 134_105_856,
+    "LLaVA-1.5-7B": 7_063_427_072,
 }
-OF_OUR_OWN = {"GPT2-Tiny", "Llama-Tiny"}  # for tests and quick looks
+OF_OUR_OWN = {"GPT2-Tiny", "Llama-Tiny", "LLaVA-Tiny"}  # for tests and quick looks
 
 
 def tiny_config(**given: object) -> TrainingConfig:
@@ -58,13 +59,18 @@ def small_hf(**given: object) -> GPT2LMHeadModel:
 # ---- architectures
 
 
+def names_of(model: nn.Module) -> dict[int, str]:
+    return {id(module): name for name, module in model.named_modules()}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_as_published(name: str) -> None:
     with torch.device("meta"):
         model = CausalLM(ARCHITECTURES[name].model(architecture_config(name)))
     padding = (50304 - 50257) * model.hf.config.hidden_size if name.startswith("GPT2") else 0
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name] + padding
-    assert len(model.blocks()) == model.hf.config.num_hidden_layers
+    layers = [block for block in model.blocks() if "vision_tower" not in names_of(model)[id(block)]]
+    assert len(layers) == model.hf.config.get_text_config().num_hidden_layers
 
 
 def test_all_architectures_of_the_command_line_are_there() -> None:

@@ -199,7 +199,7 @@ def test_train_stops_where_the_environment_cannot_be_made(checkout: Checkout) ->
 
 @pytest.mark.parametrize(
     ("script", "last"),
-    [("init.sh", MAKE_DEMOS[0]), ("Scripts/train.sh", "{root}/main.py"), ("Scripts/test.sh", "-m pytest")],
+    [("init.sh", MAKE_DEMOS[-1]), ("Scripts/train.sh", "{root}/main.py"), ("Scripts/test.sh", "-m pytest")],
 )
 def test_scripts_work_through_a_link(checkout: Checkout, tmp_path: Path, script: str, last: str) -> None:
     link = tmp_path / "link"

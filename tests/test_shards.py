@@ -305,6 +305,8 @@ DAMAGES = {
     "count of another type": (change(num_documents="3"), "num_documents is '3', not int"),
     "no documents": (change(num_documents=0), "has 24 bytes, its JSON says 0"),
     "ids beyond": (change(max_token_id=50257), "largest token id 50257 is beyond the vocabulary of 50257"),
+    "end beyond": (change(end_of_text=50257), "end_of_text 50257 and begin_of_text None do not belong"),
+    "another type": (change(token_type="uint32"), "numbers' type uint32, .* do not belong together"),
     "another domain": (change(domain="ArXiv"), "holds domain 'ArXiv', its file name says another"),
 }
 
