@@ -31,6 +31,7 @@ from benchmarks.step_methods import (
     Setup,
     make_loop,
     make_methods,
+    trained,
 )
 from foundation.paths import path_argument
 from models.architectures import ARCHITECTURES
@@ -50,9 +51,9 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relati
 
 
 def list_gradients(model: nn.Module) -> list[Tensor]:
-    """Return the gradients of all parameters, in the order of the Hugging Face model's."""
+    """Return the gradients of all parameters that are trained, in the order of the Hugging Face model's."""
     found = []
-    for parameter in getattr(model, "hf", model).parameters():
+    for parameter in trained(getattr(model, "hf", model)):
         assert parameter.grad is not None
         found.append(parameter.grad)
     return found

@@ -2,11 +2,11 @@
 
     python -m benchmarks.tokenize_speed --input train.jsonl --num_workers 2 --rounds 5 [--tokenizer FOLDER]
 
-The library is tiktoken (encode_ordinary_batch), or of a tokenizer.json tokenizers (encode_batch_fast). It gets the texts in
-memory, and its ids are discarded. tokenize_pile starts its processes, reads and checks the files, encodes, writes the
-shards of each file, joins them and waits for the disk. A short input is repeated up to --megabytes: the start of
-0.3 s, negligible for the Pile, would count too much. Rounds of both alternate, because other work on the machine slows
-both down. Each ratio is of two consecutive rounds; the result is the median ratio.
+The library is tiktoken (encode_ordinary_batch), or of a tokenizer.json tokenizers (encode_batch_fast). It gets the
+texts in memory, and its ids are discarded. tokenize_pile starts its processes, reads and checks the files, encodes,
+writes the shards of each file, joins them and waits for the disk. A short input is repeated up to --megabytes: the
+start of 0.3 s, negligible for the Pile, would count too much. Rounds of both alternate, because other work on the
+machine slows both down. Each ratio is of two consecutive rounds; the result is the median ratio.
 """
 
 import argparse
