@@ -330,6 +330,7 @@ class TrainingConfig:
                 "--parallel fsdp with --compile or --train_dtype float16 is not supported: use --parallel "
                 "ddp, or leave them out"
             )
+        self._check_data()
         self._check_scores()
         if self.lr_decay_steps is not None and self.lr_decay_steps <= self.warmup_step < self.max_steps:
             raise ConfigError(
@@ -352,6 +353,29 @@ class TrainingConfig:
                 )
             found["train"] = parse_domains(self.domains, found["train"].split)
         return found
+
+    def _check_data(self) -> None:
+        """Check that no flag is given that the architecture's data do not have."""
+        if self.architecture == AUTO:
+            return
+        if ARCHITECTURES[self.architecture].images:
+            given = {"--pile_data_dir": self._is_given("pile_data_dir")}
+            why = "is trained on LLaVA records (--llava_data_dir)"
+        else:
+            given = {
+                "--llava_data_dir": self._is_given("llava_data_dir"),
+                "--tokenizer": self.tokenizer != "gpt2_bytes",
+                "--on_bad_record": self.on_bad_record != "error",
+            }
+            why = "is trained on shards, which are checked and say which tokenizer made them"
+        for name, is_given in given.items():
+            if is_given:
+                raise ConfigError(
+                    f"{name} with --architecture {self.architecture}: it {why}; leave {name} out"
+                )
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) is not None and name not in self.resolved_from
 
     def _check_scores(self) -> None:
         chosen = (self.contraction, self.score_granularity, self.direction)

@@ -194,6 +194,7 @@ def open_datasets(
                 folder / IMAGES,
                 selection,
                 model=model,
+                model_folder=config.model_folder,
                 tokenizer=tokenizer,
                 block_size=config.block_size,
                 on_bad_record=config.on_bad_record,
@@ -251,7 +252,10 @@ def check_tokens(blocks: Mapping[str, Dataset], vocabulary: int, folder: Path | 
                 "of fewer ids (data/demo_bpe has 4096)"
             )
     ids = blocks["train"].ids
-    if folder is not None and same_tokenizer(folder, ids) is False:
+    same = None if folder is None else same_tokenizer(folder, ids)
+    if folder is not None and same is None:
+        logger.info("%s has no tokenizer.json, so whether it made the shards is not checked", folder)
+    if same is False:
         raise ConfigError(
             f"the shards were made by {ids.tokenizer}, and the model in {folder} has another tokenizer: tokenize "
             f"the text with --tokenizer {folder}"

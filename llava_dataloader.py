@@ -5,6 +5,7 @@ JSON file, whatever was skipped; the order of training is by global position, as
 """
 
 import hashlib
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from foundation.progress import progress_bar
 from score_store.samples import Sample
 from score_store.validation_rows import Shown
 
+PREPROCESSOR = "preprocessor_config.json"  # in a model's folder
 SPEAKERS = {"human": "question", "gpt": "answer"}
 SHOWN = 3  # skipped records in the log
 
@@ -48,6 +50,29 @@ def text_of(record: LlavaRecord) -> str:
     """Return a record's conversation, a line for each turn; the image's place is left out."""
     turns = ((SPEAKERS[role], turn.replace(IMAGE, "").strip()) for role, turn in record.turns)
     return "\n".join(f"{speaker}: {turn}" for speaker, turn in turns)
+
+
+def image_processor(model_folder: Path | None, size: int) -> CLIPImageProcessorPil:
+    """Return what resizes, crops and normalises images: what the model's folder says, else CLIP's own for this size.
+
+    Raises ConfigError if the folder asks for another kind, or for another size than the model's.
+    """
+    path = None if model_folder is None else model_folder / PREPROCESSOR
+    if path is None or not path.is_file():
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    with file_errors(path, ConfigError):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            kind = settings["image_processor_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} does not say its image_processor_type ({error})") from error
+    if not kind.startswith("CLIPImageProcessor"):
+        raise ConfigError(f"{path}: images for {kind} are not made here, only for CLIPImageProcessor")
+    found = CLIPImageProcessorPil.from_dict(settings)
+    cropped = found.crop_size["height"], found.crop_size["width"]
+    if cropped != (size, size):
+        raise ConfigError(f"{path}: makes images of {cropped}, and the model takes {size} x {size}")
+    return found
 
 
 class LlavaDataset:
@@ -73,6 +98,7 @@ class LlavaDataset:
         selection: Selection,
         *,
         model: LlavaConfig,
+        model_folder: Path | None,
         tokenizer: Tokenizer,
         block_size: int,
         on_bad_record: Literal["error", "skip"],
@@ -81,6 +107,7 @@ class LlavaDataset:
 
         Args:
             model: whose image size, tokens of an image and their id the rows get.
+            model_folder: where the model comes from; None for a new one.
 
         Raises:
             RecordError: a record is bad or too long and on_bad_record is "error"; none is left.
@@ -89,10 +116,7 @@ class LlavaDataset:
         self.path, self.image_folder, self.block_size = json_path, image_folder, block_size
         self.ids, self._tokenizer, self.short = tokenizer.ids, tokenizer, {}
         self._image_tokens, self._image_token = model.image_seq_length, model.image_token_index
-        size = model.vision_config.image_size
-        self._processor = CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        )
+        self._processor = image_processor(model_folder, model.vision_config.image_size)
         with file_errors(json_path, RecordError):
             records, bad = read_records(json_path, image_folder, on_bad_record)
         self.all_domains = sorted({record.group for record in records})

@@ -105,15 +105,11 @@ def load_model(folder: Path, config: TrainingConfig, *, drop_dropout: bool = Fal
 
 def in_words(model: CausalLM) -> str:
     """Return what a model is, in one line."""
-    sizes = model.hf.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = (
         "" if model.fused else "; its logits are not the output layer's alone, so they are computed in full"
     )
-    return (
-        f"{type(model.hf).__name__} with {sizes.num_hidden_layers} blocks of width {sizes.hidden_size}, a vocabulary "
-        f"of {sizes.vocab_size} and {parameters:,} parameters{head}"
-    )
+    return f"{type(model.hf).__name__} with {parameters:,} parameters and a vocabulary of {model.vocabulary} ids{head}"
 
 
 def check_sizes(hf_config: PreTrainedConfig, config: TrainingConfig, folder: Path) -> None:
@@ -143,10 +139,11 @@ def compared(want: Mapping[str, Any], hf_config: PreTrainedConfig) -> Iterator[t
 def check_positions(hf_config: PreTrainedConfig, config: TrainingConfig) -> None:
     """Raise ConfigError if a block has more positions than the model. A model whose configuration names no largest
     number of them has none."""
-    positions = getattr(hf_config.get_text_config(), "max_position_embeddings", config.block_size)
-    if config.block_size > positions:
+    text = hf_config.get_text_config()
+    if hasattr(text, "max_position_embeddings") and config.block_size > text.max_position_embeddings:
         raise ConfigError(
-            f"--block_size {config.block_size} is longer than the {positions} positions of {config.architecture}"
+            f"--block_size {config.block_size} is longer than the {text.max_position_embeddings} positions of "
+            f"{config.architecture}"
         )
 
 
@@ -185,14 +182,17 @@ def train_only(model: CausalLM, family: Family | None, part: str) -> None:
 
 def set_up_blocks(model: CausalLM, *, compiled: bool, checkpointing: bool) -> None:
     """Set how the model's blocks run, and what they keep for the backward pass."""
+    if checkpointing and not model.hf.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"--activation_checkpointing: {type(model.hf).__name__} does not support it; leave it out"
+        )
     if checkpointing:
         model.hf.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, FrugalMLP):
             module.frugal = not (compiled or checkpointing)
-    for block in (
-        model.blocks() if compiled else ()
-    ):  # one graph serves all blocks; the head chooses its own parts
+    # one graph serves all blocks; the head chooses its own parts
+    for block in model.blocks() if compiled else ():
         block.compile()
 
 

@@ -218,8 +218,12 @@ def _checked(number: int, entry: object, json_path: Path, image_folder: Path) ->
         raise BadRecord("it has no 'id' that is a string or an integer")
     image = _checked_image(entry, image_folder)
     turns = _checked_turns(entry.get("conversations"))
-    group = image.parts[0] if len(image.parts) > 1 else json_path.stem
-    return LlavaRecord(number, _unicode(str(name), "'id'"), image, turns, group)
+    return LlavaRecord(number, _unicode(str(name), "'id'"), image, turns, group_of(image, json_path.stem))
+
+
+def group_of(image: Path, stem: str) -> str:
+    """Return a record's group: the first folder of its image's path, or the stem of its JSON file."""
+    return image.parts[0] if len(image.parts) > 1 else stem
 
 
 def _checked_image(entry: dict[str, Any], image_folder: Path) -> Path:

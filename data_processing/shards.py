@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self, TypeAlias
 from urllib.parse import quote
 
@@ -66,21 +67,21 @@ GPT2_IDS = TokenIds("gpt2", 50257, 50256, None)  # <|endoftext|> is the last id
 GPT2_BYTES_IDS = replace(GPT2_IDS, tokenizer="gpt2_bytes")
 
 # Every field of the JSON and its type. open_shard checks them.
-FIELDS: dict[str, Any] = {
-    "magic": str,
-    "format_version": int,
-    "split": str,
-    "domain": str,
-    "tokenizer": str,
-    "num_tokens": int,
-    "num_documents": int,
-    "max_token_id": int,
-    "vocabulary": int,
-    "end_of_text": int,
-    "begin_of_text": int | None,
-    "token_type": str,
-    "checksum": str,  # sha256 of .bin
-    "index_checksum": str,  # sha256 of .idx
+FIELDS: dict[str, tuple[type, ...]] = {
+    "magic": (str,),
+    "format_version": (int,),
+    "split": (str,),
+    "domain": (str,),
+    "tokenizer": (str,),
+    "num_tokens": (int,),
+    "num_documents": (int,),
+    "max_token_id": (int,),
+    "vocabulary": (int,),
+    "end_of_text": (int,),
+    "begin_of_text": (int, NoneType),
+    "token_type": (str,),
+    "checksum": (str,),  # sha256 of .bin
+    "index_checksum": (str,),  # sha256 of .idx
 }
 # What version 1, which knew GPT-2's ids alone, did not write.
 OF_VERSION_1 = {"vocabulary": 50257, "end_of_text": 50256, "begin_of_text": None, "token_type": "uint16"}
@@ -363,12 +364,10 @@ def _read_fields(json_path: Path) -> dict[str, Any]:
             f"{json_path}: has format version {fields.get('format_version')!r}, this code reads "
             f"1 and {FORMAT_VERSION}; tokenize again"
         )
-    for name, kind in FIELDS.items():
-        if name not in fields or isinstance(fields[name], bool) or not isinstance(fields[name], kind):
-            raise ShardError(
-                f"{json_path}: {name} is {fields.get(name)!r}, not {getattr(kind, '__name__', kind)}; "
-                "tokenize again"
-            )
+    for name, kinds in FIELDS.items():
+        if name not in fields or type(fields[name]) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ShardError(f"{json_path}: {name} is {fields.get(name)!r}, not {wanted}; tokenize again")
     return {name: fields[name] for name in FIELDS}
 
 

@@ -22,7 +22,8 @@ AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 # Numbers of a configuration that are dropout; those of heads for classification are not the model's.
 NO_DROPOUT = ("summary_", "classifier_")
-PROBE = 8  # tokens on which the fused head is compared with the model's own logits
+PROBE = 8  # tokens, and
+LARGEST = 100.0  # the largest logit, of the pass that shows what a model does with its output layer's result
 
 
 class CausalLM(nn.Module):
@@ -35,16 +36,11 @@ class CausalLM(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         check_dropout(hf.config)
-        if hf.config._attn_implementation != "sdpa":
-            raise ConfigError(
-                f"the model's attention is {hf.config._attn_implementation}, which is not causal by itself: "
-                'load it with attn_implementation="sdpa"'
-            )
         self.fused = has_plain_head(hf)
-        family = BY_TYPE.get(hf.config.model_type)
-        if family is not None:  # causal throughout, without windows and without a mask
+        if hf.config.get_text_config().model_type in BY_TYPE:  # causal throughout, without windows
             hf.set_attn_implementation(UNMASKED)
-            family.adapt(hf)
+        if hf.config.model_type in BY_TYPE:
+            BY_TYPE[hf.config.model_type].adapt(hf)
         if self.fused:
             hf.set_output_embeddings(fused_head(hf))
         self.hf = hf
@@ -100,20 +96,30 @@ def has_plain_head(hf: PreTrainedModel) -> bool:
     """Return whether the logits are the last hidden state times the output weight: neither scaled, capped nor with a
     bias, which the fused head would leave out.
 
-    Known families have such a head. Another model is compared with its own logits on a few tokens.
+    Known families have such a head. In another model the output layer's result is replaced by large numbers for one
+    pass, which must come out as the logits, and what it was given must be the last hidden state.
     """
     if hf.config.model_type in BY_TYPE:
         return True
     head: nn.Module = hf.get_output_embeddings()
     if type(head) is not nn.Linear or len(list(head.parameters())) > 1:  # a bias
         return False
-    training = hf.training
+    given: list[Tensor] = []
+    numbers = torch.linspace(-LARGEST, LARGEST, PROBE * len(head.weight), device=hf.device)
+    numbers = numbers.to(head.weight.dtype).view(1, PROBE, -1)
+
+    def replaced(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given.append(inputs[0])
+        return numbers
+
+    training, x = hf.training, torch.arange(PROBE, device=hf.device)[None] % len(head.weight)
     hf.eval()
-    x = torch.arange(PROBE, device=hf.device)[None] % hf.config.get_text_config().vocab_size
-    logits = hf(input_ids=x, use_cache=False).logits
+    with head.register_forward_hook(replaced):
+        logits = hf(input_ids=x, use_cache=False).logits
     hidden = hf.base_model(input_ids=x, use_cache=False).last_hidden_state
     hf.train(training)
-    return logits.shape[-1] == len(head.weight) and torch.equal(logits, head(hidden))
+    untouched = logits.shape == numbers.shape and torch.equal(logits.to(numbers.dtype), numbers)
+    return untouched and len(given) == 1 and torch.equal(given[0], hidden)
 
 
 def dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:

@@ -96,19 +96,27 @@ def read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
             raise ConfigError(f"{path}: {name} is {tensor.dtype}: quantized weights cannot be trained")
         if not tensor.isfinite().all() and not _is_mask(name):
             raise ConfigError(f"{path}: {name} has values that are not finite")
-    with _quiet():
+    with _quiet(), _refusals(path):
         model, found = model_class(config).from_pretrained(
             None,
             config=config,
             state_dict=weights,
             dtype=dtype,
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, in words of our own
         )
     _check_weights(path, model, found)
     trained: PreTrainedModel = model.eval()
     return trained
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raise ConfigError for a model that transformers cannot make, as one without PyTorch's attention."""
+    try:
+        yield
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{path}: the model cannot be loaded: {_one_line(error)}") from error
 
 
 @contextmanager

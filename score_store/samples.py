@@ -7,7 +7,6 @@ the sample's image below the folder of images.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -50,26 +49,24 @@ class Sample:
 
 
 def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
-    """Write the folder, whole or not at all; one that is there is replaced.
+    """Write the folder, whole or not at all. It must not be there.
 
     Raises:
         ScoreError: an id is there twice.
         UserError: it cannot be written.
     """
     coming, seen = iter(samples), set()
-    with file_errors(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        with written_whole(folder) as hidden:
-            hidden.mkdir()
-            with pq.ParquetWriter(hidden / PART, SCHEMA, compression="zstd") as writer:
-                while rows := list(islice(coming, ROWS)):
-                    for row in rows:
-                        if row.sample_id in seen:
-                            raise ScoreError(f"{folder}: sample id {row.sample_id} is there twice")
-                        seen.add(row.sample_id)
-                    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names[:-1]}
-                    columns["metadata"] = [json.dumps(row.metadata) for row in rows]
-                    writer.write_table(pa.table(columns, schema=SCHEMA))
+    with file_errors(folder), written_whole(folder) as hidden:
+        hidden.mkdir()
+        with pq.ParquetWriter(hidden / PART, SCHEMA, compression="zstd") as writer:
+            while rows := list(islice(coming, ROWS)):
+                for row in rows:
+                    if row.sample_id in seen:
+                        raise ScoreError(f"{folder}: sample id {row.sample_id} is there twice")
+                    seen.add(row.sample_id)
+                columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names[:-1]}
+                columns["metadata"] = [json.dumps(row.metadata) for row in rows]
+                writer.write_table(pa.table(columns, schema=SCHEMA))
 
 
 def open_samples(folder: Path) -> ds.Dataset:

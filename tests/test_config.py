@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -222,7 +223,8 @@ def test_nothing_is_left_open(no_gpu: None) -> None:
 def test_what_was_given_stays_and_is_not_called_resolved(no_gpu: None, tmp_path: Path) -> None:
     given = TrainingConfig(
         device="cpu", train_dtype="bfloat16", min_lr=0.0, lr_decay_steps=700, eval_bs=5, run_name="auto",
-        pile_data_dir=str(tmp_path), llava_data_dir=str(tmp_path), results_dir=str(tmp_path),
+        architecture="auto", init_from=str(tmp_path), pile_data_dir=str(tmp_path), llava_data_dir=str(tmp_path),
+        results_dir=str(tmp_path),
     )  # fmt: skip
     resolved = resolve(given, {"PILE_DATA_DIR": "/elsewhere", "RESULTS_DIR": ""})
     assert resolved == given
@@ -598,3 +600,16 @@ def test_requirements_are_what_the_code_imports() -> None:
     assert imported(SOURCES) == required("requirements.txt")
     beside = [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
     assert imported(beside) <= required("requirements.txt") | required("requirements-dev.txt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"architecture": "LLaVA-Tiny", "pile_data_dir": "a"}, "--pile_data_dir"),
+        ({"llava_data_dir": "a"}, "--llava_data_dir"), ({"tokenizer": "gpt2"}, "--tokenizer"),
+        ({"on_bad_record": "skip"}, "--on_bad_record"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_would_do_nothing_is_an_error(flags: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} with --architecture .* leave {name} out"):
+        TrainingConfig(**flags)

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from attribution.curate.command import main as curate
+from attribution.curate.curated_records import describe_domains
+from attribution.curate.drop_rule import Choice
 from attribution.query.command import main as query
 from attribution.report.command import write_report
 from attribution.scored_run import AttributionError, ScoredRun
@@ -26,7 +28,8 @@ from benchmarks.oracle import per_loss, row_loss
 from config_file import TrainingConfig, resolve
 from data_processing.llava_demo import draw_image
 from dataloader import open_datasets
-from llava_dataloader import LlavaDataset
+from foundation.errors import ConfigError
+from llava_dataloader import LlavaDataset, image_processor
 from models.llava import SIZES, llava_config
 
 M, T = 2, 104
@@ -255,10 +258,34 @@ def test_a_bad_record_is_an_error_or_skipped(
     assert sorted(record.number for record in left) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 
 
-def test_images_are_resized_and_normalised(records: Path) -> None:
-    blocks = dataset(records, "train")
-    batch = blocks.batch([("red_square", 0), ("blue_circle", 1)])
-    assert batch.images is not None and batch.images.shape == (2, 3, 48, 48)
-    path = records / "images" / "red_square" / "000.png"
-    assert Image.open(path).size == (64, 64)
-    assert batch.blocks.tolist() == [0, 10]
+def test_images_are_resized_cropped_and_normalised(tmp_path: Path) -> None:
+    """As CLIP's images: by its means and deviations, or by those that the model's folder names."""
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (64, 96), (51, 102, 153)).save(path)
+    means, deviations = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({
+            "image_processor_type": "CLIPImageProcessor", "image_mean": [0, 0, 0], "image_std": [1, 1, 1],
+            "size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48},
+        })
+    )  # fmt: skip
+    for folder, mean, deviation in ((None, means, deviations), (tmp_path, (0, 0, 0), (1, 1, 1))):
+        with Image.open(path) as image:
+            (got,) = image_processor(folder, 48)(image, return_tensors="np")["pixel_values"]
+        want = [(value - m) / d for value, m, d in zip((0.2, 0.4, 0.6), mean, deviation, strict=True)]
+        assert got.shape == (3, 48, 48)
+        np.testing.assert_allclose(got, np.broadcast_to(np.reshape(want, (3, 1, 1)), got.shape), atol=1e-5)
+    with pytest.raises(ConfigError, match="makes images of \\(48, 48\\), and the model takes 32 x 32"):
+        image_processor(tmp_path, 32)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
+    with pytest.raises(ConfigError, match="images for SiglipImageProcessor are not made here"):
+        image_processor(tmp_path, 48)
+
+
+def test_domains_of_images_without_a_folder_are_those_of_the_run() -> None:
+    records = [{"image": "1.jpg"}, {"image": "a/2.jpg"}, {"image": 3}, "no record"]
+    choice = Choice({"train": 1}, {"train": 1}, {}, "", None, None)
+    found = describe_domains(records, choice, "train")
+    assert {name: (each["units"], each["state"]) for name, each in found.items()} == {
+        "a": (1, "unchanged"), "train": (1, "left out"),
+    }  # fmt: skip

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ import torch
 from run_helpers import start, write_shards
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+)
 
 from benchmarks.oracle import row_loss
 from config_file import TrainingConfig, resolve
@@ -90,6 +100,47 @@ def test_losses_are_those_of_hugging_faces_model(name: str, dtype: torch.dtype) 
         )
         got = CausalLM(hf)(x, y)
     torch.testing.assert_close(got.double(), want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("given", [{"final_logit_softcapping": 30.0}, {"final_logit_softcapping": None}])
+def test_a_head_is_fused_where_logits_are_its_product_alone(
+    given: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Small logits that a cap hardly changes are no reason to leave it out."""
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, **given,
+    )  # fmt: skip
+    hf = Gemma2ForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        hf.lm_head.weight.zero_()
+    assert CausalLM(hf).fused == (given["final_logit_softcapping"] is None)
+
+
+def test_a_window_of_llavas_language_model_is_kept() -> None:
+    """It is not of a family that attends to everything before a token."""
+    text = MistralConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=4,
+        patch_size=2,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=59, image_seq_length=4)
+    torch.manual_seed(3)
+    hf = LlavaForConditionalGeneration(config).double()
+    x, y, images = torch.randint(50, (2, 24)), torch.randint(50, (2, 24)), torch.randn(2, 3, 4, 4).double()
+    x[:, :4] = 59
+    with torch.no_grad():
+        logits = hf(input_ids=x, pixel_values=images).logits
+        want = torch.stack([row_loss(each, row) for each, row in zip(logits, y, strict=True)])
+        torch.testing.assert_close(CausalLM(hf)(x, y, images), want, rtol=1e-10, atol=0)
 
 
 def test_input_and_output_layer_share_their_weight(tiny: CausalLM) -> None:

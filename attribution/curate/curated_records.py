@@ -8,6 +8,7 @@ from typing import Any
 from attribution.curate.curated_folder import copy_file
 from attribution.curate.drop_rule import Choice, read_dropped_numbers
 from attribution.scored_run import AttributionError
+from data_processing.llava_records import group_of
 from foundation.errors import file_errors
 from foundation.progress import progress_bar
 from score_store.samples import IMAGES
@@ -35,7 +36,7 @@ def write_records(target: Path, source: Path, split: str, choice: Choice, droppe
         for number in numbers
     }
     kept = [record for number, record in enumerate(records) if number not in gone]
-    if not kept or sum(choice.dropped.values()) == sum(choice.with_value.values()) == len(records):
+    if not kept:
         raise AttributionError(f"--drop: no record would be left ({choice.reason}); choose fewer")
     (target / path.name).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     others = [each for each in source.glob("*.json") if each != path and not each.name.startswith(".")]
@@ -45,12 +46,17 @@ def write_records(target: Path, source: Path, split: str, choice: Choice, droppe
             place = target / each.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             copy_file(each, place, bar)
-    return describe_domains(records, choice)
+    return describe_domains(records, choice, path.stem)
 
 
-def describe_domains(records: list[dict[str, Any]], choice: Choice) -> dict[str, Any]:
-    """Return each domain's entry in the manifest."""
-    units = Counter(Path(record["image"]).parts[0] for record in records if record.get("image"))
+def describe_domains(records: list[Any], choice: Choice, stem: str) -> dict[str, Any]:
+    """Return each domain's entry in the manifest. Bad records, which the run skipped, are of none.
+
+    Args:
+        stem: of the records' file.
+    """
+    images = [record.get("image") for record in records if isinstance(record, dict)]
+    units = Counter(group_of(Path(image), stem) for image in images if isinstance(image, str) and image)
     found = {}
     for domain, count in sorted(units.items()):
         dropped = choice.dropped.get(domain, 0)
