@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from data_processing.batch_encoder import BatchEncoder, Counts, EncodedBatch
 from data_processing.input_files import ENDINGS, InputFile, PileError, find_inputs
 from data_processing.pile_records import LineBatch, read_line_batches
 from data_processing.progress import TokenizationProgress
-from data_processing.shards import FORMAT_VERSION, OF_VERSION_1, list_shards
+from data_processing.shards import FORMAT_VERSION, OF_VERSION_1, TokenIds, list_shards
 from data_processing.split_parts import (
     BAD_RECORDS,
     MANIFEST,
@@ -39,8 +39,8 @@ from data_processing.split_parts import (
     publish_split,
     work_folder,
 )
-from data_processing.tokenizer_files import FileTokenizer, open_tokenizer
-from data_processing.tokenizers import Tokenizer
+from data_processing.tokenizer_files import FileTokenizer, find_tokenizer
+from data_processing.tokenizers import TOKENIZERS, Tokenizer
 from data_processing.worker_pool import WorkerPool
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError, file_errors
@@ -57,7 +57,8 @@ class Job:
     sources: list[InputFile]
     split: str
     output_dir: Path
-    tokenizer: Tokenizer
+    ids: TokenIds
+    open_tokenizer: Callable[[], Tokenizer]
     num_workers: int
     skip_bad_records: bool
 
@@ -67,7 +68,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """Return the input and settings. A finished split with the same ones makes this job unnecessary."""
-        names = {"split": self.split, **asdict(self.tokenizer.ids)}
+        names = {"split": self.split, **asdict(self.ids)}
         return names | {"inputs": [source.as_json() for source in self.sources]}
 
 
@@ -98,11 +99,13 @@ def tokenize(
         raise PileError(f"--num_workers {num_workers}: at least 1")
     if on_bad_record not in ("error", "skip"):
         raise PileError(f"--on_bad_record {on_bad_record}: error or skip")
+    ids, opener = find_tokenizer(tokenizer, end_of_text=end_of_text, begin_of_text=begin_of_text)
     job = Job(
         sources=find_inputs(inputs),
         split=split,
         output_dir=output_dir,
-        tokenizer=open_tokenizer(tokenizer, end_of_text=end_of_text, begin_of_text=begin_of_text),
+        ids=ids,
+        open_tokenizer=opener,
         num_workers=num_workers,
         skip_bad_records=on_bad_record == "skip",
     )
@@ -113,12 +116,14 @@ def tokenize(
             shutil.rmtree(work)  # an earlier process was interrupted after publishing
             return counts
         parts = _make_parts(job, work)
-        joined = join_parts(work, parts, split=split, ids=job.tokenizer.ids)
+        joined = join_parts(work, parts, split=split, ids=job.ids)
         counts = Counts()
         for part in parts:
             counts.add(part.counts)
-        if isinstance(job.tokenizer, FileTokenizer):
-            job.tokenizer.save(output_dir)
+        if ids.tokenizer not in TOKENIZERS:
+            opened = opener()
+            assert isinstance(opened, FileTokenizer)
+            opened.save(output_dir)
         manifest = {"format_version": FORMAT_VERSION} | job.identity()
         publish_split(joined, work, job.target, manifest | {"counts": asdict(counts)})
     _log_result(job, counts)
@@ -131,7 +136,7 @@ def _check_other_splits(job: Job) -> None:
         manifest = job.output_dir / split / MANIFEST
         if split == job.split or not manifest.is_file():
             continue
-        found, wanted = OF_VERSION_1 | json.loads(manifest.read_bytes()), asdict(job.tokenizer.ids)
+        found, wanted = OF_VERSION_1 | json.loads(manifest.read_bytes()), asdict(job.ids)
         different = next((name for name in wanted if found[name] != wanted[name]), None)
         if different is not None:
             detail = "" if different == "tokenizer" else f"{different} "
@@ -179,7 +184,7 @@ def _finished_before(job: Job) -> Counts:
 
 def _make_parts(job: Job, work: Path) -> list[Part]:
     """Return the parts of all input files, in order. Missing ones are made."""
-    keys = [PartKey(source, job.split, job.tokenizer.ids) for source in job.sources]
+    keys = [PartKey(source, job.split, job.ids) for source in job.sources]
     missing = [key for key in keys if not _is_usable(find_finished_part(work, key), job)]
     if len(missing) < len(keys):
         log.info("%d of %d input files were finished before", len(keys) - len(missing), len(keys))
@@ -196,7 +201,7 @@ def _is_usable(part: Part | None, job: Job) -> bool:
 
 def _encode(job: Job, work: Path, keys: Sequence[PartKey]) -> None:
     """Write one part per key. Workers encode the batches; results come back in order."""
-    encoder = BatchEncoder(job.tokenizer)
+    encoder = BatchEncoder(job.open_tokenizer())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of the workers: they are the parallelism
     batches = (batch for key in keys for batch in read_line_batches(key.source))
     total_bytes = sum(key.source.size for key in keys)
@@ -231,7 +236,7 @@ def _log_result(job: Job, counts: Counts) -> None:
         "%s: %d tokens of %s, %d documents, %.1f MB of text",
         job.target,
         counts.tokens,
-        job.tokenizer.ids.tokenizer,
+        job.ids.tokenizer,
         counts.documents,
         counts.text_bytes / 1e6,
     )

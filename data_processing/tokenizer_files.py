@@ -264,22 +264,36 @@ def travelling_file(data_dir: Path, name: str) -> Path:
     return data_dir / f"tokenizer-{name.removeprefix(PREFIX)[:SHOWN_DIGITS]}.json"
 
 
-def open_tokenizer(
+def find_tokenizer(
     given: str, *, end_of_text: str | None = None, begin_of_text: str | None = None
-) -> Tokenizer:
-    """Return the tokenizer of a flag: one of TOKENIZERS, or a path. Raises TokenizerError as `FileTokenizer.load`."""
+) -> tuple[TokenIds, Callable[[], Tokenizer]]:
+    """Return the ids of the tokenizer that a flag names, one of TOKENIZERS or a path, and what opens it.
+
+    GPT-2's vocabulary is not read for its ids: what is finished needs no vocabulary to be recognised.
+
+    Raises:
+        TokenizerError: as `FileTokenizer.load`.
+    """
     if given in TOKENIZERS:
         if end_of_text is not None or begin_of_text is not None:
             raise TokenizerError(
                 f"--tokenizer {given}: --end_of_text and --begin_of_text are for tokenizers in files"
             )
-        return get_tokenizer(given)
+        return TOKENIZERS[given], partial(get_tokenizer, given)
     path = Path(given)
     if not path.exists():
         raise TokenizerError(
             f"--tokenizer {given}: neither one of {', '.join(TOKENIZERS)} nor a {FILE} or a folder that is there"
         )
-    return FileTokenizer.load(path, end_of_text=end_of_text, begin_of_text=begin_of_text)
+    found = FileTokenizer.load(path, end_of_text=end_of_text, begin_of_text=begin_of_text)
+    return found.ids, lambda: found
+
+
+def open_tokenizer(
+    given: str, *, end_of_text: str | None = None, begin_of_text: str | None = None
+) -> Tokenizer:
+    """Return the tokenizer that a flag names. Raises TokenizerError as `find_tokenizer` and `get_tokenizer`."""
+    return find_tokenizer(given, end_of_text=end_of_text, begin_of_text=begin_of_text)[1]()
 
 
 def tokenizer_of(ids: TokenIds, data_dir: Path) -> Tokenizer:

@@ -19,7 +19,7 @@ from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, TokenIds, Tokens
 from foundation.errors import UserError
 from foundation.paths import expand_home
 
-TOKENIZERS = ("gpt2", "gpt2_bytes")
+TOKENIZERS = {ids.tokenizer: ids for ids in (GPT2_IDS, GPT2_BYTES_IDS)}
 CACHES = {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"}  # variables of tiktoken, which does not expand `~`
 
 
