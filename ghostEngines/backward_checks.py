@@ -65,10 +65,9 @@ def _check_factor(got: Tensor, micro_batches: int, loss_scale: LossScale | None)
     want = torch.as_tensor(scale() if callable(scale) else scale, dtype=got.dtype, device=got.device)
     require(
         torch.isclose(got, want, rtol=1e-4, atol=0, equal_nan=True),
-        "engine.joint_loss(losses) was multiplied by another factor than attach() was told: it is divided by the "
-        f"number of micro-batches ({micro_batches}) already. Do not divide the loss again (accelerate does: "
-        "gradient_accumulation_steps=1 there), or say so with attach(..., loss_scale=...), a number or a function "
-        "such as a gradient scaler's get_scale.",
+        "engine.joint_loss(losses) was multiplied by another factor than attach() was told: it is divided by "
+        f"the {micro_batches} micro-batches already. Do not divide it again, or name the factor: "
+        "attach(..., loss_scale=...).",
     )
 
 

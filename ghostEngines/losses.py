@@ -77,7 +77,9 @@ def require(condition: Tensor, message: str) -> None:
 
     Args:
         condition: a bool tensor of one element.
+        message: of at most 254 characters, which is what PyTorch lets a device say.
     """
+    assert len(message) < 255, f"a device cannot say that much: {message}"
     if condition.device.type == "cpu":
         if not condition:
             raise ValueError(message)

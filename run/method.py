@@ -12,7 +12,7 @@ from torch import nn
 from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
 from ghostEngines.covered_layers import contraction_plan, cover
 from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
-from ghostEngines.layer_rules.cross_entropy_head import PART_POSITIONS, SOFTMAX_POSITIONS
+from ghostEngines.layer_rules.cross_entropy_head import GPU_POSITIONS, PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.strategies.instantiate import GPU_NUMEL
 from models.causal_lm import CausalLM
 from run.checkpoint import step_of
@@ -133,4 +133,5 @@ def computation(config: "TrainingConfig", model: nn.Module) -> dict[str, object]
         "gpu_numel": GPU_NUMEL,
         "head_part_positions": PART_POSITIONS,
         "head_softmax_positions": SOFTMAX_POSITIONS,
+        "head_gpu_positions": GPU_POSITIONS,
     }

@@ -32,6 +32,8 @@ from .registry import register_rule
 PART_POSITIONS = 512
 # Softmax processes this many positions at a time, so that its temporaries stay in the cache.
 SOFTMAX_POSITIONS = 64
+# Both on a GPU, where each call has a cost.
+GPU_POSITIONS = 2048
 
 
 class CrossEntropyHead(nn.Module):
@@ -206,10 +208,9 @@ class FusedHead(torch.autograd.Function):
         common = (grad_losses.take(some) / row_weights.take(some)).squeeze()
         require(
             torch.isclose(grad_losses, common * row_weights, rtol=1e-4, atol=0).all(),
-            "the fused head made its gradients for the row weights of the joint loss (1/n for train and "
-            "1/m for validation rows; without an engine 1/N for all), but another combination of its "
-            "losses was differentiated. Call backward() on engine.joint_loss(losses), or on losses.mean() "
-            "without an engine, times any factor.",
+            "the fused head made its gradients for the row weights of the joint loss, but another "
+            "combination of its losses was differentiated. Call backward() on engine.joint_loss(losses), "
+            "or on losses.mean() without an engine.",
         )
         if ctx.spent:
             raise RuntimeError(
@@ -225,13 +226,13 @@ class FusedHead(torch.autograd.Function):
         return grad_hidden, grad_weight, dots, *(None,) * 4
 
 
-def _parts(rows: int, positions: int, split: Split | None) -> Iterator[Part]:
+def _parts(rows: int, positions: int, split: Split | None, largest: int) -> Iterator[Part]:
     """Yield the parts, validation rows before train rows.
 
-    A part is several rows, or a piece of a row that is longer than PART_POSITIONS.
+    A part is several rows, or a piece of a row that is longer than `largest` positions.
     """
-    pieces = -(-positions // PART_POSITIONS)
-    group, length = max(1, PART_POSITIONS // positions), -(-positions // pieces)
+    pieces = -(-positions // largest)
+    group, length = max(1, largest // positions), -(-positions // pieces)
     bounds = [(0, rows)] if split is None else [(split.n, rows), (0, split.n)]
     for first, last in bounds:
         for row in range(first, last, group):
@@ -247,7 +248,8 @@ def _residual_parts(
     Adds to losses (N,), which must be zero at first.
     """
     (n_rows, positions, _), vocabulary = rows.shape, len(matrix)
-    parts = list(_parts(n_rows, positions, None if plan is None else plan.split))
+    largest = PART_POSITIONS if rows.device.type == "cpu" else GPU_POSITIONS
+    parts = list(_parts(n_rows, positions, None if plan is None else plan.split, largest))
     buffer = rows.new_empty(max(targets[part].numel() for part in parts), vocabulary)
     for part in parts:
         part_targets = targets[part]  # (g, t)
@@ -269,8 +271,9 @@ def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) ->
         The cross entropy (P,) in nats, zero where there is no target.
     """
     position_losses = logits.new_empty(len(logits), dtype=wide)
-    for start in range(0, len(logits), SOFTMAX_POSITIONS):
-        chunk = slice(start, start + SOFTMAX_POSITIONS)
+    at_a_time = SOFTMAX_POSITIONS if logits.device.type == "cpu" else GPU_POSITIONS
+    for start in range(0, len(logits), at_a_time):
+        chunk = slice(start, start + at_a_time)
         valid = (targets[chunk] != IGNORE_INDEX)[:, None]
         index = targets[chunk, None].clamp(min=0)
         scores = logits[chunk].to(wide)  # the logits themselves, unless they are in half precision
