@@ -22,7 +22,7 @@ from foundation.errors import ConfigError
 from foundation.flags import check_flags, flag, flag_parser, flags_of
 from foundation.granularity import Granularity
 from foundation.paths import expand_home
-from ghostEngines.passes import Direction
+from ghostEngines.passes import DirectionKind
 from ghostEngines.strategies import STRATEGIES
 from models.architectures import ARCHITECTURES, AUTO
 from run.method import METHODS
@@ -67,11 +67,11 @@ class TrainingConfig:
         "row; per_layer, its part for each layer",
     )
 
-    direction: Direction = flag(
-        "gradient",
-        "what training gradients are multiplied with: gradient, the validation gradient; adamw, the same "
-        "with each entry divided by AdamW's sqrt(v)+eps, so that values speak of the update that AdamW makes "
-        "(the first step then has no scores)",
+    direction: DirectionKind = flag(
+        "auto",
+        "what training gradients are multiplied with: auto, the validation gradient with each entry weighed as "
+        "the optimizer's step weighs it, so that values speak of that step (AdamW's first step then has no "
+        "scores); gradient, the validation gradient itself",
     )
 
     row_guard: bool = flag(

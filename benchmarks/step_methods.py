@@ -6,7 +6,7 @@ graddotprod            method GradDotProd: a training step on n rows, and the do
 gram, project, instantiate   graddotprod with one contraction strategy forced on every layer
 regular_nm_eager, graddotprod_eager   these two methods without compiling, when --compile is given
 pairwise, per_layer    graddotprod with the full matrix of scores, or with a score for each layer
-adamw                  graddotprod with direction "adamw"; sqrt(v) + eps is 1, so the numbers are the same
+adamw                  graddotprod with AdamW's direction; its factor is 1, so the numbers are the same
 loop                   the dot products from one backward pass per row
 vmap                   the dot products from torch.func's per-sample gradients
 """
@@ -33,7 +33,7 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "instantiate": {"strategy": "instantiate"},
     "pairwise": {"granularity": "pairwise"},
     "per_layer": {"granularity": "per_layer"},
-    "adamw": {"direction": "adamw"},
+    "adamw": {"direction": "auto"},
 }
 EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}
 METHODS = ("hf_n", "hf_nm", "regular_n", "regular_nm", *ENGINE_OPTIONS, *EAGER, "loop", "vmap")
@@ -157,8 +157,8 @@ def make_regular(setup: Setup, model: nn.Module, rows: slice) -> Callable[[], No
 def make_engine(setup: Setup, model: nn.Module, **options: Any) -> Callable[[], Tensor]:
     """Attach the engine to a model and return its step. options: of GradDotProdEngine."""
     engine = GradDotProdEngine(model, setup.m, **options)
-    optimizer = torch.optim.AdamW(trained(model), lr=0.0, eps=1.0, fused=True)
-    if engine.direction == "adamw":  # after a step with zero gradients it divides by sqrt(0) + 1
+    optimizer = torch.optim.AdamW(trained(model), lr=0.0, betas=(0.0, 0.95), eps=1.0, fused=True)
+    if engine.direction == "auto":  # after a step with zero gradients it divides by sqrt(0) + 1
         for parameter in trained(model):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

@@ -7,7 +7,10 @@ from torch import nn
 
 from .covered_layers import Covered
 from .errors import AttachError
+from .options import EngineOptions
+from .strategies import STRATEGIES
 from .tapped import RowMapMaker
+from .update_rules import Updates
 
 
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -75,3 +78,38 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     foreign = len(trained - set(named))
     if foreign:
         raise AttachError(f"the optimizer updates {foreign} trainable parameters that are not in the model.")
+
+
+def updates_of(options: EngineOptions, optimizer: torch.optim.Optimizer | None) -> Updates | None:
+    """Return the optimizer's updates for direction "auto"; None for "gradient", which needs none.
+
+    Raises:
+        AttachError: there is no optimizer, no rule covers it, or its preconditioner cannot be used with strategy
+            "gram", which makes no direction.
+    """
+    if options.direction == "gradient":
+        return None
+    if optimizer is None:
+        raise AttachError('direction "auto" is that of the optimizer: attach the engine with the optimizer')
+    updates = Updates(optimizer)
+    by_direction = options.strategy is None or STRATEGIES[options.strategy].by_direction
+    if not by_direction and updates.preconditioners() != {}:
+        raise AttachError(
+            f'strategy "{options.strategy}" makes no direction that a preconditioner could be applied to: choose '
+            'another one, or direction "gradient"'
+        )
+    return updates
+
+
+def check_given(options: EngineOptions, covered: Covered, count: int) -> None:
+    """Raise AttachError for options that do not go with `count` directions that are given."""
+    by_direction = options.strategy is None or STRATEGIES[options.strategy].by_direction
+    if options.granularity == "pairwise" or not by_direction:
+        raise AttachError(
+            f"a direction that is given with granularity={options.granularity!r} and strategy={options.strategy!r}: "
+            "pairwise scores and gram need the validation rows"
+        )
+    if options.granularity == "per_layer":
+        if count > 1:
+            raise AttachError("several directions with granularity='per_layer': give one at a time")
+        check_ties_by_layer(covered)

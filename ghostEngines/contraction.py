@@ -32,11 +32,12 @@ class Split:
     n: int  # train rows, which come first
     m: int  # validation rows
     pairwise: bool = False  # one score per (train, validation) pair, not one for the mean validation gradient
+    given: int = 0  # directions that are given; 0: the validation rows make the direction
 
     @property
     def directions(self) -> int:
-        """Return k: how many validation gradients are kept apart."""
-        return self.m if self.pairwise else 1
+        """Return k: how many directions are kept apart."""
+        return self.given or (self.m if self.pairwise else 1)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

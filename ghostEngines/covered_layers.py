@@ -65,6 +65,16 @@ class Covered:
                 found[name][parameter] = first.setdefault(id(module._parameters[key]), f"{name}.{parameter}")
         return found
 
+    @property
+    def owner_of(self) -> dict[int, str]:
+        """Return the name under which the direction of each parameter is kept, by the parameter's id."""
+        owners = self.owners
+        return {
+            id(module._parameters[key]): owners[name][parameter]
+            for name, layer in self.layers.items()
+            for parameter, module, key in own_parameters(layer, self.rules[name])
+        }
+
     def check_unchanged(self, model: nn.Module) -> None:
         """Raise RuntimeError if an uncovered parameter trains, or if the tied weights have changed."""
         covered = {
@@ -137,7 +147,7 @@ def contraction_plan(
 
     Args:
         strategy: the one that all must use; None: chosen by shape.
-        by_direction: True with several micro-batches, or direction "adamw".
+        by_direction: True with several micro-batches, a preconditioner, or a direction that is given.
     """
     plan = {}
     for name, layer in covered.layers.items():

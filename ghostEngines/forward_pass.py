@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attach_checks import check_rows_are_independent, mixing_modules
 from .compiled_code import check_guarded_pass, check_layers_in_uncompiled_code, eager
 from .covered_layers import Covered
+from .directions import Directions
 from .guard import Guard, GuardPlan, check_random, random_states
 from .guard_passes import check_by_rehearsal, has_fused_head
 from .memory import Scratch
@@ -19,9 +20,10 @@ from .model_inputs import input_shape, joint_batch, samples_of
 from .options import EngineOptions
 from .passes import CurrentPass, JointBatch, Pass, Probes
 from .precision import autocast_of
-from .preconditioner import SecondMoments
+from .preconditioner import Preconditioner
 from .sinks import DotProducts
 from .tapped import TappedLayer
+from .update_rules import Updates
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +39,29 @@ class ForwardHooks:
         layers: list[TappedLayer],
         current: CurrentPass,
         micro_batches: MicroBatches,
-        second_moments: SecondMoments | None,
+        updates: Updates | None,
         guard_plan: GuardPlan,
     ) -> None:
         """Prepare the hooks `begin` and `end`.
 
         Args:
             current: is set to the pass that begins.
-            second_moments: for direction "adamw"; None: the direction is the gradient itself.
+            updates: for direction "auto"; None: the direction is the gradient itself.
         """
         self.scratch = Scratch()
         self._model, self._options, self._covered, self._layers = model, options, covered, layers
         self._current, self._micro_batches = current, micro_batches
-        self._second_moments, self._guard_plan = second_moments, guard_plan
+        self._updates, self._guard_plan = updates, guard_plan
+        self.given: Directions | None = None  # None: the validation rows make the direction
+        # By id: FSDP puts other tensors into their places during a forward pass.
+        self._owner_of = covered.owner_of
         self._mixing = mixing_modules(model)
         self._open = ExitStack()  # contexts that stay open during the forward pass
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass: divide the rows, run the guard if it is needed, give probes to the layers."""
-        if not torch.is_grad_enabled() or self._current.rehearsing:
+        if not torch.is_grad_enabled() or self._current.rehearsing or self._current.paused:
             return
         check_rows_are_independent(self._mixing)
         self._covered.check_unchanged(self._model)
@@ -74,6 +79,8 @@ class ForwardHooks:
         """End the forward pass; raise if it was compiled, or drew random numbers."""
         # The phase is not "forward" if the pass could not begin, or the model called itself without
         # gradients.
+        if self._current.paused:
+            return
         if torch.is_grad_enabled() and not self._current.rehearsing and self._current.phase == "forward":
             self._current.phase = "idle"
             self._open.close()
@@ -91,6 +98,8 @@ class ForwardHooks:
         what = "rows" if options.samples is None else "samples"
         versions = [parameter._version for parameter in self._model.parameters() if parameter.requires_grad]
         self._micro_batches.begin(samples.count, what, versions)
+        if self.given is not None:
+            return joint_batch(samples, what, 0, False, shape, given=self.given.count)
         m = options.val_batch_size if self._micro_batches.number == 0 else 0
         return joint_batch(samples, what, m, options.granularity == "pairwise", shape)
 
@@ -111,21 +120,30 @@ class ForwardHooks:
     def _new_pass(self, batch: JointBatch, guard: Guard | None) -> Pass:
         """Make a pass, set it as the current one and give its probes to the layers."""
         count = len(self._layers) if self._options.granularity == "per_layer" else 1
-        scales = None if self._second_moments is None else self._second_moments.preconditioners()
-        by_direction = self._micro_batches.count > 1 or scales is not None
+        preconditioners = self._preconditioners()
+        by_direction = self._micro_batches.count > 1 or bool(preconditioners) or self.given is not None
+        if self.given is not None and self._micro_batches.number == 0:
+            self._micro_batches.kept.update(self.given.preconditioned(preconditioners or {}))
         pass_ = self._current.pass_ = Pass(
             batch,
             Probes.make(batch.split, self._weight(), count),
             DotProducts(batch.split, self.scratch, self._options.strategy, by_direction),
             self._micro_batches.count,
             self._micro_batches.kept,
-            scales,
+            preconditioners,
             guard,
         )
         self._current.phase = "forward"
         for index, tapped in enumerate(self._layers):
             tapped.calls, tapped.probe = 0, pass_.probes[index % count]
         return pass_
+
+    def _preconditioners(self) -> dict[str, Preconditioner] | None:
+        """Return P by parameter, empty where it is 1 for all; None if it is not known yet."""
+        if self._updates is None:
+            return {}
+        found = self._updates.preconditioners()
+        return None if found is None else {self._owner_of[key]: each for key, each in found.items()}
 
     def _weight(self) -> Tensor:
         """Return a trainable parameter, whose device and dtype stand for the model's."""

@@ -10,9 +10,10 @@ Nothing is stored on modules or parameters, and autograd makes all gradients: DD
 clipping, accumulation and checkpointing see an ordinary model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,20 @@ from torch import Tensor, nn
 from foundation.granularity import Granularity
 
 from .attach_checks import (
+    check_given,
     check_optimizer,
     check_row_maps,
     check_rows_are_independent,
     check_ties_by_layer,
     mixing_modules,
+    updates_of,
 )
 from .backward_checks import LossScale, check_autocast, check_backward, check_calls
 from .bypass import find_bypass, raise_bypassed
-from .compiled_code import check_samples_in_uncompiled_code, check_whole_model
+from .compiled_code import check_samples_in_uncompiled_code, check_whole_model, eager
 from .covered_layers import Covered, cover
+from .directions import Direction, Directions
+from .exact_values import ExactValues, exact_values
 from .forward_pass import ForwardHooks
 from .graph import Graph, is_reentrant
 from .guard import GuardPlan
@@ -37,10 +42,11 @@ from .guard_passes import check_on_step, has_fused_head
 from .joins import hook_joins
 from .micro_batches import MicroBatches
 from .options import EngineOptions
-from .passes import CurrentPass, Direction, Pass
-from .preconditioner import SecondMoments, check_adamw
+from .passes import CurrentPass, DirectionKind, Pass
 from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer
+from .update_rules import Updates
+from .validation_gradient import Losses, ValidationGradient, point_after
 
 
 class GradDotProdEngine:
@@ -62,8 +68,8 @@ class GradDotProdEngine:
         val_batch_size: m.
         granularity: one score per train row ("total"), per pair of a train and a validation row ("pairwise"),
             or per train row and layer ("per_layer").
-        direction: "gradient", or "adamw" for <∇ℓ_i, P∘∇L_val>, with P the preconditioner (preconditioner.py)
-            of the AdamW optimizer given to `attach`.
+        direction: "gradient", or "auto" for <∇ℓ_i, P∘∇L_val>, with P what the optimizer given to `attach`
+            multiplies a gradient with (update_rules.py): the same as "gradient" for plain SGD.
         strategy: the contraction strategy (strategies/) that every matrix must use; None: chosen by shape.
         micro_batches: G, how many forward and backward passes make one optimizer step. The first takes a
             joint batch. The others take n train rows alone and use its validation gradient, which is kept
@@ -81,7 +87,7 @@ class GradDotProdEngine:
     Raises:
         AttachError: a val_batch_size or micro_batches below 1; an unknown granularity, direction or strategy;
             several micro-batches with granularity "pairwise" or strategy "gram", which need the validation
-            rows in every pass; direction "adamw" with strategy "gram", which makes no direction.
+            rows in every pass.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class GradDotProdEngine:
         val_batch_size: int,
         *,
         granularity: Granularity = "total",
-        direction: Direction = "gradient",
+        direction: DirectionKind = "gradient",
         strategy: str | None = None,
         micro_batches: int = 1,
         rows: str | None = None,
@@ -118,6 +124,10 @@ class GradDotProdEngine:
         self._covered = Covered({}, {}, {})
         self._layers: list[TappedLayer] = []
         self._loss_scale: LossScale | None = None
+        self._updates: Updates | None = None  # for direction "auto"
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._forward: ForwardHooks | None = None
+        self._directions: dict[str, Direction] = {}  # that are given, by the name that the caller gave
         self._restore: list[Callable[[], Any]] = []  # what `detach` calls
 
     def attach(
@@ -133,7 +143,8 @@ class GradDotProdEngine:
 
         Raises:
             AttachError: a trainable parameter that no rule covers, or that the optimizer does not update;
-                dropout or batch normalisation; weights that are shared in a way that is not covered.
+                dropout or batch normalisation; weights that are shared in a way that is not covered; direction
+                "auto" without an optimizer, or with one that no update rule covers.
             RuntimeError: the engine is attached already.
         """
         if self._restore:
@@ -149,9 +160,7 @@ class GradDotProdEngine:
         check_row_maps(covered, row_maps)
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
-        moments = None
-        if options.direction == "adamw":
-            moments = SecondMoments(check_adamw(self.model, optimizer))
+        self._updates, self._optimizer = updates_of(options, optimizer), optimizer
         if (covered.layers, covered.rules) != (self._covered.layers, self._covered.rules):
             # With the same layers, as after an evaluation, the guard's check stays valid.
             self.guard_plan.checked.clear()
@@ -164,9 +173,10 @@ class GradDotProdEngine:
             self._layers,
             self._current,
             self._micro_batches,
-            moments,
+            self._updates,
             self.guard_plan,
         )
+        forward.given, self._forward = self._given(), forward
         hooks = [
             # Before FSDP's hooks, which gather the parameters for one forward and backward pass.
             self.model.register_forward_pre_hook(forward.begin, prepend=True, with_kwargs=True),
@@ -187,9 +197,115 @@ class GradDotProdEngine:
             restore()
         if self._current.pass_ is not None:
             self._current.pass_.remove_joins()
-        self._restore, self._layers = [], []
+        self._restore, self._layers, self._forward = [], [], None
         self._current.pass_, self._current.phase = None, "idle"
         self.forget_micro_batches()
+
+    def use_direction(self, direction: Direction | Mapping[str, Direction] | None) -> None:
+        """Score rows against a direction that is given, from the next pass on.
+
+        No validation rows are needed then: the model is called on train rows alone. With direction "auto" the
+        engine multiplies the given direction by P anew in each step.
+
+        Args:
+            direction: a tensor of the parameter's shape for each parameter that trains, by its name in the model;
+                or several such directions, by names of the caller's. None: the validation rows make it again.
+
+        Raises:
+            RuntimeError: the engine is not attached.
+            AttachError: scores per pair, or per layer with tied weights or several directions, or strategy
+                "gram", which needs validation rows.
+            ValueError: a parameter is missing or unknown, or a tensor is of another shape.
+        """
+        if self._forward is None:
+            raise RuntimeError("attach the engine first, then give it a direction")
+        named: dict[str, Direction] = {}
+        if direction is not None:
+            single = all(isinstance(each, Tensor) for each in direction.values())
+            named = cast(dict[str, Direction], {"": direction} if single else dict(direction))
+            check_given(self._options, self._covered, len(named))
+        self._directions = named
+        self.forget_micro_batches()
+        self._forward.given = self._given()
+
+    def _given(self) -> Directions | None:
+        if not self._directions:
+            return None
+        return Directions.of(self.model, self._covered.owner_of, list(self._directions.values()))
+
+    @property
+    def lr(self) -> float:
+        """Return the learning rate that dot products are relative to: the largest of the optimizer's groups.
+
+        Raises:
+            RuntimeError: the engine was not attached with an optimizer and direction "auto".
+        """
+        if self._updates is None:
+            raise RuntimeError('only direction "auto", with an optimizer, knows the learning rate')
+        return self._updates.lr
+
+    def validation_gradient(self, losses: Losses, *, lookahead: bool = False) -> dict[str, Tensor]:
+        """Return the gradient of the validation rows' mean loss, by name of the parameter, for `use_direction`.
+
+        It takes a forward and a backward pass of its own, and changes neither the parameters nor their `.grad`.
+
+        Args:
+            losses: calls the model on the validation rows and returns their losses.
+            lookahead: at the point to which the coming update would move the parameters with gradients of zero,
+                by its momentum and decay, instead of at the parameters.
+
+        Raises:
+            AttachError: parameters that are divided among processes; no update rule for the optimizer.
+            RuntimeError: the engine was not attached with an optimizer, and lookahead needs it.
+        """
+        at = point_after(self.model, self._all_updates(), with_gradients=False) if lookahead else None
+        gradient = ValidationGradient(self.model)
+        with self.paused():
+            gradient.add(losses, at)
+        return gradient.total
+
+    def exact_values(
+        self, train: Sequence[Losses], validation: Losses, *, clip_factor: float, global_rows: int
+    ) -> ExactValues:
+        """Return each train row's share of what the coming update does for the validation loss.
+
+        Call it when `.grad` is what the optimizer will be given, before `optimizer.step()`. exact_values.py has the
+        definition. It changes nothing, and needs memory of two of the model's size.
+
+        Args:
+            train: for each micro-batch of this process, calls the model on its train rows alone and returns their
+                losses; without autocast, or the values are those of rounded gradients.
+            validation: likewise, on the validation rows.
+            clip_factor: what clipping multiplied the gradients by; 1 if it did not.
+            global_rows: train rows in the update, over all processes and micro-batches.
+
+        Raises:
+            AttachError: parameters that are divided among processes; no update rule for the optimizer.
+            RuntimeError: the engine was not attached with an optimizer; an operation of the model has no
+                forward-mode derivative.
+        """
+        updates = self._all_updates()
+        with self.paused():
+            return exact_values(
+                self.model, updates, train, validation, clip_factor=clip_factor, global_rows=global_rows
+            )
+
+    def _all_updates(self) -> Updates:
+        if self._optimizer is None:
+            raise RuntimeError(
+                "what the optimizer's step does is unknown: attach the engine with the optimizer"
+            )
+        return self._updates or Updates(self._optimizer)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the model run as without an engine during the block, with gradients of its own."""
+        before, self._current.paused = self._current.paused, True
+        try:
+            with eager():
+                yield
+        finally:
+            self._current.paused = before
 
     def forget_micro_batches(self) -> None:
         """Make the next forward pass the first of its step, whether or not the last step was finished."""
@@ -287,8 +403,8 @@ class GradDotProdEngine:
 
     @property
     def scored(self) -> bool:
-        """Return True if the step has dot products. With "adamw" it has none before the first update."""
-        return self.direction == "gradient" or self._pass().preconditioners is not None
+        """Return True if the step has dot products. With "auto" and AdamW it has none before the first update."""
+        return self._pass().preconditioners is not None
 
     @property
     def layer_names(self) -> list[str]:
@@ -301,11 +417,13 @@ class GradDotProdEngine:
     def dot_products(self) -> Tensor:
         """Return the dot products of the last pass's n train rows.
 
-        The unit is that of a squared gradient: no learning rate, no batch size, no loss scale. With direction
-        "adamw" the validation rows' ∇ below is P∘∇. The values are NaN if the step is not `scored`.
+        There is no learning rate, batch size or loss scale in them. With direction "auto" the validation rows'
+        ∇ below is P∘∇; where the optimizer's groups have different learning rates, P contains each one's over
+        the largest. The values are NaN if the step is not `scored`.
 
         Returns:
-            On the model's device, in float32 (float64 for a float64 model):
+            On the model's device, in float32 (float64 for a float64 model). With directions that are given,
+            (n,) or, if they have names, (n, k), in their order. Else:
             - total: (n,), <∇ℓ_i, ∇L_val>, with L_val the mean loss of the m validation rows
             - pairwise: (n, m), <∇ℓ_i, ∇ℓ_j>; the mean over j is the total
             - per_layer: (n, L), <∇ℓ_i, ∇L_val> over each layer's parameters, in the order of `layer_names`;
@@ -321,6 +439,8 @@ class GradDotProdEngine:
         dots = pass_.probed_dots(self._micro_batches.first)
         if not self.scored:
             dots = torch.full_like(dots, torch.nan)
+        if pass_.split.given:
+            return dots if self.granularity == "per_layer" or "" not in self._directions else dots.squeeze(1)
         if self.granularity == "total":
             return dots.squeeze(1)
         return dots * pass_.split.m if self.granularity == "pairwise" else dots

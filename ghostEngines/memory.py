@@ -38,7 +38,7 @@ class Keep:
     """Where one parameter's direction is kept.
 
     The first micro-batch makes the direction and all others use it. It includes the factor on the first one's
-    loss.
+    loss. A direction that is given is there from the beginning, and includes no factor.
     """
 
     kept: dict[str, Any]  # the directions of the whole model, by `name`
@@ -51,8 +51,9 @@ class Keep:
             self.kept[self.name] = make()
         elif self.name not in self.kept:
             raise RuntimeError(
-                f"'{self.name}' has a gradient in a later micro-batch, and had none in the first, whose "
-                "validation rows would have made its direction: run every layer in every micro-batch"
+                f"'{self.name}' has a gradient and no direction. If it had none in the first micro-batch, whose "
+                "validation rows make the direction: run every layer in every micro-batch. If a direction is given: "
+                'the optimizer has no second moment for it yet, and "auto" cannot weigh it'
             )
         found: T = self.kept[self.name]
         return found

@@ -13,13 +13,16 @@ from .row_maps import Samples
 HUGGING_FACE = ("input_ids", "inputs_embeds")  # the inputs of a Hugging Face model that have the rows
 
 
-def joint_batch(samples: Samples, what: str, m: int, pairwise: bool, input_shape: torch.Size) -> JointBatch:
+def joint_batch(
+    samples: Samples, what: str, m: int, pairwise: bool, input_shape: torch.Size, given: int = 0
+) -> JointBatch:
     """Divide the samples of a pass into train and validation samples.
 
     Args:
         what: "rows" or "samples", for the message.
         m: how many validation samples the pass has; they are the last ones.
         pairwise: True for one score for each pair of a train and a validation sample.
+        given: how many directions are given.
 
     Raises:
         ValueError: there is no train sample.
@@ -31,7 +34,7 @@ def joint_batch(samples: Samples, what: str, m: int, pairwise: bool, input_shape
             f"there is no train {what[:-1]}. Append the validation {what} to the train {what}, or detach the "
             "engine."
         )
-    return JointBatch(Split(n, m, pairwise), samples, input_shape)
+    return JointBatch(Split(n, m, pairwise, given), samples, input_shape)
 
 
 def samples_of(

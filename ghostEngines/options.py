@@ -8,7 +8,7 @@ from torch import Tensor
 from foundation.granularity import GRANULARITIES, Granularity
 
 from .errors import AttachError
-from .passes import DIRECTIONS, Direction
+from .passes import DIRECTIONS, DirectionKind
 from .strategies import STRATEGIES
 from .tapped import RowMapMaker
 
@@ -23,7 +23,7 @@ class EngineOptions:
 
     val_batch_size: int  # m
     granularity: Granularity
-    direction: Direction
+    direction: DirectionKind
     strategy: str | None  # None: chosen by shape
     micro_batches: int  # G
     rows: str | None  # the name of the input that has the rows
@@ -46,10 +46,6 @@ class EngineOptions:
                 f"strategy must be one of {', '.join(STRATEGIES)} or None, got {self.strategy!r}"
             )
         by_direction = self.strategy is None or STRATEGIES[self.strategy].by_direction
-        if self.direction == "adamw" and not by_direction:
-            raise AttachError(
-                f'strategy "{self.strategy}" makes no direction to precondition: choose another one'
-            )
         if self.micro_batches > 1 and (self.granularity == "pairwise" or not by_direction):
             raise AttachError(
                 f"several micro-batches with granularity={self.granularity!r} and strategy={self.strategy!r}: pairwise "

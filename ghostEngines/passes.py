@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .tap import Call, Recomputable
     from .uses import Uses
 
-Direction = Literal["gradient", "adamw"]
-DIRECTIONS: tuple[Direction, ...] = ("gradient", "adamw")
+DirectionKind = Literal["auto", "gradient"]
+DIRECTIONS: tuple[DirectionKind, ...] = ("auto", "gradient")
 
 
 def refuse_to_be_copied(self: object) -> NoReturn:
@@ -78,7 +78,8 @@ class Pass:
     """One forward and backward pass over a joint batch.
 
     An optimizer step may have several micro-batches, a pass each. The first one has the validation samples.
-    Their gradient is kept, by parameter, for the other passes, whose m is 0.
+    Their gradient is kept, by parameter, for the other passes, whose m is 0. With a direction that is given m is
+    0 in all of them.
     """
 
     batch: JointBatch
@@ -86,7 +87,7 @@ class Pass:
     sink: DotProducts
     micro_batches: int  # G
     kept: dict[str, Any]  # directions for the other micro-batches, by parameter
-    preconditioners: dict[int, Preconditioner] | None  # by id of the parameter; None: the gradient itself
+    preconditioners: dict[str, Preconditioner] | None  # by parameter, as `kept`; None: not known yet
     guard: "Guard | None" = None  # at the first step
 
     # Recorded in the forward pass.
@@ -146,6 +147,8 @@ class Pass:
         """
         scale, first_scale = self.scale_probe.grad, first.scale_probe.grad
         assert scale is not None and first_scale is not None
+        if self.split.given:
+            first_scale = torch.ones_like(scale)
         columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in self.probes]
         return torch.cat(columns, dim=1) * (self.split.n * self.micro_batches) / (scale * first_scale)
 
@@ -161,8 +164,8 @@ class Pass:
         self.joins = []
 
     def keep(self, parameter: str) -> Keep | None:
-        """Return where the direction of a parameter is kept; None for a single batch."""
-        if self.micro_batches == 1:
+        """Return where the direction of a parameter is kept; None if the validation rows are in every pass."""
+        if self.micro_batches == 1 and not self.split.given:
             return None
         return Keep(self.kept, parameter, first=self.split.m > 0)
 
@@ -193,6 +196,7 @@ class CurrentPass:
         # "idle": at all other times. No layer may run with gradients.
         self.phase: Literal["idle", "forward", "backward"] = "idle"
         self.autocast: torch.dtype | None = None  # of the last forward pass
+        self.paused = False  # the model runs as without an engine
 
     @property
     def rehearsing(self) -> bool:

@@ -84,7 +84,7 @@ class DotProducts:
             left[n:], right[n:], self.split, preconditioner, self.scratch
         )
         if site.keep is not None:
-            against = Whole(site.keep.direction(against.whole))
+            against = Whole(site.keep.direction(against.whole).view(-1, *total.shape))
         dots = strategy.contract(left[:n], right[:n], against, total, True, self.scratch)
         return total, dots
 
@@ -268,7 +268,10 @@ def _direction_at(
     def make() -> tuple[Tensor, Tensor]:
         return _validation_gradient(tokens[n:], val_gradients, split, vocabulary)
 
-    direction, slots = make() if keep is None else keep.direction(make)
+    kept: Tensor | tuple[Tensor, Tensor] = make() if keep is None else keep.direction(make)
+    if isinstance(kept, Tensor):  # a direction that was given, whole
+        return kept[:, tokens[:n]], kept
+    direction, slots = kept
     seen = slots[tokens[:n]]  # (n, L), -1 where no validation row has the token
     return direction[:, seen.clamp(min=0)] * (seen >= 0)[..., None], direction
 

@@ -88,7 +88,7 @@ class TappedLayer:
         This is a bound method and not a closure: `torch.compile` guards on the function and on the type of
         its object. All blocks have these in common, so one graph serves them all.
         """
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._current.paused:
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
         if self.rule.run is not None:
             return self.rule.run(self.layer, self, *inputs, **named_inputs)
@@ -255,17 +255,15 @@ class TappedLayer:
     def site(self, name: str, parameter: Tensor) -> Site:
         """Return what the sink needs to know of a parameter in this pass."""
         pass_ = self.pass_
-        if pass_.micro_batches == 1 and pass_.preconditioners is None:
-            return Site(parameter.shape)
-        preconditioner = None
-        if pass_.preconditioners is not None:
-            if id(parameter) not in pass_.preconditioners:
+        keep, preconditioner = pass_.keep(self.owners[name]), None
+        if pass_.preconditioners and (keep is None or keep.first):
+            if self.owners[name] not in pass_.preconditioners:
                 raise RuntimeError(
                     f"'{self.name}' has no second moment for its {name}: it had no gradient when the other "
-                    'parameters got theirs, and direction "adamw" cannot weigh it; use direction "gradient"'
+                    'parameters got theirs, and direction "auto" cannot weigh it; use direction "gradient"'
                 )
-            preconditioner = pass_.preconditioners[id(parameter)]
-        return Site(parameter.shape, pass_.keep(self.owners[name]), preconditioner)
+            preconditioner = pass_.preconditioners[self.owners[name]]
+        return Site(parameter.shape, keep, preconditioner)
 
 
 class TappedParameters(TappedLayer):
@@ -277,7 +275,7 @@ class TappedParameters(TappedLayer):
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
         """Run the module with its parameters tapped."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._current.paused:
             return type(self.layer).forward(self.layer, *inputs, **named_inputs)
         pass_ = self.pass_
         if torch.compiler.is_compiling():

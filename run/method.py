@@ -123,7 +123,9 @@ def computation(config: "TrainingConfig", model: nn.Module) -> dict[str, object]
     if not config.computes_scores:
         return {}
     split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
-    by_direction = config.gradient_accumulation_steps > 1 or config.direction == "adamw"
+    by_direction = config.gradient_accumulation_steps > 1 or (
+        config.direction == "auto" and config.optimizer == "AdamW"
+    )
     return {
         "contraction_by_layer": contraction_plan(
             cover(model), split, config.block_size, config.strategy, by_direction

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from foundation.granularity import Granularity
 from ghostEngines.strategies import STRATEGIES
 
-Direction = Literal["gradient", "adamw"]
+Direction = Literal["gradient", "auto"]
 FACTORS = (1.0, 0.25, 1024.0)
 
 
@@ -75,7 +75,7 @@ KNOWN: dict[str, Callable[[Network, Options], bool]] = {
         )
     ),
     "L3 AdamW's moments of what is not used": lambda network, options: (
-        options.direction == "adamw" and any(block.wiring == "result not used" for block in network.blocks)
+        options.direction == "auto" and any(block.wiring == "result not used" for block in network.blocks)
     ),
     "L4 a join in a checkpoint": _any(
         lambda network, block: (
@@ -147,7 +147,7 @@ def _of_tokens(head: str) -> bool:
 def cases(draw: st.DrawFn) -> tuple[Network, Options]:
     """A network, and options that the engine's documentation allows for it."""
     network = draw(networks())
-    directions: tuple[Direction, ...] = ("gradient", "gradient", "adamw")
+    directions: tuple[Direction, ...] = ("gradient", "gradient", "auto")
     direction = draw(st.sampled_from(directions))
     micro_batches = draw(st.sampled_from((1, 1, 2, 3)))
     granularities: list[Granularity] = ["total", "pairwise", "per_layer"]
@@ -156,9 +156,9 @@ def cases(draw: st.DrawFn) -> tuple[Network, Options]:
         granularities.remove("pairwise")
     if micro_batches > 1 and network.tied:
         granularities.remove("per_layer")
-    if micro_batches > 1 or direction == "adamw":
+    if micro_batches > 1 or direction == "auto":
         strategies = [each for each in strategies if each is None or STRATEGIES[each].by_direction]
-    steps = 2 if direction == "adamw" else draw(st.sampled_from((1, 1, 2)))
+    steps = 2 if direction == "auto" else draw(st.sampled_from((1, 1, 2)))
     return network, Options(
         granularity=draw(st.sampled_from(granularities)),
         strategy=draw(st.sampled_from(strategies)),

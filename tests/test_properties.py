@@ -13,7 +13,7 @@ from cases import call_with_targets
 from drawn_networks import DrawnNetwork, Network
 from draws import Options, ambiguous, cases, known
 from hypothesis import HealthCheck, Phase, assume, event, given, reject, seed, settings
-from test_adamw_direction import BETAS, Oracle
+from test_auto_direction import BETAS, Oracle
 from torch import Tensor, nn
 
 from benchmarks.oracle import Truth, per_sample
@@ -92,7 +92,7 @@ def check_exact(network: Network, options: Options) -> None:
         dots = engine_step(engine, network, model, options, step)
     names = engine.layer_names
     engine.detach()
-    weighed = truth.times(moments.preconditioner().sqrt()) if options.direction == "adamw" else truth
+    weighed = truth.times(moments.preconditioner().sqrt()) if options.direction == "auto" else truth
     assert_dots(weighed, dots, options.granularity, groups(model, names))
     assert_gradients(truth, model)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..contraction import Split, accumulation_dtype
@@ -291,9 +292,22 @@ def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) ->
 def _losses_only(
     hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return the losses (N,) without any gradient, for an evaluation."""
+    """Return the losses (N,) without a backward pass: for an evaluation, and for forward-mode differentiation.
+
+    The derivative of a position's loss is <residuals, W h' + W' h>, with h' and W' the tangents.
+    """
+    (hidden, hidden_tangent), (weight, weight_tangent) = map(forward_ad.unpack_dual, (hidden, weight))
     with without_autocast(hidden):
         losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(dtype))
-        for _ in _residual_parts(hidden.to(dtype), weight.to(dtype), targets, counts, losses, None):
-            pass
-    return losses
+        rows, matrix, derivatives = hidden.to(dtype), weight.to(dtype), torch.zeros_like(losses)
+        for part, residuals in _residual_parts(rows, matrix, targets, counts, losses, None):
+            if hidden_tangent is not None:
+                change = (residuals @ matrix * hidden_tangent[part]).sum((1, 2), dtype=losses.dtype)
+                derivatives[part[0]] += change / counts[part[0]]
+            if weight_tangent is not None:
+                change = (residuals @ weight_tangent.to(dtype) * rows[part]).sum((1, 2), dtype=losses.dtype)
+                derivatives[part[0]] += change / counts[part[0]]
+    if hidden_tangent is None and weight_tangent is None:
+        return losses
+    dual: Tensor = forward_ad.make_dual(losses, derivatives)
+    return dual

@@ -121,7 +121,9 @@ class ValidationGradient(Whole):
     def __init__(self, total: Tensor, plan: HeadPlan) -> None:
         self.split, self.scratch, keep = plan.split, plan.sink.scratch, plan.site.keep
         # Without validation rows the direction is a kept one, which is preconditioned already.
-        self.preconditioner = plan.site.preconditioner if plan.split.m > 0 else None
+        self.preconditioner = None
+        if plan.split.m > 0 and plan.site.preconditioner is not None:
+            self.preconditioner = plan.site.preconditioner.shaped(total.shape)
         if keep is None or keep.first:
             super().__init__(total.new_empty(plan.split.directions, *total.shape))
         else:

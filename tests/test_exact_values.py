@@ -1,0 +1,339 @@
+"""Exact values against the definition: the Aumann-Shapley share of the optimizer's own step.
+
+The oracle has its own AdamW and clipping (Kingma & Ba, arXiv 1412.6980; Pascanu et al., arXiv 1211.5063), and
+integrates the derivative of the step's effect by each row's weight, from weight 0 to 1, numerically.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import BY_NAME, CASES, Case
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.oracle import Truth, per_sample
+from ghostEngines import AttachError, ExactValues, GradDotProdEngine, UpdateRule, register_update_rule
+from ghostEngines.forward_mode import DifferentiableAttention, directional_derivatives
+from ghostEngines.preconditioner import Uniform
+from ghostEngines.update_rules import UPDATE_RULES, AdamRule, SGDRule, Update, Updates
+from ghostEngines.validation_gradient import point_after
+
+N, M, LR, WARM = 4, 2, 1e-2, 3
+ADAM: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+NAMES = [case.name for case in CASES]
+
+
+@dataclass
+class State:
+    """A model before a step, whose gradients are there, clipped."""
+
+    case: Case
+    model: Any
+    optimizer: torch.optim.Optimizer
+    engine: GradDotProdEngine
+    clip_factor: float
+    truth: Truth  # of the step's rows, at the parameters before it
+    x: Tensor
+    y: Tensor
+
+    def losses(self, rows: slice) -> Callable[[], Tensor]:
+        return lambda: self.case.losses(self.model, self.x[rows], self.y[rows])
+
+    def exact(self) -> ExactValues:
+        return self.engine.exact_values(
+            [self.losses(slice(0, N))],
+            self.losses(slice(N, None)),
+            clip_factor=self.clip_factor,
+            global_rows=N,
+        )
+
+    def flat(self, what: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        return torch.cat([what(p).detach().flatten() for p in self.model.parameters() if p.requires_grad])
+
+    def state(self, key: str) -> Tensor:
+        return self.flat(lambda p: self.optimizer.state[p].get(key, torch.zeros_like(p)))
+
+
+def prepared(name: str, make: Callable[..., Any], clip: float = 0.0, warm: int = WARM) -> State:
+    """A model after `warm` updates, before the next. clip: the norm of the gradient is clipped to this much of it."""
+    case = BY_NAME[name]
+    model = case.model()
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    engine = GradDotProdEngine(model, M, direction="gradient")
+    engine.attach(optimizer)
+    for step in range(warm + 1):
+        x, y = case.data(N + M, seed=1 + step)
+        if step == warm:
+            twin = case.model()
+            twin.load_state_dict(model.state_dict())
+            truth = per_sample(twin, case.logits, x, y, N)
+        engine.joint_loss(case.losses(model, x, y)).backward()
+        engine.prepare_gradients()
+        if step < warm:
+            optimizer.step()
+            optimizer.zero_grad()
+    factor = clip or 1.0
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= factor
+    return State(case, model, optimizer, engine, factor, truth, x, y)
+
+
+def own_adam(v: Tensor, m: Tensor, steps: int, gradient: Tensor) -> Tensor:
+    """u(g), as in the paper's Algorithm 1."""
+    (beta1, beta2), t = ADAM["betas"], steps + 1
+    m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
+    return m / (1 - beta1**t) / ((v / (1 - beta2**t) + 1e-40).sqrt() + ADAM["eps"])  # sqrt has no slope at 0
+
+
+def own_clip(gradient: Tensor, largest: float) -> Tensor:
+    return gradient * (largest / gradient.norm()).clamp(max=1.0)
+
+
+def integrate(effect: Callable[[Tensor], Tensor], breaks: list[float]) -> Tensor:
+    """∫ ∂effect/∂x_i (τ, ..., τ) dτ from 0 to 1 for each i, (N,)."""
+    total = torch.zeros(N, dtype=torch.float64)
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    for low, high in pairwise(breaks):
+        for node, weight in zip(nodes, weights, strict=True):
+            x = torch.full((N,), low + (high - low) * (node + 1) / 2, dtype=torch.float64, requires_grad=True)
+            (slope,) = torch.autograd.grad(effect(x), x)
+            total += slope * weight * (high - low) / 2
+    return total
+
+
+def mean_direction(state: State, after: dict[str, Tensor]) -> Tensor:
+    """(G_t + G_{t+1})/2, from plain backward passes."""
+    return (state.truth.vectors()[N:].mean(0) + gradient_at(state, after)) / 2
+
+
+def gradient_at(state: State, point: dict[str, Tensor]) -> Tensor:
+    twin = state.case.model()
+    twin.load_state_dict(state.model.state_dict())
+    for name, parameter in twin.named_parameters():
+        if name in point:
+            parameter.data = point[name]
+    return per_sample(twin, state.case.logits, state.x, state.y, N).vectors()[N:].mean(0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["linear-3d", "gpt2-tied-padded", "fused-gpt2-untied"])
+def test_values_are_aumann_shapley_shares_of_adamw_s_step(name: str, clip: float) -> None:
+    state = prepared(name, partial(torch.optim.AdamW, **ADAM), clip)
+    rows, m, v = state.truth.vectors()[:N], state.state("exp_avg"), state.state("exp_avg_sq")
+    after = point_after(state.model, Updates(state.optimizer), with_gradients=True)
+    direction = mean_direction(state, after)
+    largest = (clip or 2.0) * rows.mean(0).norm().item()
+
+    def effect(x: Tensor) -> Tensor:
+        gradient = own_clip((x[:, None] * rows).mean(0), largest)
+        return LR * direction @ own_adam(v, m, WARM, gradient)
+
+    got = state.exact()
+    want = integrate(effect, [0.0, clip, 1.0] if clip else [0.0, 0.5, 1.0])
+    assert torch.allclose(got.values[0], want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
+    everything, nothing = (effect(torch.full((N,), x, dtype=torch.float64)) for x in (1.0, 1e-12))
+    assert got.values[0].sum().item() == pytest.approx((everything - nothing).item(), rel=1e-9)
+    assert got.of_batch == pytest.approx(got.values[0].sum().item(), rel=1e-10)
+    assert got.momentum == pytest.approx(nothing.item(), rel=1e-6)
+    assert (got.values[0] - got.values[0].mean()).abs().max() > 1e-3 * got.values[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.AdamW, **ADAM),
+        partial(torch.optim.AdamW, **ADAM, fused=True),
+        partial(torch.optim.AdamW, **ADAM, foreach=True),
+        partial(torch.optim.Adam, lr=LR, eps=1e-3),
+        partial(torch.optim.SGD, lr=LR, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=LR, momentum=0.9, dampening=0.2, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=LR, momentum=0.9, nesterov=True, fused=True),
+    ],
+)
+@pytest.mark.parametrize("warm", [0, WARM])
+def test_the_point_after_is_where_the_optimizer_goes(make: Callable[..., Any], warm: int) -> None:
+    """And the parts of its way add up to the fall that the direction sees."""
+    state = prepared("fused-gpt2-tied-padded", make, 0.5, warm)
+    after = point_after(state.model, Updates(state.optimizer), with_gradients=True)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    direction, got = mean_direction(state, after), state.exact()
+    state.optimizer.step()
+    moved = []
+    for name, parameter in state.model.named_parameters():
+        assert torch.allclose(parameter, after[name], rtol=0, atol=1e-12)
+        moved.append((before[name] - parameter.detach()).flatten())
+    assert got.predicted == pytest.approx((direction @ torch.cat(moved)).item(), rel=1e-8)
+    assert got.measured == pytest.approx(got.predicted, rel=0.1)  # the rest is of third order in the step
+    assert 0.5 < got.cosine < 1
+
+
+def test_look_ahead_is_the_step_without_gradients() -> None:
+    state = prepared("gpt2-tied", partial(torch.optim.AdamW, **ADAM))
+    after = point_after(state.model, Updates(state.optimizer), with_gradients=False)
+    want = gradient_at(state, after)
+    got = state.engine.validation_gradient(state.losses(slice(N, None)), lookahead=True)
+    flat = torch.cat([got[name].flatten() for name, _ in state.model.named_parameters()])
+    assert torch.allclose(flat, want, rtol=0, atol=1e-10 * want.norm().item())
+    for parameter in state.model.parameters():
+        parameter.grad.zero_()
+    state.optimizer.step()
+    for name, parameter in state.model.named_parameters():
+        assert torch.allclose(parameter, after[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer(name: str) -> None:
+    """The whole chain on plain SGD, where a value is lr/n·<G, ∇ℓ_i>: G of the mean of two points."""
+    state = prepared(name, partial(torch.optim.SGD, lr=LR), warm=0)
+    after = point_after(state.model, Updates(state.optimizer), with_gradients=True)
+    trained = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    direction = mean_direction(state, after)
+    got = state.exact().values[0]
+    rows = state.truth.vectors()[:N]
+    error = (got * N / LR - rows @ direction).abs() / (rows.norm(dim=1) * direction.norm())
+    assert trained and error.max() < 1e-10
+
+
+def test_nothing_is_changed() -> None:
+    state = prepared("fused-gpt2-tied-padded", partial(torch.optim.AdamW, **ADAM), 0.5)
+    model, optimizer = state.model, state.optimizer
+
+    def everything() -> list[Tensor]:
+        return [
+            *(p.detach() for p in model.parameters()),
+            *(p.grad for p in model.parameters()),
+            *(t for p in model.parameters() for t in optimizer.state[p].values()),
+            state.engine.dot_products(),
+            torch.get_rng_state(),
+        ]
+
+    before = deepcopy(everything())
+    parameters = [id(p) for p in model.parameters()]
+    state.exact()
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert parameters == [id(p) for p in model.parameters()]
+    optimizer.step()
+    optimizer.zero_grad()
+    state.engine.joint_loss(
+        state.case.losses(model, state.x, state.y)
+    ).backward()  # and the next step goes on
+    state.engine.prepare_gradients()
+
+
+def test_an_entry_that_never_had_a_gradient() -> None:
+    """s = 0: A = J = a/ε, and no division by zero."""
+    group = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "lr": 1.0, "amsgrad": False}
+    zeros = torch.zeros(3, dtype=torch.float64)
+    state = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.tensor(9.0)}
+    update = AdamRule().update(group, state, zeros, torch.tensor([0.0, 1e-3, -1e-3], dtype=torch.float64))
+    a = 0.1 / (1 - 0.9**10)
+    assert update.share[0] == update.slope[0] == pytest.approx(a / 1e-8)
+    assert all(each.isfinite().all() for each in vars(update).values())
+    assert torch.allclose(update.share[1:] * torch.tensor([1e-3, -1e-3]).double(), update.step[1:])
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_pieces(causal: bool, mask: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghostEngines.forward_mode.ATTENTION_NUMEL", 50)
+    q, k, v = (torch.randn(2, heads, 7, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    allowed = torch.rand(2, 1, 7, 7) > 0.4
+    allowed[0, 0, 3] = False  # a query that sees no key
+    options: dict[str, Any] = {"is_causal": causal, "enable_gqa": True, "scale": 0.3}
+    if mask is not None:
+        if causal:
+            return  # PyTorch takes one of them
+        options["attn_mask"] = allowed if mask == "bool" else torch.randn(2, 1, 7, 7, dtype=torch.float64)
+    want = functional.scaled_dot_product_attention(q, k, v, **options)
+    with DifferentiableAttention():
+        got = functional.scaled_dot_product_attention(q, k, v, **options)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_is_widened() -> None:
+    state = prepared("fused-gpt2-tied-padded", partial(torch.optim.SGD, lr=LR), warm=0)
+    want = state.exact().values[0]
+    half = deepcopy(state.case.model()).bfloat16()
+    exact_half = deepcopy(half).double()
+    tangent = {name: torch.randn_like(p, dtype=torch.float32) for name, p in half.named_parameters()}
+    args = state.x[:N], state.y[:N]
+    _, got = directional_derivatives(half, tangent, lambda: state.case.losses(half, *args))
+    _, wide = directional_derivatives(
+        exact_half, {k: v.double() for k, v in tangent.items()}, lambda: state.case.losses(exact_half, *args)
+    )
+    assert got.dtype == torch.float32 and torch.allclose(got.double(), wide, rtol=1e-4, atol=1e-4)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and want.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(torch.optim.AdamW, amsgrad=True), "amsgrad"),
+        (partial(torch.optim.AdamW, maximize=True), "maximize"),
+        (partial(torch.optim.SGD, maximize=True), "maximize"),
+        (partial(torch.optim.Adam, weight_decay=0.1), "adds it to the gradient"),
+        (torch.optim.NAdam, "no update rule for the optimizer NAdam"),
+        (type("MyAdamW", (torch.optim.AdamW,), {}), "no update rule for the optimizer MyAdamW"),
+    ],
+)
+def test_optimizers_that_are_refused(make: Callable[..., Any], message: str) -> None:
+    model = nn.Linear(2, 2)
+    engine = GradDotProdEngine(model, 1, direction="auto")
+    with pytest.raises(AttachError, match=message):
+        engine.attach(make(model.parameters()))
+    engine = GradDotProdEngine(model, 1)  # the gradient itself needs no rule
+    engine.attach(make(model.parameters()))
+    with pytest.raises(AttachError, match=message):
+        engine.exact_values([], lambda: torch.zeros(1), clip_factor=1.0, global_rows=1)
+
+
+def test_without_an_optimizer() -> None:
+    engine = GradDotProdEngine(nn.Linear(2, 2), 1)
+    engine.attach()
+    with pytest.raises(RuntimeError, match="attach the engine with the optimizer"):
+        engine.exact_values([], lambda: torch.zeros(1), clip_factor=1.0, global_rows=1)
+
+
+class SignDescent(torch.optim.Optimizer):
+    """An optimizer of one's own: tanh of the gradient."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.tanh()
+
+
+class SignRule(UpdateRule):
+    def check(self, group: Any) -> None:
+        pass
+
+    def preconditioner(self, group: Any, state: Any) -> Uniform:
+        return Uniform(1.0)
+
+    def update(self, group: Any, state: Any, parameter: Tensor, gradient: Tensor) -> Update:
+        zero, step = torch.zeros_like(gradient), gradient.tanh()
+        share = torch.where(gradient == 0, 1.0, step / gradient)
+        return Update(step, zero, share, 1 - step**2, zero)
+
+
+def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghostEngines.update_rules.UPDATE_RULES", dict(UPDATE_RULES))
+    register_update_rule(SignDescent, SignRule())
+    with pytest.raises(ValueError, match="already"):
+        register_update_rule(SignDescent, SGDRule())
+    state = prepared("gpt2-untied", partial(SignDescent, lr=LR), 0.5, warm=1)
+    got = state.exact()
+    assert got.values[0].sum().item() == pytest.approx(got.of_batch, rel=1e-9)
+    assert got.measured == pytest.approx(got.predicted, rel=0.05)
