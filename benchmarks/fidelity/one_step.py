@@ -1,0 +1,208 @@
+"""Compare values with what they claim: what one row of a batch does in one step of the optimizer.
+
+    PILE_SAMPLE_DIR=... python -m benchmarks.fidelity.one_step --work_dir /tmp/fidelity [--jobs 2]
+
+Train small GPT-2s on real text, stop before some steps, and measure in float64 there, with the optimizer itself:
+
+removal   L(the step without row i) - L(the step with all rows), where the other rows keep their weights
+shapley   the mean of row i's effect over random orders in which the rows are added, each order also in reverse
+
+The methods are compared with both by Pearson's correlation within the batch and by the slope of a regression of the
+measured on the predicted:
+
+plain      lr·c/n·<G, ∇ℓ_i>, --direction gradient
+in_pass    --direction auto; its age is the number of steps since its validation gradient was computed
+lookahead  the same with --validation_point lookahead
+exact      --values exact
+
+Each state is a JSON file in --work_dir, and is not measured again; figures.py makes tables and plots of them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.experiment import make_sample_shards
+from benchmarks.fidelity.states import WARMUP, Corpus, M, N, Setting, State, clip, train
+from foundation.files import write_text
+from foundation.paths import path_argument
+from foundation.progress import progress_bar
+from ghostEngines import GradDotProdEngine
+
+RATES = {"AdamW": (1e-4, 6e-4, 3e-3), "SGD": (1e-2, 6e-2, 3e-1)}  # SGD's for as much progress in a step
+STOPS = (20, 200, 600)  # early, middle, late
+SMALL = [
+    Setting(optimizer, lr, clip, seed, width=64 if seed % 2 == 0 else 128)
+    for seed in range(4)
+    for optimizer, rates in RATES.items()
+    for lr in rates
+    for clip in (0.0, 0.25)
+]
+LARGE = [
+    Setting(optimizer, lr, 0.25, seed, layers=4, width=256, vocabulary=50304)
+    for seed in range(2)
+    for optimizer, lr in (("AdamW", 6e-4), ("SGD", 6e-2))
+]
+MEASURED_BY_SHAPLEY = {6e-4, 6e-2}  # learning rates
+
+
+class Step:
+    """One state's coming step, to be made with any weights of its rows, again and again."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._parameters = list(state.model.parameters())
+        self._before = [p.detach().clone() for p in self._parameters]
+        self._moments = {
+            p: {key: value.clone() for key, value in each.items()}
+            for p, each in state.optimizer.state.items()
+        }
+        self._rows = []
+        for x, y in zip(*state.train, strict=True):
+            loss = state.model(x[None], y[None]).mean()
+            self._rows.append(torch.autograd.grad(loss, self._parameters))
+
+    def set_gradients(self, weights: list[float]) -> float:
+        """Set `.grad` to the weighted sum of the rows' gradients over N, clipped, and return the factor."""
+        for number, parameter in enumerate(self._parameters):
+            parameter.grad = sum(
+                (w / N * row[number] for w, row in zip(weights, self._rows, strict=True) if w),
+                start=torch.zeros_like(parameter),
+            )
+        return clip(self.state.model, self.state.setting.clip)
+
+    def loss_after(self, weights: list[float]) -> float:
+        """Return the validation loss after the step with these weights of the rows; the state is as before."""
+        self.set_gradients(weights)
+        self.state.optimizer.step()
+        with torch.no_grad():
+            loss: float = self.state.model(*self.state.validation).mean().item()
+            torch._foreach_copy_(self._parameters, self._before)
+        for parameter, moments in self._moments.items():
+            for key, value in moments.items():
+                self.state.optimizer.state[parameter][key].copy_(value)
+        self.state.optimizer.zero_grad()
+        return loss
+
+
+def removals(step: Step) -> list[float]:
+    """Return what the step would lose without each row, in nats."""
+    everything = step.loss_after([1.0] * N)
+    return [step.loss_after([float(j != i) for j in range(N)]) - everything for i in range(N)]
+
+
+def shapley(
+    step: Step, pairs: int, seed: int, advance: Callable[[], None]
+) -> tuple[list[float], list[float]]:
+    """Return Shapley values from `pairs` antithetic pairs of orders, in nats, and their standard errors."""
+    draw = np.random.default_rng(seed)
+    of_pairs = []
+    for _ in range(pairs):
+        order, falls = draw.permutation(N), np.zeros(N)
+        for each in (order, order[::-1]):
+            weights = [0.0] * N
+            loss = step.loss_after(weights)
+            for row in each:
+                weights[row] = 1.0
+                before, loss = loss, step.loss_after(weights)
+                falls[row] += (before - loss) / 2
+        of_pairs.append(falls)
+        advance()
+    errors = np.std(of_pairs, axis=0, ddof=1) / np.sqrt(pairs)
+    return np.mean(of_pairs, axis=0).tolist(), errors.tolist()
+
+
+def predictions(step: Step) -> dict[str, list[float]]:
+    """Return each method's values of the rows, in nats; "in_pass-5" is of a direction that is 5 steps old."""
+    state = step.state
+    factor = step.set_gradients([1.0] * N)
+    engine = GradDotProdEngine(state.model, M, direction="auto", guard=False)
+    plain = GradDotProdEngine(state.model, M, direction="gradient", guard=False)
+    engine.attach(state.optimizer)
+    rows = [partial(state.model, *state.train)]
+    exact = engine.exact_values(rows, state.losses(state.validation), clip_factor=factor, global_rows=N)
+    found = {"exact": exact.values[0].tolist()}
+    scale = engine.lr * factor / N
+    engine.detach()
+    for method, point, user in (
+        ("plain", "current", plain),
+        ("in_pass", "current", engine),
+        ("lookahead", "lookahead", engine),
+    ):
+        user.attach(state.optimizer)
+        for age, direction in enumerate(state.gradients[point]):
+            if method == "plain" and age > 0:
+                break
+            user.use_direction(direction)
+            state.optimizer.zero_grad()
+            user.joint_loss(state.model(*state.train)).backward()
+            user.prepare_gradients()
+            found[f"{method}-{age}"] = (user.dot_products() * scale).tolist()
+        user.detach()
+    state.optimizer.zero_grad()
+    return found | {"clip_factor": [factor], "cosine": [exact.cosine]}
+
+
+def measure(state: State, pairs: int, advance: Callable[[], None]) -> dict[str, Any]:
+    """Return everything that is measured and predicted at a state."""
+    for group in state.optimizer.param_groups:
+        assert group["lr"] == state.setting.lr * min(1.0, state.t / WARMUP)
+    step = Step(state)
+    values: dict[str, Any] = {"removal": removals(step), **predictions(step)}
+    if pairs:
+        values["shapley"], values["shapley_error"] = shapley(step, pairs, state.t, advance)
+    return {"setting": asdict(state.setting), "t": state.t, **values}
+
+
+def run(setting: Setting, shards: Path, folder: Path, stops: tuple[int, ...], pairs: int) -> None:
+    """Train and measure one setting, unless that is done."""
+    torch.set_num_threads(1)
+    paths = {t: folder / f"{setting.name}-t{t}.json" for t in stops}
+    missing = tuple(t for t, path in paths.items() if not path.exists())
+    if not missing:
+        return
+    corpus = Corpus(shards, setting.vocabulary)
+    with progress_bar(setting.name, max(missing) + pairs * len(missing), "step") as bar:
+        for state in train(setting, corpus, missing, bar.update):
+            write_text(paths[state.t], json.dumps(measure(state, pairs, bar.update)))
+
+
+def settings_of(size: str) -> Iterator[tuple[Setting, tuple[int, ...], int]]:
+    """Yield each setting, the steps at which it is measured, and the pairs of orders for Shapley values."""
+    for setting in SMALL if size == "small" else LARGE:
+        pairs = 20 if size == "small" else 5
+        stops = STOPS if size == "small" else (100, 300)
+        yield setting, stops, pairs if setting.lr in MEASURED_BY_SHAPLEY else 0
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "benchmarks.fidelity.one_step", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--work_dir", type=path_argument, required=True, help="shards and one file a state")
+    parser.add_argument("--jobs", type=int, default=1, help="settings at a time, of one thread each")
+    parser.add_argument("--sizes", default="small,large", help="of the models")
+    args = parser.parse_args(argv)
+    shards = make_sample_shards(args.work_dir / "shards")
+    folder = args.work_dir / "one_step"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for size in args.sizes.split(","):
+            for done in [
+                pool.submit(run, setting, shards, folder, stops, pairs)
+                for setting, stops, pairs in settings_of(size)
+            ]:
+                done.result()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
