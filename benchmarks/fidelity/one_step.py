@@ -38,7 +38,10 @@ from foundation.paths import path_argument
 from foundation.progress import progress_bar
 from ghostEngines import GradDotProdEngine
 
-RATES = {"AdamW": (1e-4, 6e-4, 3e-3), "SGD": (1e-2, 6e-2, 3e-1)}  # SGD's for as much progress in a step
+RATES: dict[Optimizer, tuple[float, ...]] = {
+    "AdamW": (1e-4, 6e-4, 3e-3),
+    "SGD": (1e-2, 6e-2, 3e-1),  # for as much progress in a step
+}
 STOPS = (20, 200, 600)  # early, middle, late
 SMALL = [
     Setting(optimizer, lr, clip, seed, width=64 if seed % 2 == 0 else 128)
@@ -48,9 +51,9 @@ SMALL = [
     for clip in (0.0, 0.25)
 ]
 LARGE = [
-    Setting(optimizer, lr, 0.25, seed, layers=4, width=256, vocabulary=50304)
+    Setting(optimizer, rates[1], 0.25, seed, layers=4, width=256, vocabulary=50304)
     for seed in range(2)
-    for optimizer, lr in (("AdamW", 6e-4), ("SGD", 6e-2))
+    for optimizer, rates in RATES.items()
 ]
 MEASURED_BY_SHAPLEY = {6e-4, 6e-2}  # learning rates
 

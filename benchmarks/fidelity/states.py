@@ -20,13 +20,14 @@ N, M, T = 12, 4, 64  # train rows, validation rows, tokens of a row
 WARMUP = 20  # steps in which the learning rate rises
 OLDEST = 16  # how many steps back validation gradients are kept
 Rows = tuple[Tensor, Tensor]
+Optimizer = Literal["AdamW", "SGD"]
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained."""
 
-    optimizer: Literal["AdamW", "SGD"]
+    optimizer: Optimizer
     lr: float
     clip: float  # largest norm of the gradient; 0: it is not clipped
     seed: int
