@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.experiment import make_sample_shards
-from benchmarks.fidelity.states import M, N, WARMUP, Corpus, Optimizer, Setting, State, clip, train
+from benchmarks.fidelity.states import WARMUP, Corpus, M, N, Optimizer, Setting, State, clip, train
 from foundation.files import write_text
 from foundation.paths import path_argument
 from foundation.progress import progress_bar
