@@ -27,8 +27,13 @@ from ghostEngines.strategies import STRATEGIES
 from models.architectures import ARCHITECTURES, AUTO
 from run.method import METHODS
 from score_store.run_folder import RunFolder
+from score_store.schema import ValueKind
 
 ROOT = Path(__file__).resolve().parent
+OF_SCORES = (  # the flags that speak of scores
+    "contraction", "score_granularity", "direction", "validation_point", "val_refresh_interval", "values",
+    "audit_interval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,30 @@ class TrainingConfig:
         "what training gradients are multiplied with: auto, the validation gradient with each entry weighed as "
         "the optimizer's step weighs it, so that values speak of that step (AdamW's first step then has no "
         "scores); gradient, the validation gradient itself",
+    )
+
+    validation_point: Literal["current", "lookahead"] = flag(
+        "current",
+        "where the validation gradient is taken: current, the parameters before the step, in training's own pass; "
+        "lookahead, where the step would end without this batch's gradients, in a pass of its own",
+    )
+    val_refresh_interval: int = flag(
+        1,
+        "K, steps for which a validation gradient is used: with K above 1 the validation rows have a pass of their "
+        "own in every K-th step, and cost a K-th",
+        at_least=1,
+    )
+    values: ValueKind = flag(
+        "in_pass",
+        "what a value is: in_pass, of what the backward pass knows; exact, the sample's exact share of what the "
+        "optimizer's step does, from passes of its own in every step",
+    )
+    audit_interval: int | None = flag(
+        None,
+        "steps between two audits, which compare in-pass values with exact ones (steps 2, 5, 10, 20 and 50 are "
+        "audited, too); 0: none [100; 0 with --parallel fsdp, whose parameters are divided]",
+        at_least=0,
+        may_change=True,
     )
 
     row_guard: bool = flag(
@@ -268,6 +297,11 @@ class TrainingConfig:
         return METHODS[self.method].scores
 
     @property
+    def own_validation_passes(self) -> bool:
+        """Whether the validation rows have passes of their own, and are not in the joint batch."""
+        return self.validation_point == "lookahead" or self.val_refresh_interval > 1
+
+    @property
     def strategy(self) -> str | None:
         """The contraction strategy that --contraction forces on every layer; None for auto."""
         return None if self.contraction == "auto" else self.contraction
@@ -378,23 +412,48 @@ class TrainingConfig:
         return getattr(self, name) is not None and name not in self.resolved_from
 
     def _check_scores(self) -> None:
-        chosen = (self.contraction, self.score_granularity, self.direction)
-        if not self.computes_scores and chosen != ("auto", "total", "gradient"):
-            raise ConfigError(
-                "--method Regular computes no dot products: leave out --contraction, --score_granularity and "
-                "--direction"
-            )
-        if self.direction == "gradient":
+        if not self.computes_scores:
+            for name in OF_SCORES:
+                default = next(spec.default for spec in flags_of(self) if spec.name == name)
+                if getattr(self, name) != default and name not in self.resolved_from:
+                    raise ConfigError(f"--method Regular computes no dot products: leave out --{name}")
             return
-        reasons = {
-            "--optimizer SGD": self.optimizer == "SGD" and "it has no second moments",
-            "--contraction gram": self.contraction == "gram" and "it makes no validation gradient",
-            "--parallel fsdp": self.parallel == "fsdp" and "the second moments are divided among processes",
-            "--compile": self.compile and "a compiled block does not see the second moments",
-        }
+        if self.direction == "auto" and self.optimizer == "AdamW":
+            self._refuse(
+                "AdamW's direction",
+                "use --direction gradient, or leave it out",
+                {
+                    "--contraction gram": self.contraction == "gram" and "it makes no validation gradient",
+                    "--compile": self.compile and "a compiled block does not see AdamW's second moments",
+                },
+            )
+        if self.own_validation_passes:
+            self._refuse(
+                f"--validation_point {self.validation_point} --val_refresh_interval {self.val_refresh_interval}",
+                "leave one of them out",
+                {
+                    "--parallel fsdp": self.parallel == "fsdp"
+                    and "the parameters are divided among processes",
+                    "--compile": self.compile and "a compiled block does not see the validation gradient",
+                    "--contraction gram": self.contraction == "gram"
+                    and "it needs the validation rows in every pass",
+                    f"--score_granularity {self.score_granularity}": self.score_granularity != "total"
+                    and "it needs the validation rows in every pass",
+                },
+            )
+        if self.values == "exact" or (self.audit_interval or 0) > 0:
+            self._refuse(
+                "--values exact" if self.values == "exact" else f"--audit_interval {self.audit_interval}",
+                "leave one of them out",
+                {"--parallel fsdp": self.parallel == "fsdp" and "the parameters are divided among processes"},
+            )
+
+    @staticmethod
+    def _refuse(what: str, advice: str, reasons: Mapping[str, str | bool]) -> None:
+        """Raise ConfigError for the first flags that have a reason why they do not go with something."""
         for flags, reason in reasons.items():
             if reason:
-                raise ConfigError(f"--direction adamw with {flags}: {reason}; leave one of them out")
+                raise ConfigError(f"{what} with {flags}: {reason}; {advice}")
 
     def _check_endings(self) -> None:
         goes_on = self.resume != "never" or self.resume_from is not None
@@ -474,6 +533,7 @@ def resolve(
         "min_lr": (config.learning_rate / 10, "learning_rate / 10"),
         "lr_decay_steps": (config.max_steps, "max_steps"),
         "eval_bs": (config.batch_size, "batch_size"),
+        "audit_interval": _audit_interval(config),
         "llava_data_dir": _folder(
             "llava_data_dir", config.llava_data_dir, ROOT / "data" / "llava_demo", environ
         ),
@@ -492,6 +552,12 @@ def resolve(
         values["tokenizer"] = os.path.abspath(expand_home(config.tokenizer, "--tokenizer"))
     sources = {name: found[name][1] for name in found if name in is_open}
     return replace(config, **values, resolved_from={**config.resolved_from, **sources})
+
+
+def _audit_interval(config: TrainingConfig) -> tuple[int, str]:
+    if not config.computes_scores or config.parallel == "fsdp":
+        return 0, "fsdp" if config.computes_scores else "Regular"
+    return 100, "default"
 
 
 def demo_corpus(config: TrainingConfig) -> Path:

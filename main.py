@@ -65,8 +65,9 @@ def run(argv: list[str], resources: ExitStack) -> int:
     # Build
     parallel = parallelise(model, config, world)
     optimizer = build_optimizer(model, config)
-    scaler = Precision.of(config).grad_scaler()
-    training = Training(config, model, optimizer, scaler, data, world, start)
+    precision = Precision.of(config)
+    scaler = precision.grad_scaler()
+    training = Training(config, model, optimizer, scaler, data, world, start, precision.autocast)
     manager = build_manager(training)
     stop = resources.enter_context(stop_signals(wait=world.size > 1))
     with open_log(config, world, start) as log:

@@ -79,7 +79,7 @@ class Trainer:
         self.scaler = training.scaler
         self.guard = FiniteGuard(self.precision.device, self.world, self.scaler.is_enabled())
         self.global_batch_size = global_batch_size(self.config, self.world)
-        self.state = TrainingState(self.model, parallel, self.optimizer, self.scaler)
+        self.state = TrainingState(self.model, parallel, self.optimizer, self.scaler, manager)
         self.progress = self.state.progress
         self.saved_at: int | None = None  # how many steps the newest checkpoint has
 
@@ -191,6 +191,7 @@ class Trainer:
     def _waits(self, step: int) -> bool:
         """Return whether this step reads values from the device, which on a GPU is a device sync."""
         must = self._logs(step) or self._evaluates_after(step) or self._saves_after(step)
+        must = must or self.manager.waits(step)
         return must or self.precision.device.type == "cpu"
 
     def _step(self, step: int) -> None:
@@ -199,7 +200,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        manager.begin_step()
+        manager.begin_step(step)
         batches, losses, train_losses = [], [], []
         for micro_batch in range(self.config.gradient_accumulation_steps):
             batch = self.data.train.batch(step, micro_batch)
@@ -222,9 +223,6 @@ class Trainer:
                 self.guard.check()
             if not self.scaler.is_enabled():  # how a gradient scaler makes fused optimizers skip a step
                 self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
             manager.aggregate_and_log(
                 step=step,
                 lr=lr,
@@ -232,6 +230,9 @@ class Trainer:
                 skipped=skipped,
                 global_batch_size=self.global_batch_size,
             )
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
             train_loss = self.world.sum(torch.cat(train_losses).mean())
             self.progress.train_loss = train_loss / self.world.size
             self._record(step, batches, lr, norm, clip_factor, start)
@@ -286,9 +287,9 @@ class Trainer:
         Args:
             factor: of the gradient in the update, learning rate times clip factor.
         """
-        if self.manager.val_loss is None:
-            return {}
-        statistics = {"validation_rows/loss": self.manager.val_loss.item()}
+        statistics = {}
+        if self.manager.val_loss is not None:
+            statistics["validation_rows/loss"] = self.manager.val_loss.item()
         if (dots := self.manager.dot_products()) is None:
             return statistics
         domains = [domain for batch in batches for domain in batch.domains]

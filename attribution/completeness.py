@@ -87,5 +87,6 @@ def check_steps(
     if damaged is not None:
         raise AttributionError(
             f"{run.folder} has a value in step {damaged[0]} that is not lr · clip_factor · dot_product / "
-            "global_batch_size: a score file is damaged; copy the folder again, or repeat the run"
+            "global_batch_size, or not the exact value: a score file is damaged; copy the folder again, or repeat "
+            "the run"
         )

@@ -26,6 +26,7 @@ from attribution.completeness import Window, check_steps, check_window
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
 from data_processing.blocks import BLOCK_BITS
 from foundation.progress import progress_bar
+from score_store.schema import OF_STEP
 
 Normalise = Literal["none", "absolute", "predicted"]
 
@@ -56,7 +57,7 @@ class ScoreDatabase:
         measured        fall of the validation loss until the next step; null in a run's last step
         rows            number of score rows
         expected        the global batch size
-        damaged         number of rows whose value is not the product of its factors
+        damaged         number of rows whose value is not the product of its factors, or not the exact value
         weight          1 for normalise "none", 1 / Σ|values| for "absolute", 1 / |Σ values| for "predicted"
 
     Raises:
@@ -150,7 +151,7 @@ class ScoreDatabase:
         rows = " UNION ALL BY NAME ".join(self._rows_of(number) for number in range(len(self.runs)))
         self.connection.execute(f"CREATE VIEW all_rows AS {rows}")
         self.create("steps", _steps_sql(self._normalise), "reading steps")
-        columns = f"r.* EXCLUDE (in_window), r.sample_id >> {BLOCK_BITS} AS domain_number"
+        columns = f"r.* EXCLUDE (in_window, expected_value), r.sample_id >> {BLOCK_BITS} AS domain_number"
         source = "all_rows r"
         if self._normalise == "none":  # every weight is 1, so the join is not needed
             columns += ", r.value AS weighted_value"
@@ -162,8 +163,14 @@ class ScoreDatabase:
     def _rows_of(self, number: int) -> str:
         """Return SQL for a run's rows in the window and in the next step, whose val_loss `measured` needs."""
         run, (first, last) = self.runs[number], self.windows[number]
+        # What files of an older version lack.
+        added = (
+            "".join(f", NULL::DOUBLE AS {name}" for name in ("exact_value", *OF_STEP)) if run.older else ""
+        )
+        in_pass = "lr * clip_factor * dot_product / global_batch_size"
+        want = "exact_value" if run.exact else in_pass
         return f"""
-            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, *
+            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value, *{added}
             FROM {parquet(*run.files)} WHERE step BETWEEN {first} AND {last + 1}
         """
 
@@ -178,8 +185,7 @@ def _steps_sql(normalise: Normalise) -> str:
                 favg(train_loss) AS train_loss, any_value(val_loss) AS val_loss,
                 fsum(value) AS predicted, fsum(abs(value)) AS absolute,
                 count(*) AS rows, any_value(global_batch_size) AS expected,
-                count_if(abs(value - lr * clip_factor * dot_product / global_batch_size) > 1e-9 * abs(value))
-                    AS damaged
+                count_if(abs(value - expected_value) > 1e-9 * abs(value)) AS damaged
             FROM all_rows GROUP BY run, step
         ), following AS (
             SELECT *, val_loss - lead(val_loss) OVER (PARTITION BY run ORDER BY step) AS measured FROM sums

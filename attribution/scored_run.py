@@ -17,6 +17,7 @@ from data_processing.shards import Shard, list_shards
 from foundation.errors import UserError, file_errors
 from score_store.run_folder import RunFolder
 from score_store.samples import IMAGES, KEPT, open_samples
+from score_store.schema import OLDER
 from score_store.writer import open_scores
 
 # Keys that the metadata of the score files must have.
@@ -76,8 +77,40 @@ class ScoredRun:
         return int(self.metadata["block_size"])
 
     @property
+    def older(self) -> bool:
+        """Whether an older version wrote the scores: without exact values, and with values of another kind."""
+        return self.metadata["format_version"] in OLDER
+
+    @property
+    def exact(self) -> bool:
+        """Whether values are the exact ones."""
+        return not self.older and self.metadata["values"] == "exact"
+
+    @property
+    def kind(self) -> str:
+        """What the run's values are, in words."""
+        if self.exact:
+            return "exact shares of the fall of the validation loss in each step, in nats"
+        if self.direction == "auto":
+            return "falls of the validation loss in each step as its backward pass predicts them, in nats"
+        if self.direction == "adamw":
+            return "of an older kind, which follow AdamW's scaling, but are far larger than the effect of its steps"
+        return (
+            "what steps along the plain gradient would do (--direction gradient)"
+            if self.optimizer == "SGD"
+            else "what steps along the plain gradient would do (--direction gradient), not those of AdamW: a ranking "
+            "at best, and no amounts"
+        )
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer of the run, where its configuration names it."""
+        configuration: dict[str, str] = json.loads(self.metadata["run_configuration"])
+        return configuration["optimizer"]
+
+    @property
     def direction(self) -> str:
-        """The direction that the training gradients were multiplied with, "gradient" or "adamw"."""
+        """The direction that the training gradients were multiplied with: "auto" or "gradient"; older: "adamw"."""
         configuration: dict[str, str] = json.loads(self.metadata["run_configuration"])
         if "direction" not in configuration:
             raise AttributionError(
@@ -222,8 +255,8 @@ def same_samples(runs: Sequence[ScoredRun]) -> None:
                     f"{run.folder} and {runs[0].folder} are runs of different data: their {key} is "
                     f"{run.metadata[key]:.200} and {runs[0].metadata[key]:.200}; give runs of the same data"
                 )
-        if run.direction != runs[0].direction:
+        if run.kind != runs[0].kind:
             raise AttributionError(
-                f"{run.folder} was trained with --direction {run.direction}, {runs[0].folder} with "
-                f"--direction {runs[0].direction}: their values have no common scale; give runs of one"
+                f"{run.folder} and {runs[0].folder} have values of different kinds, without a common scale: "
+                f"{run.kind}; and {runs[0].kind}; give runs of one kind"
             )

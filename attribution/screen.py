@@ -1,13 +1,12 @@
-"""Print domains, samples and the efficiency check to the terminal."""
+"""Print domains and samples to the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attribution.efficiency import Efficiency
 from attribution.samples import Samples
 
 FIRST_TOKENS = 200  # decoded to show a sample's first words
@@ -61,13 +60,6 @@ def print_domains(screen: Console, domains: pa.Table) -> None:
         shares = map(_percent, (row["share_negative"], row["share_of_absolute"]))
         table.add_row(Text(first_words(row["domain"])), *numbers, *shares)
     screen.print(table)
-
-
-def print_efficiency(screen: Console, found: Sequence[Efficiency], names: Sequence[str]) -> None:
-    """Print the agreement of predicted and measured falls. names: of the runs."""
-    screen.print("Fall of the validation rows' loss, predicted by the step's values and measured:")
-    for each in found:
-        screen.print(f"{names[each.run]}, {each}", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from attribution.audit import audit_lines, audit_sql
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet, quoted
 from attribution.documents import write_documents
-from attribution.efficiency import count_steps_of_half, measure_efficiency
 from attribution.options import make_argument_parser, read_options, run_command
 from attribution.scored_run import AttributionError, ScoredRun
-from attribution.screen import plain_console, print_domains, print_efficiency, print_samples
+from attribution.screen import plain_console, print_domains, print_samples
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
 from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import write_json_atomically
@@ -73,7 +75,7 @@ def write_values(
 
 
 def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path | None) -> None:
-    """Print domains, the most extreme samples, the efficiency check and the paths of the files.
+    """Print domains, the most extreme samples, the audit and the paths of the files.
 
     Args:
         runs, pile_data_dir: those that the values were computed from.
@@ -81,11 +83,7 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
     screen = plain_console()
     samples = runs[0].samples(pile_data_dir)
     normalise = values.manifest["normalise"]
-    unit = (
-        "predicted fall of the validation loss, in nats"
-        if normalise == "none"
-        else f"normalised: {normalise}"
-    )
+    unit = "fall of the validation loss, in nats" if normalise == "none" else f"normalised: {normalise}"
     screen.print(f"Value by domain ({unit})")
     print_domains(screen, values.read("domains"))
     highest, lowest = values.extremes("samples", EXTREMES)
@@ -102,7 +100,9 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
             "each step counts the same",
             soft_wrap=True,
         )
-    print_efficiency(screen, measure_efficiency(values.read("steps")), [run.folder.name for run in runs])
+    screen.print(f"Values are {runs[0].kind}. What the audit of them says:", soft_wrap=True)
+    for line in audit_lines(runs, values.read("audit")):
+        screen.print(line, soft_wrap=True)
     screen.print()
     for name in FILES:
         screen.print(f"{values.manifest['rows'][name]:>12,} {name:10s} {values.path(name)}", soft_wrap=True)
@@ -164,6 +164,14 @@ def write_tables(database: ScoreDatabase, folder: Path) -> None:
     database.write(
         f"SELECT {columns} FROM steps ORDER BY run, step", folder / "steps.parquet", "writing steps"
     )
+    database.write(audit_sql(), folder / "audit.parquet", "comparing audited values")
+
+
+def count_steps_of_half(steps: pa.Table) -> tuple[int, int]:
+    """Return the least number of steps that hold half of Σ|values|, and the number of steps with values."""
+    absolute = np.sort(steps["absolute"].drop_null().to_numpy())[::-1]
+    half = np.searchsorted(absolute.cumsum(), absolute.sum() / 2) + 1
+    return min(int(half), len(absolute)), len(absolute)
 
 
 def check_finite(database: ScoreDatabase) -> None:

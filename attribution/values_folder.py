@@ -13,13 +13,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attribution.audit import COLUMNS
 from attribution.database import parquet
 from attribution.documents import DOCUMENT_SCHEMA
 from attribution.scored_run import AttributionError
 from foundation.errors import file_errors
 from foundation.files import lock
 
-FORMAT = {"format": "attribution values", "format_version": 1}
+FORMAT = {"format": "attribution values", "format_version": 2}
 MANIFEST = "values.json"  # the format, the options and the runs that the values were computed from
 FILES = {
     # sorted by sample_id
@@ -52,11 +53,12 @@ FILES = {
         "clip_factor": "double",
         "train_loss": "double",  # mean of the step's samples
         "val_loss": "double",  # before the step
-        "predicted": "double",  # Σ values: the predicted fall of val_loss; null: the step has no values
+        "predicted": "double",  # Σ values: the fall of val_loss by this batch; null: the step has no values
         "absolute": "double",  # Σ |values|
         "measured": "double",  # val_loss minus that of the next step; null in the last
         "rows": "int64",
     },
+    "audit": COLUMNS,  # of each run and phase of training
 }
 KEYS = {"samples": "sample_id", "documents": "domain, document", "domains": "domain"}
 

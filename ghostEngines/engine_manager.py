@@ -4,15 +4,16 @@
     losses = model(*manager.prepare_forward_input())
     manager.joint_loss(losses).backward()
     manager.prepare_gradients(losses)         # .grad is the training gradient
-    ...                                       # clip, optimizer.step()
+    ...                                       # clip
     manager.aggregate_and_log(step=step, lr=lr, clip_factor=factor, ...)
+    ...                                       # optimizer.step()
 
 With several micro-batches the loop makes the first four calls for each of them. After the last one `.grad` is
-the training gradient.
+the training gradient. `begin_step(step)` comes before the first one.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from foundation.granularity import total_of
-from score_store.writer import ScoreWriter
+from score_store.schema import ValueKind
+from score_store.writer import ExactRows, ScoreWriter
 
 from .backward_checks import LossScale
 from .graddotprod_engine import GradDotProdEngine
@@ -42,7 +44,7 @@ class GhostEngineManager:
     """Method Regular: its calls add nothing to training, so that a loop needs no `if method`."""
 
     rows: TrainRows
-    val_loss: Tensor | None = None  # mean over the validation rows before the step; None without them
+    val_loss: Tensor | None = None  # mean over the validation rows before the step; None: not known
 
     def __init__(self, micro_batches: int = 1) -> None:
         self.micro_batches = micro_batches  # G: how many make one optimizer step
@@ -98,7 +100,7 @@ class GhostEngineManager:
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
-        """Record the step's scores.
+        """Record the step's scores, before the optimizer's step: exact values are of what that is going to do.
 
         Args:
             clip_factor: (scalar), by which clipping multiplied the gradient.
@@ -111,8 +113,19 @@ class GhostEngineManager:
         """Detach the engine while the block runs, for an evaluation."""
         yield
 
-    def begin_step(self) -> None:
-        """Forget the micro-batches of a step that was not finished."""
+    def begin_step(self, step: int) -> None:
+        """Prepare a step, with the learning rate set; forget the micro-batches of one that was not finished."""
+
+    def waits(self, step: int) -> bool:
+        """Return whether the step reads values from the device."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must have, for the steps to come to be the same."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from the state of a checkpoint."""
 
     def flush(self) -> None:
         """Write everything recorded so far to the disk."""
@@ -122,6 +135,32 @@ class GhostEngineManager:
 
     def close(self) -> None:
         """Write everything recorded so far to the disk, and leave the model as it was."""
+
+
+FIRST_AUDITS = (2, 5, 10, 20, 50)  # steps, counted from 1: training changes fast at its beginning
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, when, and how exactly."""
+
+    save_interval: int = 10  # steps between two writes to the disk
+    values: ValueKind = "in_pass"
+    audit_interval: int = 0  # steps between two audits, after those of FIRST_AUDITS; 0: there are none
+    lookahead: bool = (
+        False  # the validation gradient is that of the point where the step would end without gradients
+    )
+    refresh_interval: int = 1  # K: steps for which a validation gradient is used
+
+    @property
+    def own_passes(self) -> bool:
+        """Return whether the validation rows have passes of their own, and are not in the joint batch."""
+        return self.lookahead or self.refresh_interval > 1
+
+    def exact(self, step: int) -> bool:
+        """Return whether a step, counted from 0, has exact values."""
+        number, interval = step + 1, self.audit_interval
+        return self.values == "exact" or (interval > 0 and (number in FIRST_AUDITS or number % interval == 0))
 
 
 class GradDotProdManager(GhostEngineManager):
@@ -134,7 +173,8 @@ class GradDotProdManager(GhostEngineManager):
         *,
         validation: tuple[Tensor, ...],
         scores: ScoreWriter,
-        save_interval: int,
+        scoring: Scoring,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         micro_batches: int = 1,
         loss_scale: LossScale | None = None,
         **options: Any,
@@ -143,7 +183,7 @@ class GradDotProdManager(GhostEngineManager):
 
         Args:
             validation: (m, ...) each, the inputs of every step's validation rows, on the model's device.
-            save_interval: steps between two writes to the disk.
+            autocast: the context of the passes that the manager makes itself.
             micro_batches: G.
             loss_scale: of GradDotProdEngine.attach.
             options: the other options of GradDotProdEngine.
@@ -154,14 +194,15 @@ class GradDotProdManager(GhostEngineManager):
         super().__init__(micro_batches)
         self._loss_scale = loss_scale
         self._recorded: list[tuple[TrainRows, Tensor, Tensor]] = []  # rows, dot products, train losses
-        self._optimizer = optimizer
+        self._model, self._optimizer, self._autocast = model, optimizer, autocast
         self._validation = validation
-        self._scores, self._save_interval = scores, save_interval
+        self._scores, self._scoring = scores, scoring
+        self._gradient: dict[str, Tensor] | None = None  # the validation gradient, if it is from its own pass
         self._engine = GradDotProdEngine(model, len(validation[0]), micro_batches=micro_batches, **options)
         self._engine.attach(optimizer, loss_scale=loss_scale)
 
     def prepare_forward_input(self) -> tuple[Tensor, ...]:
-        if self._recorded:  # the validation rows go with the first micro-batch
+        if self._scoring.own_passes or self._recorded:  # the validation rows go with the first micro-batch
             return self.rows.inputs
         pairs = zip(self.rows.inputs, self._validation, strict=True)
         return tuple(torch.cat([train, validation]) for train, validation in pairs)
@@ -171,13 +212,46 @@ class GradDotProdManager(GhostEngineManager):
 
     def prepare_gradients(self, losses: Tensor) -> None:
         self._engine.prepare_gradients()
-        if not self._recorded:
+        if not self._recorded and not self._scoring.own_passes:
             self.val_loss = losses[len(self.rows.sample_ids) :].detach().mean()
         self._recorded.append((self.rows, self._engine.dot_products(), self.train_losses(losses)))
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         self._recorded.clear()
         self._engine.forget_micro_batches()
+        if not self._scoring.own_passes:
+            return
+        self.val_loss = None
+        if self._gradient is None or step % self._scoring.refresh_interval == 0:
+            self._gradient = None  # its memory is needed
+            self._engine.use_direction(None)
+            self._gradient, loss = self._engine.validation_gradient(
+                self._losses(self._validation), lookahead=self._scoring.lookahead
+            )
+            if not self._scoring.lookahead:
+                self.val_loss = loss
+        self._engine.use_direction(self._gradient)
+
+    def _losses(self, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+        """Return a function that calls the model on inputs of some rows."""
+
+        def losses() -> Tensor:
+            with self._autocast():
+                result: Tensor = self._model(*inputs)
+                return result
+
+        return losses
+
+    def waits(self, step: int) -> bool:
+        return self._scoring.exact(step)
+
+    def state(self) -> dict[str, Tensor]:
+        kept = self._gradient if self._scoring.refresh_interval > 1 else None
+        return {} if kept is None else dict(kept)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        device = self._validation[0].device
+        self._gradient = {name: value.to(device) for name, value in state.items()} or None
 
     def dot_products(self) -> Tensor | None:
         if not self._engine.scored:
@@ -195,8 +269,10 @@ class GradDotProdManager(GhostEngineManager):
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
-        assert self.val_loss is not None
-        for rows, dots, train_losses in self._recorded:
+        exact: list[ExactRows | None] = [None] * len(self._recorded)
+        if self._scoring.exact(step) and not skipped:
+            exact = [*self._exact_rows(clip_factor.item(), global_batch_size)]
+        for (rows, dots, train_losses), of_rows in zip(self._recorded, exact, strict=True):
             self._scores.append(
                 step=step,
                 sample_ids=rows.sample_ids,
@@ -209,9 +285,21 @@ class GradDotProdManager(GhostEngineManager):
                 clip_factor=clip_factor,
                 global_batch_size=global_batch_size,
                 null=skipped if self._engine.scored else True,
+                exact=of_rows,
             )
-        if (step + 1) % self._save_interval == 0:
+        if (step + 1) % self._scoring.save_interval == 0:
             self.flush()
+
+    def _exact_rows(self, clip_factor: float, global_rows: int) -> Iterator[ExactRows]:
+        """Yield the exact values of each micro-batch's rows."""
+        found = self._engine.exact_values(
+            [self._losses(rows.inputs) for rows, _, _ in self._recorded],
+            self._losses(self._validation),
+            clip_factor=clip_factor,
+            global_rows=global_rows,
+        )
+        for values in found.values:
+            yield ExactRows(values, found.momentum, found.decay, found.measured, found.cosine)
 
     @contextmanager
     def detached(self) -> Iterator[None]:

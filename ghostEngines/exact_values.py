@@ -68,13 +68,13 @@ def exact_values(
     before = direction.add(validation)
     length_before = direction.norm
     after = direction.add(validation, at=point_after(model, updates, with_gradients=True))
-    lengths = length_before * direction.norm
-    cosine = direction.product / lengths if lengths > 0 else math.nan
+    cosine = (direction.product / (length_before * direction.norm)).item()  # NaN if one of them is zero
+    measured = (before.double() - after.double()).item()
     parts = _Parts(model, updates, direction.total)
     parts.make_tangent(math.log(1 / clip_factor))
     factor = clip_factor / global_rows
     values = [directional_derivatives(model, parts.tangent, each)[1] * factor for each in train]
-    return ExactValues(values, parts.of_batch, parts.momentum, parts.decay, before - after, cosine)
+    return ExactValues(values, parts.of_batch, parts.momentum, parts.decay, measured, cosine)
 
 
 class _Parts:

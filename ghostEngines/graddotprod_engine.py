@@ -244,8 +244,10 @@ class GradDotProdEngine:
             raise RuntimeError('only direction "auto", with an optimizer, knows the learning rate')
         return self._updates.lr
 
-    def validation_gradient(self, losses: Losses, *, lookahead: bool = False) -> dict[str, Tensor]:
-        """Return the gradient of the validation rows' mean loss, by name of the parameter, for `use_direction`.
+    def validation_gradient(
+        self, losses: Losses, *, lookahead: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the gradient of the validation rows' mean loss, for `use_direction`, and that loss.
 
         It takes a forward and a backward pass of its own, and changes neither the parameters nor their `.grad`.
 
@@ -254,6 +256,9 @@ class GradDotProdEngine:
             lookahead: at the point to which the coming update would move the parameters with gradients of zero,
                 by its momentum and decay, instead of at the parameters.
 
+        Returns:
+            By name of the parameter, in the accumulation dtype; and the mean loss at that point (scalar).
+
         Raises:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
             RuntimeError: the engine was not attached with an optimizer, and lookahead needs it.
@@ -261,8 +266,8 @@ class GradDotProdEngine:
         at = point_after(self.model, self._all_updates(), with_gradients=False) if lookahead else None
         gradient = ValidationGradient(self.model)
         with self.paused():
-            gradient.add(losses, at)
-        return gradient.total
+            loss = gradient.add(losses, at)
+        return gradient.total, loss
 
     def exact_values(
         self, train: Sequence[Losses], validation: Losses, *, clip_factor: float, global_rows: int

@@ -37,11 +37,11 @@ class ValidationGradient:
         self.total = {
             name: p.new_zeros(p.shape, dtype=accumulation_dtype(p.dtype)) for name, p in trained.items()
         }
-        self.norm = 0.0  # of the last gradient that was added
-        self.product = 0.0  # its dot product with the sum of those before
+        # Scalars in float64: the norm of the last gradient that was added, and its product with those before.
+        self.norm = self.product = torch.zeros((), dtype=torch.float64)
 
-    def add(self, losses: Losses, at: Mapping[str, Tensor] | None = None) -> float:
-        """Add the gradient of the mean loss at some values of the parameters, and return that loss.
+    def add(self, losses: Losses, at: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Add the gradient of the mean loss at some values of the parameters, and return that loss (scalar).
 
         Args:
             losses: calls the model on the validation rows.
@@ -70,9 +70,8 @@ class ValidationGradient:
             gradient = leaves[name].grad
             assert gradient is not None
             self.total[name] = gradient
-        self.norm = torch.stack(squares).sum().sqrt().item()
-        self.product = torch.stack(products).sum().item()
-        return loss.item()
+        self.norm, self.product = torch.stack(squares).sum().sqrt(), torch.stack(products).sum()
+        return loss.detach()
 
 
 def entries(member: Member, gradient: Tensor | None) -> Iterator[tuple[slice, Tensor, Member]]:

@@ -35,7 +35,7 @@ UNFINISHED = ".config.json.tmp"  # config.json while it is written
 # What config.json has besides the fields of TrainingConfig: `provenance`, and main.computation.
 EXTRAS = {
     "python", "platform", "packages", "git_commit", "contraction_by_layer", "tile_numel", "tile_side",
-    "gpu_numel", "head_part_positions", "head_softmax_positions",
+    "gpu_numel", "head_part_positions", "head_softmax_positions", "head_gpu_positions",
 }  # fmt: skip
 PACKAGES = ("torch", "numpy", "transformers", "tiktoken", "pyarrow", "wandb")  # whose versions are recorded
 

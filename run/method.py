@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
 from ghostEngines.covered_layers import contraction_plan, cover
-from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
+from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager, Scoring
 from ghostEngines.layer_rules.cross_entropy_head import GPU_POSITIONS, PART_POSITIONS, SOFTMAX_POSITIONS
 from ghostEngines.strategies.instantiate import GPU_NUMEL
 from models.causal_lm import CausalLM
@@ -38,6 +39,7 @@ class Training:
     data: "TrainingData"
     world: World
     start: Path | None  # the checkpoint that the run resumes from
+    autocast: Callable[[], AbstractContextManager[Any]]  # of a forward pass
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,20 @@ def grad_dot_prod(training: Training) -> GhostEngineManager:
     """
     config, model, data = training.config, training.model, training.data
     device = torch.device(config.device)
+    assert config.audit_interval is not None, "not resolved"
     return GradDotProdManager(
         model,
         training.optimizer,
         validation=data.validation.to(device),
         scores=open_scores_to_write(config, model, data, training.world, training.start),
-        save_interval=config.dot_prod_save_interval,
+        scoring=Scoring(
+            config.dot_prod_save_interval,
+            config.values,
+            config.audit_interval,
+            config.validation_point == "lookahead",
+            config.val_refresh_interval,
+        ),
+        autocast=training.autocast,
         granularity=config.score_granularity,
         direction=config.direction,
         strategy=config.strategy,
@@ -91,6 +101,7 @@ def open_scores_to_write(
     identity: dict[str, Any] = {
         "metadata": score_metadata(config, model, data),
         "granularity": config.score_granularity,
+        "values": config.values,
     }
     if world.rank == 0 and start is None:
         save_validation_rows(data.validation, data.shown(data.validation), config.folder.validation_rows)
@@ -122,10 +133,10 @@ def computation(config: "TrainingConfig", model: nn.Module) -> dict[str, object]
     of the head's parts."""
     if not config.computes_scores:
         return {}
-    split = Split(config.batch_size, config.val_batch_size, config.score_granularity == "pairwise")
-    by_direction = config.gradient_accumulation_steps > 1 or (
-        config.direction == "auto" and config.optimizer == "AdamW"
-    )
+    m = 0 if config.own_validation_passes else config.val_batch_size
+    split = Split(config.batch_size, m, config.score_granularity == "pairwise")
+    preconditioned = config.direction == "auto" and config.optimizer == "AdamW"
+    by_direction = config.gradient_accumulation_steps > 1 or preconditioned or config.own_validation_passes
     return {
         "contraction_by_layer": contraction_plan(
             cover(model), split, config.block_size, config.strategy, by_direction

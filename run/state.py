@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from foundation.granularity import parts_per_sample
+from ghostEngines.engine_manager import GhostEngineManager
 from run import checkpoint
 from run.file_system import Space
 from run.processes import World
@@ -45,12 +46,22 @@ class Progress:
 class TrainingState:
     """All that changes in the course of a run. parallel: what model_setup.parallelise made of the model."""
 
-    KEYS: ClassVar = ("optimizer", "scaler", "random", "tokens", "seconds", "evaluation_due", "evaluation")
+    KEYS: ClassVar = (
+        "optimizer",
+        "scaler",
+        "random",
+        "scores",
+        "tokens",
+        "seconds",
+        "evaluation_due",
+        "evaluation",
+    )
 
     model: "CausalLM"
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    manager: GhostEngineManager
     progress: Progress = field(default_factory=Progress)
 
     def save(self, config: "TrainingConfig", world: World, facts: dict[str, object]) -> None:
@@ -71,6 +82,7 @@ class TrainingState:
             "optimizer": self._optimizer_state(sharded),
             "scaler": self.scaler.state_dict(),
             "random": checkpoint.random_state(),
+            "scores": self.manager.state(),
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "evaluation_due": progress.evaluation_due,
@@ -116,6 +128,7 @@ class TrainingState:
             checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"], sharded=sharded)
         self.scaler.load_state_dict(state["scaler"])
         checkpoint.set_random_state(state["random"])
+        self.manager.load_state(state["scores"])
         progress = self.progress
         progress.steps = progress.resumed_at = checkpoint.step_of(folder)
         progress.tokens = progress.tokens_logged = state["tokens"]
@@ -129,6 +142,7 @@ def space_needed(config: "TrainingConfig", world: World, model: nn.Module, start
     done = 0 if start is None else checkpoint.step_of(start)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     one = parameters * (3 if config.optimizer == "AdamW" else 1)  # AdamW keeps two moments of each
+    one += parameters * (config.val_refresh_interval > 1)  # the validation gradient
     to_come = math.ceil((config.max_steps - done) / config.checkpoint_interval)
     there = 0
     if start is not None:
@@ -139,7 +153,7 @@ def space_needed(config: "TrainingConfig", world: World, model: nn.Module, start
     rows = (config.max_steps - done) * global_batch_size(config, world)
     layers = sum(next(module.parameters(recurse=False), None) is not None for module in model.modules())
     parts = parts_per_sample(config.score_granularity, config.val_batch_size, layers)
-    scores = rows * (SCORE_BYTES + 8 * parts) if config.computes_scores else 0
+    scores = rows * (SCORE_BYTES + 8 * (parts + (config.values == "exact"))) if config.computes_scores else 0
     return Space(one if to_come else 0, one * at_a_time + scores)
 
 

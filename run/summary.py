@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from attribution.audit import audit_lines, measure_audit
 from attribution.database import ScoreDatabase
 from attribution.scored_run import ScoredRun
 from attribution.screen import plain_console, print_samples
@@ -39,7 +40,7 @@ def print_summary(config: "TrainingConfig", progress: Progress, data: "TrainingD
     for name, value in lines.items():
         console.print(f"{name:22s} {value}", soft_wrap=True)  # a path stays in one piece
     if config.computes_scores:
-        print_extreme_samples(console, config)
+        print_scores(console, config)
 
 
 def last_loss(progress: Progress) -> dict[str, str]:
@@ -64,13 +65,17 @@ def evaluation_lines(progress: Progress, data: "TrainingData") -> dict[str, str]
     return {f"loss on {name}": f"{loss:.4f}" for name, loss in progress.evaluation.items()}
 
 
-def print_extreme_samples(console: Console, config: "TrainingConfig") -> None:
-    """Print the samples with the highest and the lowest summed value, one line each, with their first words."""
+def print_scores(console: Console, config: "TrainingConfig") -> None:
+    """Print the samples with the highest and the lowest summed value, with their first words, and the audit."""
     run = ScoredRun.open(config.result_dir)
     with ScoreDatabase([run]) as database:
         database.create("sums", samples_sql(database, sample_sums(database)), "summing samples")
         highest, lowest = highest_and_lowest(database.connection, "sums", "sample_id", EXTREMES)
-    of_what = "summed value so far: predicted fall of the validation loss, in nats"
+        audit = measure_audit(database)
+    of_what = "summed value so far: fall of the validation loss, in nats"
     lowest = lowest.sort_by([("value", "descending")])
     titles = {f"highest {of_what}": highest, f"lowest {of_what}": lowest}
     print_samples(console, titles, run.samples())
+    console.print("audit of in-pass values against exact ones, by phase of training")
+    for line in audit_lines([run], audit):
+        console.print(line, soft_wrap=True)

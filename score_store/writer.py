@@ -5,6 +5,7 @@ A folder of Parquet files with one row per training sample and step, and nothing
 what is sure after a crash.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,20 @@ from score_store.files import (
     score_file,
     superseded,
 )
-from score_store.schema import FORMAT, SCORE_SCHEMA, ScoreError, score_schema
+from score_store.schema import FORMAT, OF_STEP, OLDER, SCORE_SCHEMA, ScoreError, ValueKind, score_schema
 
-__all__ = ["SCORE_SCHEMA", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores"]
+__all__ = ["SCORE_SCHEMA", "ExactRows", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores"]
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """The exact values of the rows of one append(), and what else made the validation loss fall in the step."""
+
+    values: Tensor  # (n,), in nats
+    momentum: float
+    decay: float
+    measured_fall: float
+    cosine: float
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,12 @@ class _Rows:
     blocks: npt.NDArray[np.int64]  # (n,)
     dot_products: Tensor  # (n,)
     train_losses: Tensor  # (n,)
-    val_loss: Tensor
+    val_loss: Tensor  # NaN if it is not known
     lr: float
     clip_factor: Tensor
     global_batch_size: int
     null: Tensor
+    exact: ExactRows | None
 
 
 class ScoreWriter:
@@ -76,6 +89,7 @@ class ScoreWriter:
         rank: int,
         metadata: Mapping[str, str],
         granularity: Granularity = "total",
+        values: ValueKind = "in_pass",
         rows_per_file: int = 100_000,
     ) -> None:
         assert 0 <= rank < 100_000, rank
@@ -83,17 +97,16 @@ class ScoreWriter:
         self.folder = Path(folder).resolve()
         self.rank = rank
         self.rows_per_file = rows_per_file
-        self.granularity = granularity
-        self._schema = score_schema(granularity).with_metadata(
-            {**metadata, "granularity": granularity, **FORMAT}
-        )
+        self.granularity, self.values = granularity, values
+        origin = {**metadata, "granularity": granularity, "values": values, **FORMAT}
+        self._schema = score_schema(granularity).with_metadata(origin)
         self._buffer: list[_Rows] = []
         with file_errors(self.folder, ScoreError):
             self.folder.mkdir(parents=True, exist_ok=True)
             sync(self.folder.parent)
         for file in list_files(self.folder):
             try:
-                check_origin(file.path, {**metadata, "granularity": granularity, **FORMAT})
+                check_origin(file.path, origin)
             except FileNotFoundError:  # another rank's writer put its files in order since they were listed
                 assert file.rank != rank
         self._take_stock()
@@ -107,11 +120,12 @@ class ScoreWriter:
         blocks: npt.ArrayLike,
         dot_products: Tensor,
         train_losses: Tensor,
-        val_loss: Tensor | float,
+        val_loss: Tensor | float | None,
         lr: float,
         clip_factor: Tensor | float,
         global_batch_size: int,
         null: Tensor | bool = False,
+        exact: ExactRows | None = None,
     ) -> None:
         """Buffer the n rows of a step. Tensors are copied on their device, and not waited for until flush().
 
@@ -120,10 +134,11 @@ class ScoreWriter:
             sample_ids, domains, blocks: (n,) which samples.
             dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
-            val_loss: L_val, the mean loss of the validation rows before the step (0-d).
+            val_loss: L_val, the mean loss of the validation rows before the step (0-d); None: not known.
             clip_factor: what clipping multiplied the gradient by, at most 1.
             global_batch_size: samples in this step's update, over all processes and micro-batches.
             null: the optimizer does not step, so there is no dot product and no value (bool or 0-d tensor).
+            exact: the exact values, in a step that has them.
 
         Raises:
             ValueError: arguments of different length, or a step that is not in order.
@@ -150,11 +165,12 @@ class ScoreWriter:
             blocks=places.astype(np.int64),
             dot_products=_copy(dot_products),
             train_losses=_copy(train_losses),
-            val_loss=_copy(torch.as_tensor(val_loss, dtype=torch.float64)),
+            val_loss=_copy(torch.as_tensor(math.nan if val_loss is None else val_loss, dtype=torch.float64)),
             lr=lr,
             clip_factor=_copy(torch.as_tensor(clip_factor, dtype=torch.float64)),
             global_batch_size=global_batch_size,
             null=_copy(torch.as_tensor(null)),
+            exact=exact,
         )
         self._buffer.append(row)
 
@@ -244,6 +260,8 @@ class ScoreWriter:
         )
         global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
         null = np.repeat(_numbers([step.null[None] for step in steps]) != 0, counts)
+        in_pass = pa.array(lr * clip * dots / global_batch_size, mask=null)
+        exact = _exact_columns(steps, counts)
         columns = {
             "step": np.repeat([step.step for step in steps], counts),
             "sample_id": np.concatenate([step.sample_ids for step in steps]),
@@ -252,20 +270,40 @@ class ScoreWriter:
             "rank": np.full(sum(counts), self.rank),
             "dot_product": pa.array(dots, mask=null),
             "train_loss": _numbers([step.train_losses for step in steps]),
-            "val_loss": val_loss,
+            "val_loss": pa.array(val_loss, from_pandas=True),
             "lr": lr,
             "clip_factor": clip,
             "global_batch_size": global_batch_size,
-            # Positive is helpful: the update -lr * clip * mean gradient changes the loss by minus this much.
-            "value": pa.array(lr * clip * dots / global_batch_size, mask=null),
+            "value": exact["exact_value"] if self.values == "exact" else in_pass,
+            **exact,
         }
         if self.granularity != "total":
             columns[self.granularity] = _lists(scores, null)
         return pa.table(columns, schema=self._schema)
 
 
+def _exact_columns(steps: Sequence[_Rows], counts: Sequence[int]) -> dict[str, pa.Array]:
+    """Return the columns of exact values, null in steps without them."""
+    values = [
+        torch.full((count,), math.nan, dtype=torch.float64)
+        if step.exact is None
+        else step.exact.values.to("cpu", torch.float64)
+        for step, count in zip(steps, counts, strict=True)
+    ]
+    columns = {"exact_value": _numbers(values)}
+    for name in OF_STEP:
+        each = [math.nan if step.exact is None else getattr(step.exact, name) for step in steps]
+        columns[name] = np.repeat(each, counts)
+    return {name: pa.array(column, from_pandas=True) for name, column in columns.items()}  # NaN is null
+
+
 def drop_rows_from(
-    folder: str | os.PathLike[str], step: int, *, metadata: Mapping[str, str], granularity: Granularity
+    folder: str | os.PathLike[str],
+    step: int,
+    *,
+    metadata: Mapping[str, str],
+    granularity: Granularity,
+    values: ValueKind,
 ) -> None:
     """Remove the rows of `step` and later of all processes that ever wrote here, none of which is at work: a
     run that resumes there computes them again. Raises as `ScoreWriter`."""
@@ -273,7 +311,9 @@ def drop_rows_from(
     if not folder.is_dir():
         return
     for rank in sorted({file.rank for file in list_files(folder)}):
-        ScoreWriter(folder, rank=rank, metadata=metadata, granularity=granularity).drop_from(step)
+        ScoreWriter(folder, rank=rank, metadata=metadata, granularity=granularity, values=values).drop_from(
+            step
+        )
 
 
 def _copy(value: Tensor) -> Tensor:
@@ -309,8 +349,9 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
             f"{folder} has no scores yet: they are written every few steps of a run that computes them"
         )
     origin = read_origin(files[0].path)
+    version = origin.get("format_version")
     for path in (file.path for file in files):
-        check_origin(path, {**origin, **FORMAT})
+        check_origin(path, {**origin, **FORMAT} | ({"format_version": version} if version in OLDER else {}))
     if "granularity" not in origin:
         raise ScoreError(f"{files[0].path} has no granularity in its metadata: this program did not write it")
     doubled = superseded(files)

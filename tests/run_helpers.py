@@ -65,8 +65,11 @@ def tokens_of(data: Path, split: str, domain: str, block: int, block_size: int) 
 
 
 def command(data: Path, results: Path, **flags: object) -> list[str]:
-    """A command line for a run of a few seconds; a flag that is True is a switch."""
-    flags = {
+    """A command line for a run of a few seconds; a flag that is True is a switch.
+
+    Its scores are plain dot products, of every step, unless the flags say otherwise."""
+    plain = {"direction": "gradient", "audit_interval": 0}
+    flags = ({} if flags.get("method") == "Regular" or flags.get("eval_only") else plain) | {
         "pile_data_dir": data, "results_dir": results, "architecture": "GPT2-Tiny", "device": "cpu",
         "block_size": 8, "batch_size": 2, "max_steps": 4, "eval_iter": 1, "warmup_step": 2, "seed": 5,
     } | flags  # fmt: skip

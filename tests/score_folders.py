@@ -11,7 +11,8 @@ import torch
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from foundation.granularity import Granularity
-from score_store.writer import ScoreWriter
+from score_store.schema import ValueKind
+from score_store.writer import ExactRows, ScoreWriter
 
 T = 8  # block size
 
@@ -28,10 +29,12 @@ def write_run(
     granularity: Granularity = "total",
     split: str = "train",
     direction: str = "gradient",
+    audited: Collection[int] = (),
+    values: ValueKind = "in_pass",
     flush_every: int = 2,
 ) -> Path:
     """Steps of 3 random samples for each rank, with random scores. null_steps: that the optimizer skipped;
-    zero_steps: with learning rate 0."""
+    zero_steps: with learning rate 0; audited: with exact values, which agree with the others somewhat."""
     folder.mkdir(parents=True)
     config = {
         "method": "GradDotProd",
@@ -42,7 +45,7 @@ def write_run(
     (folder / "config.json").write_text(json.dumps(config))
     blocks = BlockDataset.open(data, T, parse_set("--train_set", split))
     metadata = {
-        "run_configuration": json.dumps({"seed": seed, "direction": direction}),
+        "run_configuration": json.dumps({"seed": seed, "direction": direction, "optimizer": "AdamW"}),
         "validation_sha256": "0", "block_size": str(T),
         "split": split, "shard_sha256": json.dumps(blocks.checksums), "layers": "[]",
         "domains": json.dumps(blocks.all_domains),
@@ -51,12 +54,23 @@ def write_run(
     val_losses = random.random(steps)
     for rank in range(ranks):
         writer = ScoreWriter(
-            folder / "grad_dotprods", rank=rank, metadata=metadata, granularity=granularity, rows_per_file=1
+            folder / "grad_dotprods",
+            rank=rank,
+            metadata=metadata,
+            granularity=granularity,
+            values=values,
+            rows_per_file=1,
         )
         for step in range(steps):
             domains = random.choice(blocks.domains, 3).tolist()
             places = [int(random.integers(blocks.blocks_per_domain[domain])) for domain in domains]
             scores = random.standard_normal((3, 2))
+            lr = 0.0 if step in zero_steps else 0.1 / (1 + step)
+            exact = None
+            if step in audited:
+                own = torch.tensor(lr * 0.5 * scores.sum(1) / (3 * ranks))
+                noise = torch.tensor(random.standard_normal(3)) * 0.2 * lr
+                exact = ExactRows(2 * own + noise + 1, 0.3, 0.1, float(val_losses[step]), 0.9)
             writer.append(
                 step=step,
                 sample_ids=[blocks.sample_id(*place) for place in zip(domains, places, strict=True)],
@@ -65,10 +79,11 @@ def write_run(
                 dot_products=torch.tensor(scores if granularity != "total" else scores.sum(1)),
                 train_losses=torch.tensor(random.random(3)),
                 val_loss=val_losses[step],
-                lr=0.0 if step in zero_steps else 0.1 / (1 + step),
+                lr=lr,
                 clip_factor=0.5,
                 global_batch_size=3 * ranks,
                 null=step in null_steps,
+                exact=exact,
             )
             if (step + 1) % flush_every == 0:
                 writer.flush()

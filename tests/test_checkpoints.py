@@ -26,6 +26,7 @@ from attribution.scored_run import ScoredRun
 from benchmarks.kill_and_resume import compare, differences
 from benchmarks.launch import fork
 from config_file import TrainingConfig
+from ghostEngines.engine_manager import GhostEngineManager
 from run import checkpoint
 from run.checkpoint import CheckpointError, list_checkpoints, read_manifest
 from run.file_system import bytes_below
@@ -612,8 +613,10 @@ def test_a_setting_that_may_change_may_be_missing(data: Path, copied: Path) -> N
 def test_a_state_of_another_version(alone: Run, tmp_path: Path) -> None:
     torch.save({"optimizer": None, "scaler": {}}, tmp_path / "trainer_state.pt")
     optimizer, scaler = torch.optim.SGD(alone.model.parameters()), torch.amp.GradScaler(enabled=False)
-    state = TrainingState(alone.model, alone.model, optimizer, scaler)
-    with pytest.raises(CheckpointError, match="lacks random, tokens, seconds, evaluation_due, evaluation"):
+    state = TrainingState(alone.model, alone.model, optimizer, scaler, GhostEngineManager())
+    with pytest.raises(
+        CheckpointError, match="lacks random, scores, tokens, seconds, evaluation_due, evaluation"
+    ):
         state.load(tmp_path)
 
 

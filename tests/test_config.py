@@ -120,11 +120,19 @@ def test_the_commands_of_the_docs_are_valid() -> None:
         ("--run_name ..", "--run_name '..'"),
         ("--run_name=", "--run_name '': must not be empty"),
         ("--results_dir=", "--results_dir '': must not be empty"),
-        ("--direction adamw --method Regular", "computes no dot products"),
-        ("--direction adamw --optimizer SGD", "--direction adamw with --optimizer SGD: it has no second"),
-        ("--direction adamw --contraction gram", "--direction adamw with --contraction gram"),
-        ("--direction adamw --parallel fsdp", "--direction adamw with --parallel fsdp"),
-        ("--direction adamw --compile", "--direction adamw with --compile"),
+        ("--direction gradient --method Regular", "computes no dot products: leave out --direction"),
+        ("--audit_interval 5 --method Regular", "computes no dot products: leave out --audit_interval"),
+        ("--contraction gram", "AdamW's direction with --contraction gram: it makes no"),
+        ("--compile", "use --direction gradient"),
+        (
+            "--validation_point lookahead --parallel fsdp",
+            "lookahead --val_refresh_interval 1 with --parallel fsdp",
+        ),
+        ("--val_refresh_interval 4 --compile --optimizer SGD", "--val_refresh_interval 4 with --compile"),
+        ("--val_refresh_interval 4 --score_granularity pairwise", "with --score_granularity pairwise"),
+        ("--values exact --parallel fsdp", "--values exact with --parallel fsdp"),
+        ("--audit_interval 10 --parallel fsdp", "--audit_interval 10 with --parallel fsdp"),
+        ("--audit_interval -1", "--audit_interval -1: must be at least 0"),
         ("--eval_only --overwrite", "--overwrite or --resume with --eval_only"),
         ("--eval_only --resume auto --run_name a", "--overwrite or --resume with --eval_only"),
         ("--resume auto --overwrite --run_name a", "--resume and --overwrite"),
@@ -214,7 +222,7 @@ def test_nothing_is_left_open(no_gpu: None) -> None:
     assert config.result_dir == ROOT / "results" / "GradDotProd-GPT2-Small-bs2-20260102T123456.789Z"
     assert set(config.resolved_from) == {
         "device", "train_dtype", "min_lr", "lr_decay_steps", "eval_bs", "pile_data_dir", "llava_data_dir",
-        "results_dir", "run_name",
+        "results_dir", "run_name", "audit_interval",
     }  # fmt: skip
     assert config.resolved_from["eval_bs"] == "batch_size"
     assert config.resolved_from["pile_data_dir"] == "default"
@@ -224,7 +232,7 @@ def test_what_was_given_stays_and_is_not_called_resolved(no_gpu: None, tmp_path:
     given = TrainingConfig(
         device="cpu", train_dtype="bfloat16", min_lr=0.0, lr_decay_steps=700, eval_bs=5, run_name="auto",
         architecture="auto", init_from=str(tmp_path), pile_data_dir=str(tmp_path), llava_data_dir=str(tmp_path),
-        results_dir=str(tmp_path),
+        results_dir=str(tmp_path), audit_interval=7,
     )  # fmt: skip
     resolved = resolve(given, {"PILE_DATA_DIR": "/elsewhere", "RESULTS_DIR": ""})
     assert resolved == given

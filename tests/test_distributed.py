@@ -24,6 +24,7 @@ from data_processing.shard_files import ShardError
 from dataloader import TrainingData
 from evaluation import evaluate
 from foundation.errors import ConfigError
+from ghostEngines.engine_manager import GhostEngineManager
 from run import checkpoint
 from run import processes as distributed
 from run.log import RunLog
@@ -165,7 +166,7 @@ def test_another_process_than_the_first_gathers_nothing_for_a_checkpoint(
     gathered: list[tuple[object, ...]] = []
     monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args, **kwargs: gathered.append(args))
     monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *args: None)
-    state = TrainingState(model, model, optimizer, torch.amp.GradScaler(enabled=False))
+    state = TrainingState(model, model, optimizer, torch.amp.GradScaler(enabled=False), GhostEngineManager())
     config = resolve(TrainingConfig(run_name="a", device="cpu"), {})
     for rank, count in ((1, 0), (0, 1)):
         state.save(config, World(rank, 2), {})

@@ -179,7 +179,7 @@ def test_look_ahead_is_the_step_without_gradients() -> None:
     state = prepared("gpt2-tied", partial(torch.optim.AdamW, **ADAM))
     after = point_after(state.model, Updates(state.optimizer), with_gradients=False)
     want = gradient_at(state, after)
-    got = state.engine.validation_gradient(state.losses(slice(N, None)), lookahead=True)
+    got, _ = state.engine.validation_gradient(state.losses(slice(N, None)), lookahead=True)
     flat = torch.cat([got[name].flatten() for name, _ in state.model.named_parameters()])
     assert torch.allclose(flat, want, rtol=0, atol=1e-10 * want.norm().item())
     for parameter in state.model.parameters():

@@ -111,7 +111,8 @@ def test_adamw_weighs_it_anew_in_each_step(name: str) -> None:
         for number in range(4):
             x, y = case.data(N + 2, seed=1 + number)
             if given:
-                engine.use_direction(engine.validation_gradient(partial(case.losses, model, x[N:], y[N:])))
+                gradient, _ = engine.validation_gradient(partial(case.losses, model, x[N:], y[N:]))
+                engine.use_direction(gradient)
                 x, y = x[:N], y[:N]
             engine.joint_loss(case.losses(model, x, y)).backward()
             engine.prepare_gradients()

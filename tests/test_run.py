@@ -387,7 +387,7 @@ def test_parts_of_the_scores(granularity: str, length: int, scored: Run, data: P
 
 def test_the_direction_of_adamw(scored: Run, data: Path, results: Path) -> None:
     """The same training, without scores in the first step, and the same scores again after a resume."""
-    flags = FLAGS | {"direction": "adamw", "lr_decay_steps": STEPS}
+    flags = FLAGS | {"direction": "auto", "lr_decay_steps": STEPS}
     run = start(data, results, run_name="adamw", **(flags | {"max_steps": 4}))
     assert run.status == 0
     same = ["train_loss", "grad_norm", "validation_rows/loss"]

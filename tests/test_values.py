@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,18 @@ from run_helpers import DOMAINS, write_shards
 from score_folders import T, scores_of, write_run
 
 import attribution.documents
+from attribution.audit import Audit, audit_lines, measure_audit, read_audits
 from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
-from attribution.efficiency import count_steps_of_half, measure_efficiency
 from attribution.options import parse_steps, run_command
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
-from attribution.values import main, write_values
+from attribution.values import count_steps_of_half, main, write_values
 from attribution.values_folder import FILES, Values, being_written
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import GPT2_BYTES_IDS, ShardWriter, domain_file_name, list_shards
 from foundation import progress
+from score_store.schema import OF_STEP
 from score_store.validation_rows import Shown, save_validation_rows
 
 NULL_STEP, ZERO_STEP = 5, 0
@@ -290,41 +292,86 @@ def test_the_lines_of_the_page_work_for_every_run_name(named_runs: Path, name: s
     np.testing.assert_allclose(by_steps.set_index("domain")["predicted_fall"][want.index], want)
 
 
-# ---- the efficiency check
+# ---- the audit
 
 
-def test_efficiency_against_numpy() -> None:
-    random = np.random.default_rng(0)
-    predicted, noise = random.random(220), random.standard_normal(220)
-    measured = 3 * predicted + noise
-    predicted[10], measured[-1] = np.nan, np.nan  # a step that was skipped, the last step
-    steps = pa.table(
-        {"run": np.full(220, 7), "predicted": pa.array(predicted), "measured": pa.array(measured)}
-    )
-    both = np.delete(np.arange(220), [10, 219])
-    each, windows = measure_efficiency(steps)
-    assert (each.run, each.window, each.count) == (7, 1, 218)
-    assert each.correlation == pytest.approx(np.corrcoef(predicted[both], measured[both])[0, 1])
-    assert each.ratio == pytest.approx(measured[both].sum() / predicted[both].sum())
-    sums = [[column[both][i : i + 50].sum() for i in (0, 50, 100, 150)] for column in (predicted, measured)]
-    assert (windows.window, windows.count) == (50, 4)
-    assert windows.correlation == pytest.approx(np.corrcoef(sums)[0, 1])
-    assert windows.ratio == pytest.approx(sum(sums[1]) / sum(sums[0]))
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Steps of two phases; the first one has no in-pass values."""
+    folder = tmp_path_factory.mktemp("audited") / "run"
+    return write_run(folder, data, steps=106, audited={0, 1, *range(5, 106, 4)}, null_steps={0})
+
+
+def test_the_audit_against_pandas(audited: Path) -> None:
+    with ScoreDatabase([ScoredRun.open(audited)]) as database:
+        early, late = read_audits(measure_audit(database))
+    rows = scores_of(audited).dropna(subset="exact_value")
+    rows["phase"] = (rows.step >= 100).astype(int)
+    rows["in_pass"] = rows.lr * rows.clip_factor * rows.dot_product / rows.global_batch_size
+    for phase, got in ((0, early), (1, late)):
+        some = rows[rows.phase == phase]
+        assert (got.first, got.last, got.steps) == (some.step.min(), some.step.max(), some.step.nunique())
+        assert got.of_batch == pytest.approx(some.exact_value.sum())
+        by_step = some.groupby("step").first()
+        for name, column in (("momentum", "momentum"), ("decay", "decay"), ("measured", "measured_fall")):
+            assert getattr(got, name) == pytest.approx(by_step[column].sum())
+        assert got.cosine == pytest.approx(0.9)
+        both = some.dropna(subset="in_pass")
+        centred = both[["in_pass", "exact_value"]] - both.groupby("step")[
+            ["in_pass", "exact_value"]
+        ].transform("mean")
+        assert got.rows == len(both) == (6 * 25 if phase == 0 else 6 * 2) - 0
+        assert got.pearson == pytest.approx(centred.corr().iloc[0, 1])
+        assert got.spearman == pytest.approx(centred.corr("spearman").iloc[0, 1])
+        x, y = centred.in_pass, centred.exact_value
+        assert got.slope == pytest.approx((x * y).sum() / (x * x).sum())
+    assert not early.too_few and late.too_few and "12 rows, too few to say" in str(late)
+    assert f"correlation {early.pearson:+.2f}" in str(early)
 
 
 @pytest.mark.parametrize(
-    ("predicted", "shown"),
+    ("pearson", "slope", "measured", "said"),
     [
-        ([1.0, 2.0], "correlation -, measured / predicted 2"),
-        ([0.0] * 4, "correlation -, measured / predicted -"),
+        (0.9, 1.0, 1.0, []),
+        (0.7, 1.0, 1.0, ["order the samples of a batch poorly (correlation 0.70"]),
+        (0.9, 0.1, 1.0, ["the true ones are 0.1 times as large"]),
+        (0.9, 1.0, 0.5, ["even the exact parts add up to 1 nats, and the loss fell by 0.5"]),
     ],
 )
-def test_efficiency_of_too_little(predicted: list[float], shown: str) -> None:
-    steps = pa.table(
-        {"run": [0] * len(predicted), "predicted": predicted, "measured": [2 * each for each in predicted]}
-    )
-    each, windows = measure_efficiency(steps)
-    assert shown in str(each) and "fewer than 50 have" in str(windows)
+def test_what_the_audit_warns_of(pearson: float, slope: float, measured: float, said: list[str]) -> None:
+    audit = Audit(0, 100, 900, 9, 40, pearson, pearson, slope, 0.9, 0.5, 0.3, 0.2, measured)
+    warnings = audit.warnings(exact=False)
+    assert len(warnings) == len(said) and all(want in got for want, got in zip(said, warnings, strict=True))
+    assert len(audit.warnings(exact=True)) == (measured < 1)
+    assert replace(audit, rows=29).warnings(exact=False) == [w for w in warnings if "even" in w]
+
+
+def test_scores_of_an_older_version(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They open, and say what their values are; with newer ones they have no common scale."""
+    folder = write_run(tmp_path / "older", data, steps=4, ranks=1)
+    for path in (folder / "grad_dotprods").iterdir():
+        table = pq.read_table(path)
+        table = table.drop_columns(["exact_value", *OF_STEP])
+        metadata = {k: v for k, v in table.schema.metadata.items() if k != b"values"}
+        configuration = json.dumps({"direction": "adamw", "optimizer": "AdamW"}).encode()
+        metadata |= {b"format_version": b"2", b"run_configuration": configuration}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    run = ScoredRun.open(folder)
+    assert run.older and "far larger than the effect of its steps" in run.kind
+    assert pq.read_table(values_of(tmp_path, folder).path("audit")).num_rows == 0
+    status, out, _ = command(capsys, folder, "--output", tmp_path / "again")
+    assert status == 0 and "an older version of this program wrote these scores" in out
+    newer = ScoredRun.open(write_run(tmp_path / "newer", data, steps=4))
+    with pytest.raises(AttributionError, match="values of different kinds"):
+        same_samples([run, newer])
+
+
+def test_exact_values_are_what_is_summed(tmp_path: Path, data: Path) -> None:
+    folder = write_run(tmp_path / "exact", data, steps=6, audited=range(6), values="exact")
+    values = values_of(tmp_path, folder).read("samples").to_pandas().set_index("sample_id")["value"]
+    want = scores_of(folder).groupby("sample_id")["exact_value"].sum()
+    np.testing.assert_allclose(values, want[values.index])
+    assert ScoredRun.open(folder).exact
 
 
 def test_steps_of_half() -> None:
@@ -524,8 +571,8 @@ def test_runs_of_different_data(folders: list[Path], data: Path, tmp_path: Path)
         same_samples([of_one_domain, both])
     with pytest.raises(AttributionError, match="named twice"):
         same_samples([both, ScoredRun.open(folders[1]), ScoredRun.open(folders[0])])
-    preconditioned = ScoredRun.open(write_run(tmp_path / "adamw", data, steps=2, direction="adamw"))
-    with pytest.raises(AttributionError, match=r"--direction gradient, .* with --direction adamw: their"):
+    preconditioned = ScoredRun.open(write_run(tmp_path / "adamw", data, steps=2, direction="auto"))
+    with pytest.raises(AttributionError, match="values of different kinds"):
         same_samples([preconditioned, both])
     assert set(of_one_domain.checksums) == {"Beta [b]"} and of_one_domain.domains == DOMAINS
     assert values_of(tmp_path, of_one_domain.folder).read("domains")["domain"].to_pylist() == ["Beta [b]"]
@@ -629,8 +676,8 @@ def test_the_table(
     want = [*samples.iloc[:3].itertuples(), *samples.iloc[:-4:-1].itertuples()]
     for row, line in zip(want, shown, strict=True):
         assert line.startswith(f"{row.value:+.3e}  {row.domain}, block {row.block}  ")
-    for each in measure_efficiency(values.read("steps")):
-        assert f"{folders[each.run].name}, {each}" in out
+    for line in audit_lines([ScoredRun.open(each) for each in folders], values.read("audit")):
+        assert line in out
     for name in FILES:
         assert str(folder / f"{name}.parquet") in out
 

@@ -1,4 +1,4 @@
-"""Sketch the report's charts of losses, sample values and the efficiency check. All functions are pure."""
+"""Sketch the report's charts of losses, sample values and the audit. All functions are pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,15 +103,15 @@ def sketch_distribution(histogram: Histogram, value_unit: str) -> Sketch:
 
 
 @dataclass(frozen=True)
-class Falls:
-    """Falls of the validation loss, in nats."""
+class Pairs:
+    """Two values of each of some rows, in nats, both without the mean of the row's batch."""
 
-    predicted: Numbers  # (n,)
-    measured: Numbers  # (n,)
+    in_pass: Numbers  # (n,)
+    exact: Numbers  # (n,)
 
 
-def sketch_falls(panels: dict[str, Falls]) -> Sketch:
-    """Return the scatter plots of predicted against measured falls.
+def sketch_agreement(panels: dict[str, Pairs]) -> Sketch:
+    """Return the scatter plots of exact against in-pass values.
 
     Args:
         panels: title -> the points of a plot, at least one.
@@ -119,54 +119,64 @@ def sketch_falls(panels: dict[str, Falls]) -> Sketch:
 
     def draw(figure: Figure, narrow: bool) -> None:
         grid = (len(panels), 1) if narrow else (1, len(panels))
-        for axes, (title, falls) in zip(
+        for axes, (title, pairs) in zip(
             figure.subplots(*grid, squeeze=False).flat, panels.items(), strict=True
         ):
-            _scatter(figure, axes, falls)
+            _scatter(figure, axes, pairs)
             axes.set_title(title, fontsize=10)
 
-    alt = "Scatter plot of the predicted against the measured fall of the validation loss: " + ", ".join(
-        f"{title}, {len(falls.predicted):,} points" for title, falls in panels.items()
+    alt = "Scatter plot of the exact against the in-pass values of audited rows: " + ", ".join(
+        f"{title}, {len(pairs.exact):,} points" for title, pairs in panels.items()
     )
     return Sketch(draw, alt + ".", height=4.0, narrow_height=3.5 * len(panels))
 
 
-def _scatter(figure: Figure, axes: Axes, falls: Falls) -> None:
-    across = choose_scale(float(np.abs(falls.predicted).max()), "nats")
-    up = choose_scale(float(np.abs(falls.measured).max()), "nats")
-    x, y = falls.predicted * across.factor, falls.measured * up.factor
+def _scatter(figure: Figure, axes: Axes, pairs: Pairs) -> None:
+    largest = max(float(np.abs(each).max()) for each in (pairs.in_pass, pairs.exact))
+    scale = choose_scale(largest, "nats")
+    x, y = pairs.in_pass * scale.factor, pairs.exact * scale.factor
     if len(x) > MOST_POINTS:
         cells = axes.hexbin(x, y, gridsize=40, mincnt=1, bins="log", cmap="cividis_r", linewidths=0.2)
         bar = figure.colorbar(cells, ax=axes, format=FuncFormatter(lambda count, _: f"{count:,.0f}"))
-        bar.set_label("number of points")
+        bar.set_label("number of rows")
     else:
         axes.scatter(x, y, s=16, color=COLOURS[0], alpha=0.6, linewidths=0)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_xlabel(f"predicted fall ({across.name})")
-    axes.set_ylabel(f"measured fall ({up.name})")
+    axes.axline((0, 0), slope=1, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"in-pass value ({scale.name})")
+    axes.set_ylabel(f"exact value ({scale.name})")
 
 
-def sketch_fall_course(steps: Numbers, falls: Falls) -> Sketch:
-    """Return the chart of both falls of one run, added up from the first step on. steps: (n,)"""
-    predicted, measured = falls.predicted.cumsum(), falls.measured.cumsum()
-    highest = np.abs(predicted).max(), np.abs(measured).max()
-    stretch = highest[1] / highest[0] if min(highest) > 0 else 1.0
+def sketch_parts(steps: Numbers, parts: dict[str, Numbers], measured: Numbers) -> Sketch:
+    """Return the chart of what made the validation loss fall in audited steps.
+
+    Args:
+        steps, measured: (n,).
+        parts: name -> (n,), which add up to what is predicted.
+    """
+    predicted = np.sum(list(parts.values()), axis=0)
+    largest = max(float(np.abs(each).max()) for each in (measured, predicted, *parts.values()))
+    scale = choose_scale(largest, "nats")
     thin = slice(None, None, -(-len(steps) // MOST_POINTS))
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
-        style: dict[str, Any] = {"marker": "o", "markersize": 4} if len(steps) == 1 else {}
-        axes.plot(steps[thin], measured[thin], color=COLOURS[5], label="measured", **style)
-        label = f"predicted, times {stretch:,.3g} for the same height"
-        axes.plot(steps[thin], predicted[thin] * stretch, "--", color=COLOURS[0], label=label, **style)
+        for number, (label, part) in enumerate(parts.items()):
+            style: dict[str, Any] = {"marker": "s^D"[number], "markersize": 4, "linewidth": 0.8}
+            axes.plot(steps[thin], part[thin] * scale.factor, color=COLOURS[number], label=label, **style)
+        axes.plot(steps[thin], measured[thin] * scale.factor, "o", color=INK, markersize=5, label="measured")
+        axes.plot(
+            steps[thin], predicted[thin] * scale.factor, "--", color=COLOURS[5], label="all parts added up"
+        )
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_ylabel("fall so far (nats)" if narrow else "fall of the validation loss so far (nats)")
+        axes.set_ylabel(f"fall in the step ({scale.name})")
         label_step_axis(axes, narrow)
-        add_legend_below(figure, axes, columns=1 if narrow else 2)
+        add_legend_below(figure, axes, columns=1 if narrow else 3)
 
     alt = (
-        "Lines of the fall of the validation loss so far, by training step. At the end: predicted "
-        f"{predicted[-1]:.4g} nats, measured {measured[-1]:.4g} nats."
+        "Lines of the fall of the validation loss in audited steps, by training step. Added up over them: "
+        + ", ".join(f"{name} {part.sum():.4g}" for name, part in parts.items())
+        + f", together {predicted.sum():.4g}, measured {measured.sum():.4g} nats."
     )
-    return Sketch(draw, alt, height=3.6, narrow_height=3.8)
+    return Sketch(draw, alt, height=3.8, narrow_height=4.2)

@@ -20,6 +20,7 @@ from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
 from attribution.options import make_argument_parser, read_options
 from attribution.report import texts
+from attribution.report.audit_section import build_audit_section
 from attribution.report.charts import sketch_distribution, sketch_losses
 from attribution.report.domain_charts import (
     FEW_SAMPLES,
@@ -27,7 +28,6 @@ from attribution.report.domain_charts import (
     sketch_domain_means,
     sketch_domain_shares,
 )
-from attribution.report.efficiency_section import build_efficiency_section
 from attribution.report.excerpts import collect_documents, collect_samples, collect_validation_rows
 from attribution.report.page import render_page
 from attribution.report.plots import Plot, Sketch, choose_scale
@@ -115,7 +115,7 @@ def collect_content(
         "distribution": sketch_distribution(count_by_value(database, values), value_unit),
         **collect_samples(database, values, value_unit, samples),
         **collect_documents(database, values, value_unit, samples),
-        **build_efficiency_section(runs, steps, normalise),
+        **build_audit_section(database, values.read("audit")),
         "validation": collect_validation_rows(runs),
         "has_documents": bool(samples.shards),
         "has_images": runs[0].keeps_samples,

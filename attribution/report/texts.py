@@ -30,11 +30,12 @@ def describe_runs(
     runs: Sequence[ScoredRun], windows: Sequence[tuple[int, int]], steps: pa.Table, normalise: Normalise
 ) -> dict[str, Any]:
     """Return the template variables of the first paragraphs. windows: first and last step of each run."""
-    directions = {run.config["direction"] for run in runs}
+    kinds = {(run.config["direction"], run.config["optimizer"]) for run in runs}
     reason = "the optimizer made no update there, as when float16 gradients overflow"
-    if "adamw" in directions:
-        reason += "; the first step of a run with “direction” set to “adamw” has none either"
+    if any(direction != "gradient" and optimizer == "AdamW" for direction, optimizer in kinds):
+        reason += "; in AdamW’s first step its scaling of the gradient is not known yet"
     return {
+        "runs": [{"name": run.folder.resolve().name, "folder": str(run.folder)} for run in runs],
         "title": ", ".join(run.folder.resolve().name for run in runs),
         "block_size": runs[0].block_size,
         "rows_shown": _rows_shown(runs),

@@ -149,7 +149,7 @@ def validation_gradient(
 ) -> dict[str, Tensor]:
     engine = GradDotProdEngine(model, len(rows[0]), direction="auto")
     engine.attach(optimizer)
-    found = engine.validation_gradient(lambda: model(*rows), lookahead=point == "lookahead")
+    found, _ = engine.validation_gradient(lambda: model(*rows), lookahead=point == "lookahead")
     engine.detach()
     return found
 
