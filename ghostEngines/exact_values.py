@@ -70,8 +70,9 @@ def exact_values(
     after = direction.add(validation, at=point_after(model, updates, with_gradients=True))
     cosine = (direction.product / (length_before * direction.norm)).item()  # NaN if one of them is zero
     measured = (before.double() - after.double()).item()
-    parts = _Parts(model, updates, direction.total)
-    parts.make_tangent(math.log(1 / clip_factor))
+    clipping = math.log(1 / clip_factor)
+    parts = _Parts(model, updates, direction.total, clipped=clipping > 0)
+    parts.make_tangent(clipping)
     factor = clip_factor / global_rows
     values = [directional_derivatives(model, parts.tangent, each)[1] * factor for each in train]
     return ExactValues(values, parts.of_batch, parts.momentum, parts.decay, measured, cosine)
@@ -80,7 +81,9 @@ def exact_values(
 class _Parts:
     """The parts of a step's fall, and the tangent z with the learning rate in it."""
 
-    def __init__(self, model: nn.Module, updates: Updates, twice_direction: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, updates: Updates, twice_direction: dict[str, Tensor], *, clipped: bool
+    ) -> None:
         """Compute all parts that are one number.
 
         Args:
@@ -96,8 +99,9 @@ class _Parts:
                 of_batch += dot(direction, update.step - update.idle)
                 momentum += dot(direction, update.idle)
                 decay += dot(direction, update.decay)
-                slope += dot(direction * update.slope, gradient)
-                square += dot(gradient, gradient)
+                if clipped:
+                    slope += dot(direction * update.slope(), gradient)
+                    square += dot(gradient, gradient)
         self.of_batch, self.momentum, self.decay = of_batch.item(), momentum.item(), decay.item()
         self._along = (slope / square).item() if square > 0 else 0.0  # <W, ĝ>/|g|, times lr
 
@@ -106,9 +110,9 @@ class _Parts:
         """Replace the direction by z. clipping: ln(1/c)."""
         for direction, gradient, update in self._pieces():
             if clipping == 0:
-                direction.mul_(update.share)
+                direction.mul_(update.share())
             else:
-                direction.mul_(update.share + clipping * update.slope)
+                direction.mul_(torch.add(update.share(), update.slope(), alpha=clipping))
                 direction.sub_(gradient, alpha=clipping * self._along)
 
     def _moved(self) -> Iterator[Member]:

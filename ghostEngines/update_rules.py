@@ -15,7 +15,7 @@ An optimizer of one's own needs an `UpdateRule`, about 20 lines, and `register_u
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,9 @@ class Update:
 
     step: Tensor  # u(g)
     idle: Tensor  # u(0): what earlier gradients move them by
-    share: Tensor  # A = (u(g) - u(0)) / g, so that A∘g is what this gradient moves them by
-    slope: Tensor  # J = u'(g)
     decay: Tensor  # d
+    share: Callable[[], Tensor]  # A = (u(g) - u(0)) / g, so that A∘g is what this gradient moves them by
+    slope: Callable[[], Tensor]  # J = u'(g)
 
 
 class UpdateRule(ABC):
@@ -94,14 +94,20 @@ class AdamRule(UpdateRule):
         t = float(state["step"]) + 1 if state else 1.0
         first, second = 1 - beta1**t, 1 - beta2**t
         a, b = (1 - beta1) / first, (1 - beta2) / second
-        m0, s0 = m * (beta1 / first), (v * (beta2 / second)).sqrt()
-        s = (s0.square() + b * g.square()).sqrt()
-        u, idle = (m0 + a * g) / (s + eps), m0 / (s0 + eps)
-        # Where s is 0, an entry that never had a gradient, so are g and m0.
-        never = s == 0
-        share = a / (s + eps) - m0 * b * g / ((s + s0) * (s + eps) * (s0 + eps)).masked_fill(never, 1)
-        slope = (a - u * b * g / s.masked_fill(never, 1)) / (s + eps)
-        return Update(u, idle, share, slope, group["weight_decay"] * parameter)
+        m0, v0 = m * (beta1 / first), v * (beta2 / second)
+        s0, s = v0.sqrt(), v0.addcmul(g, g, value=b).sqrt_()
+        u, idle = m0.add(g, alpha=a).div_(s + eps), m0 / (s0 + eps)
+
+        # Where s is 0, at an entry that never had a gradient, so are g and m0.
+        def share() -> Tensor:
+            rest: Tensor = (m0 * g).mul_(b).div_(((s + s0) * (s0 + eps)).masked_fill_(s == 0, 1))
+            return rest.neg_().add_(a).div_(s + eps)
+
+        def slope() -> Tensor:
+            rest: Tensor = (u * g).mul_(b).div_(s.masked_fill(s == 0, 1))
+            return rest.neg_().add_(a).div_(s + eps)
+
+        return Update(u, idle, group["weight_decay"] * parameter, share, slope)
 
 
 class SGDRule(UpdateRule):
@@ -118,9 +124,12 @@ class SGDRule(UpdateRule):
         idle = torch.zeros_like(gradient)
         if momentum and _buffer(state) is not None:
             idle = _buffer(state) * (momentum**2 if group["nesterov"] else momentum)
-        share = torch.full_like(gradient, factor)
         decay = group["weight_decay"] * factor * parameter
-        return Update(idle + factor * gradient, idle, share, share, decay)
+
+        def share() -> Tensor:
+            return torch.full_like(gradient, factor)
+
+        return Update(idle + factor * gradient, idle, decay, share, share)
 
     def _factor(self, group: Group, state: Mapping[str, Any]) -> float:
         """Return what a gradient of this update is multiplied with in it."""

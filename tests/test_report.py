@@ -222,8 +222,8 @@ def test_every_plot_has_an_alternative_text_and_labels_at_its_axes(page: Element
         {"training step", r"share of absolute value \(%\)"},
         {"training step", "domain", r"mean value \(.*typical.*\)"},
         {r"value of a sample \(.*nats\)", "number of samples"},
-        {r"predicted fall \(.*nats\)", r"measured fall \(.*nats\)"},
-        {"training step", r"fall .*so far \(nats\)"},
+        {r"in-pass value \(.*nats\)", r"exact value \(.*nats\)"},
+        {"training step", r"fall in the step \(.*nats\)"},
     ]
     found = list(svgs(page))
     assert len(found) == 2 * len(labels)
