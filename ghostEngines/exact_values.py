@@ -8,11 +8,12 @@ validation gradient, u(g) - u(0) = A∘g, J = u'(g) and W = G∘J (update_rules.
     value_i = lr·w_i·c·<z, ∇ℓ_i>,    z = G∘A + ln(1/c)·(W - <W, ĝ>·ĝ)
 
 The second part is what clipping does: a row that lengthens ḡ shortens the others' part in the step. The values add
-up to lr·<G, u(g) - u(0)>, clipped or not. The rest of the step's fall is lr·<G, u(0)>, the momentum of earlier
-batches, and lr·<G, d>, the decay.
+up to lr·<G, u(g) - u(0)>, clipped or not. The learning rate of each parameter's own group is inside the products.
 
-G is the mean of the validation gradients before and after the step: then all these parts add up to the measured fall
-but for terms of third order in the step. The learning rate of each parameter's own group is inside the products.
+A step goes two ways, one after the other: from θ_t to the look-ahead point θ_∅, where it would end with g = 0, by
+the momentum of earlier gradients and by decay; and from there to θ_{t+1}, by this batch. On each way G is the mean
+of the validation gradients at both ends. So momentum, decay and values add up to the measured fall but for terms of
+third order in the step, and a value speaks of the step without the row's batch, and not of one without momentum.
 """
 
 import math
@@ -32,11 +33,11 @@ class ExactValues:
     """One step's values, and what else made the validation loss fall. All in nats; positive is a fall."""
 
     values: list[Tensor]  # (n,) for each micro-batch
-    of_batch: float  # Σ values of the global batch: what the step's gradient does
+    of_batch: float  # Σ values of the global batch: what its gradient does
     momentum: float  # what the gradients of earlier steps do
     decay: float  # what weight decay does
     measured: float  # the fall of the validation rows' mean loss over the step
-    cosine: float  # between the validation gradients before and after the step
+    cosine: float  # between the validation gradients at the ends of the batch's way
 
     @property
     def predicted(self) -> float:
@@ -55,7 +56,7 @@ def exact_values(
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
-    Two passes over the validation rows, before and after the update, and one forward-mode pass over the train rows.
+    Up to three passes over the validation rows, and one forward-mode pass over the train rows.
     Nothing is changed: not the parameters, their gradients, nor the optimizer. Memory: two of the model's size.
 
     Args:
@@ -64,68 +65,99 @@ def exact_values(
         clip_factor: c, by which clipping multiplied the gradients; 1 if it did not.
         global_rows: train rows of the update, over all processes and micro-batches, which all weigh the same.
     """
-    direction = ValidationGradient(model)
+    direction, parts = ValidationGradient(model), _Parts(model, updates)
     before = direction.add(validation)
-    length_before = direction.norm
+    idle = parts.look_ahead()
+    if parts.moves(idle):
+        first = parts.of_no_gradient(direction.total)
+        direction.clear()
+        direction.add(validation, at=idle)
+        second = parts.of_no_gradient(direction.total)
+        momentum, decay = ((a + b) / 2 for a, b in zip(first, second, strict=True))
+    else:
+        momentum = decay = 0.0
+    del idle
+    length = direction.norm
     after = direction.add(validation, at=point_after(model, updates, with_gradients=True))
-    cosine = (direction.product / (length_before * direction.norm)).item()  # NaN if one of them is zero
-    measured = (before.double() - after.double()).item()
-    clipping = math.log(1 / clip_factor)
-    parts = _Parts(model, updates, direction.total, clipped=clipping > 0)
-    parts.make_tangent(clipping)
+    cosine = (direction.product / (length * direction.norm)).item()  # NaN if one of them is zero
+    tangent, of_batch = parts.tangent(direction.total, math.log(1 / clip_factor))
     factor = clip_factor / global_rows
-    values = [directional_derivatives(model, parts.tangent, each)[1] * factor for each in train]
-    return ExactValues(values, parts.of_batch, parts.momentum, parts.decay, measured, cosine)
+    values = [directional_derivatives(model, tangent, each)[1] * factor for each in train]
+    measured = (before.double() - after.double()).item()
+    return ExactValues(values, of_batch, momentum, decay, measured, cosine)
+
+
+Directions = dict[str, Tensor]
+"""By name of the parameter."""
 
 
 class _Parts:
-    """The parts of a step's fall, and the tangent z with the learning rate in it."""
+    """The products of validation gradients with parts of the coming update."""
 
-    def __init__(
-        self, model: nn.Module, updates: Updates, twice_direction: dict[str, Tensor], *, clipped: bool
-    ) -> None:
-        """Compute all parts that are one number.
-
-        Args:
-            twice_direction: 2G by name; its memory becomes that of the tangent.
-        """
-        self._updates = updates
+    def __init__(self, model: nn.Module, updates: Updates) -> None:
+        self._updates, self._model = updates, model
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        moved = {self._names[id(member.parameter)]: member.group["lr"] for member in self._moved()}
-        self.tangent = {name: twice_direction[name].mul_(moved[name] / 2) for name in moved}  # lr·G, so far
-        of_batch, momentum, decay, slope, square = torch.zeros(5, dtype=torch.float64).unbind()
-        with torch.no_grad():
-            for direction, gradient, update in self._pieces():
-                of_batch += dot(direction, update.step - update.idle)
-                momentum += dot(direction, update.idle)
-                decay += dot(direction, update.decay)
-                if clipped:
-                    slope += dot(direction * update.slope(), gradient)
-                    square += dot(gradient, gradient)
-        self.of_batch, self.momentum, self.decay = of_batch.item(), momentum.item(), decay.item()
-        self._along = (slope / square).item() if square > 0 else 0.0  # <W, ĝ>/|g|, times lr
+
+    def look_ahead(self) -> Directions:
+        """Return the look-ahead point of the parameters that the update moves."""
+        idle = point_after(self._model, self._updates, with_gradients=False)
+        return {
+            self._names[id(each.parameter)]: idle[self._names[id(each.parameter)]] for each in self._moved()
+        }
+
+    def moves(self, idle: Directions) -> bool:
+        """Return whether the update moves the parameters without a gradient, too. idle: the look-ahead point."""
+        return not all(
+            torch.equal(idle[name], p.detach().to(idle[name].dtype))
+            for name, p in self._model.named_parameters()
+            if name in idle
+        )
 
     @torch.no_grad()
-    def make_tangent(self, clipping: float) -> None:
-        """Replace the direction by z. clipping: ln(1/c)."""
-        for direction, gradient, update in self._pieces():
+    def of_no_gradient(self, direction: Directions) -> tuple[float, float]:
+        """Return lr·<G, u(0)> and lr·<G, d>."""
+        momentum, decay = torch.zeros(2, dtype=torch.float64).unbind()
+        for lr, own, _, update in self._pieces(direction):
+            momentum += lr * dot(own, update.idle)
+            decay += lr * dot(own, update.decay)
+        return momentum.item(), decay.item()
+
+    @torch.no_grad()
+    def tangent(self, twice: Directions, clipping: float) -> tuple[Directions, float]:
+        """Return z, with the learning rate in it, and lr·<G, u(g) - u(0)>.
+
+        Args:
+            twice: 2G; its memory becomes that of z.
+            clipping: ln(1/c).
+        """
+        of_batch, slope, square = torch.zeros(3, dtype=torch.float64).unbind()
+        for lr, own, gradient, update in self._pieces(twice):
+            own.mul_(lr / 2)
+            of_batch += dot(own, update.step - update.idle)
+            if clipping > 0:
+                slope += dot(own * update.slope(), gradient)
+                square += dot(gradient, gradient)
+        along = (slope / square).item() if square > 0 else 0.0  # <W, ĝ>/|g|, times lr
+        for _, own, gradient, update in self._pieces(twice):
             if clipping == 0:
-                direction.mul_(update.share())
+                own.mul_(update.share())
             else:
-                direction.mul_(torch.add(update.share(), update.slope(), alpha=clipping))
-                direction.sub_(gradient, alpha=clipping * self._along)
+                own.mul_(torch.add(update.share(), update.slope(), alpha=clipping))
+                own.sub_(gradient, alpha=clipping * along)
+        moved = {self._names[id(member.parameter)] for member in self._moved()}
+        return {name: each for name, each in twice.items() if name in moved}, of_batch.item()
 
     def _moved(self) -> Iterator[Member]:
         """Yield the parameters that the coming update moves: those with a gradient."""
         return (member for member in self._updates.members() if member.parameter.grad is not None)
 
-    def _pieces(self) -> Iterator[tuple[Tensor, Tensor, Update]]:
-        """Yield the direction, which may be changed in place, the gradient and the update of some entries, flat."""
+    def _pieces(self, direction: Directions) -> Iterator[tuple[float, Tensor, Tensor, Update]]:
+        """Yield lr, the direction, which may be changed in place, the gradient and the update of some entries."""
         for member in self._moved():
-            direction = self.tangent[self._names[id(member.parameter)]].view(-1)
+            flat = direction[self._names[id(member.parameter)]].view(-1)
             for part, gradient, some in entries(member, member.parameter.grad):
                 update = self._updates.rule.update(some.group, some.state, some.parameter, gradient)
-                yield direction[part], gradient, update
+                yield float(some.group["lr"]), flat[part], gradient, update
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

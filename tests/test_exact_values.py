@@ -109,9 +109,13 @@ def integrate(effect: Callable[[Tensor], Tensor], breaks: list[float]) -> Tensor
     return total
 
 
-def mean_direction(state: State, after: dict[str, Tensor]) -> Tensor:
-    """(G_t + G_{t+1})/2, from plain backward passes."""
-    return (state.truth.vectors()[N:].mean(0) + gradient_at(state, after)) / 2
+def directions(state: State) -> tuple[Tensor, Tensor]:
+    """G on the way from θ_t to θ_∅, and on that from there to θ_{t+1}, from plain backward passes."""
+    idle, after = (
+        gradient_at(state, point_after(state.model, Updates(state.optimizer), with_gradients=with_gradients))
+        for with_gradients in (False, True)
+    )
+    return (state.truth.vectors()[N:].mean(0) + idle) / 2, (idle + after) / 2
 
 
 def gradient_at(state: State, point: dict[str, Tensor]) -> Tensor:
@@ -128,8 +132,7 @@ def gradient_at(state: State, point: dict[str, Tensor]) -> Tensor:
 def test_values_are_aumann_shapley_shares_of_adamw_s_step(name: str, clip: float) -> None:
     state = prepared(name, partial(torch.optim.AdamW, **ADAM), clip)
     rows, m, v = state.truth.vectors()[:N], state.state("exp_avg"), state.state("exp_avg_sq")
-    after = point_after(state.model, Updates(state.optimizer), with_gradients=True)
-    direction = mean_direction(state, after)
+    before, direction = directions(state)
     largest = (clip or 2.0) * rows.mean(0).norm().item()
 
     def effect(x: Tensor) -> Tensor:
@@ -142,7 +145,8 @@ def test_values_are_aumann_shapley_shares_of_adamw_s_step(name: str, clip: float
     everything, nothing = (effect(torch.full((N,), x, dtype=torch.float64)) for x in (1.0, 1e-12))
     assert got.values[0].sum().item() == pytest.approx((everything - nothing).item(), rel=1e-9)
     assert got.of_batch == pytest.approx(got.values[0].sum().item(), rel=1e-10)
-    assert got.momentum == pytest.approx(nothing.item(), rel=1e-6)
+    momentum = LR * before @ own_adam(v, m, WARM, torch.zeros_like(v))
+    assert got.momentum == pytest.approx(momentum.item(), rel=1e-6)
     assert (got.values[0] - got.values[0].mean()).abs().max() > 1e-3 * got.values[0].abs().max()
 
 
@@ -162,15 +166,21 @@ def test_values_are_aumann_shapley_shares_of_adamw_s_step(name: str, clip: float
 def test_the_point_after_is_where_the_optimizer_goes(make: Callable[..., Any], warm: int) -> None:
     """And the parts of its way add up to the fall that the direction sees."""
     state = prepared("fused-gpt2-tied-padded", make, 0.5, warm)
-    after = point_after(state.model, Updates(state.optimizer), with_gradients=True)
+    idle, after = (
+        point_after(state.model, Updates(state.optimizer), with_gradients=with_gradients)
+        for with_gradients in (False, True)
+    )
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    direction, got = mean_direction(state, after), state.exact()
+    ways, got = directions(state), state.exact()
     state.optimizer.step()
-    moved = []
     for name, parameter in state.model.named_parameters():
         assert torch.allclose(parameter, after[name], rtol=0, atol=1e-12)
-        moved.append((before[name] - parameter.detach()).flatten())
-    assert got.predicted == pytest.approx((direction @ torch.cat(moved)).item(), rel=1e-8)
+    first, second = (
+        torch.cat([(start[name] - end[name]).flatten() for name in before])
+        for start, end in ((before, idle), (idle, after))
+    )
+    assert got.momentum + got.decay == pytest.approx((ways[0] @ first).item(), rel=1e-8, abs=1e-15)
+    assert got.of_batch == pytest.approx((ways[1] @ second).item(), rel=1e-8)
     assert got.measured == pytest.approx(got.predicted, rel=0.1)  # the rest is of third order in the step
     assert 0.5 < got.cosine < 1
 
@@ -193,9 +203,8 @@ def test_look_ahead_is_the_step_without_gradients() -> None:
 def test_every_layer(name: str) -> None:
     """The whole chain on plain SGD, where a value is lr/n·<G, ∇ℓ_i>: G of the mean of two points."""
     state = prepared(name, partial(torch.optim.SGD, lr=LR), warm=0)
-    after = point_after(state.model, Updates(state.optimizer), with_gradients=True)
     trained = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-    direction = mean_direction(state, after)
+    _, direction = directions(state)
     got = state.exact().values[0]
     rows = state.truth.vectors()[:N]
     error = (got * N / LR - rows @ direction).abs() / (rows.norm(dim=1) * direction.norm())
