@@ -48,9 +48,7 @@ class Parts:
     """The parts, on one model with one optimizer. Each call returns what is timed after what is not."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        args.architecture, args.dtype, args.compile, args.activation_checkpointing = (
-            args.architecture, "float32", False, False,
-        )  # fmt: skip
+        args.dtype, args.compile, args.activation_checkpointing = "float32", False, False
         self.setup = setup = Setup.make(args)
         del setup.hf
         self.model = setup.own_model("graddotprod")

@@ -15,7 +15,8 @@ in_pass    --direction auto; its age is the number of steps since its validation
 lookahead  the same with --validation_point lookahead
 exact      --values exact
 
-Each state is a JSON file in --work_dir, and is not measured again; figures.py makes tables and plots of them.
+Each state is a JSON file in --work_dir, and is not measured again; figures.py makes tables and plots of them. With
+--again the predictions of states that are there are made again, as after a change of the engine.
 """
 
 import argparse
@@ -166,17 +167,28 @@ def measure(state: State, pairs: int, advance: Callable[[], None]) -> dict[str, 
     return {"setting": asdict(state.setting), "t": state.t, **values}
 
 
-def run(setting: Setting, shards: Path, folder: Path, stops: tuple[int, ...], pairs: int) -> None:
-    """Train and measure one setting, unless that is done."""
+def run(
+    setting: Setting, shards: Path, folder: Path, stops: tuple[int, ...], pairs: int, again: bool
+) -> None:
+    """Train and measure one setting, unless that is done.
+
+    Args:
+        again: make the predictions of the states that are there again, instead of measuring those that are not.
+    """
     torch.set_num_threads(1)
     paths = {t: folder / f"{setting.name}-t{t}.json" for t in stops}
-    missing = tuple(t for t, path in paths.items() if not path.exists())
-    if not missing:
+    wanted = tuple(t for t, path in paths.items() if path.exists() == again)
+    if not wanted:
         return
     corpus = Corpus(shards, setting.vocabulary)
-    with progress_bar(setting.name, max(missing) + pairs * len(missing), "step") as bar:
-        for state in train(setting, corpus, missing, bar.update):
-            write_text(paths[state.t], json.dumps(measure(state, pairs, bar.update)))
+    with progress_bar(setting.name, max(wanted) + (0 if again else pairs * len(wanted)), "step") as bar:
+        for state in train(setting, corpus, wanted, bar.update):
+            path = paths[state.t]
+            if again:
+                found = json.loads(path.read_text()) | predictions(Step(state))
+            else:
+                found = measure(state, pairs, bar.update)
+            write_text(path, json.dumps(found))
 
 
 def settings_of(size: str) -> Iterator[tuple[Setting, tuple[int, ...], int]]:
@@ -194,6 +206,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work_dir", type=path_argument, required=True, help="shards and one file a state")
     parser.add_argument("--jobs", type=int, default=1, help="settings at a time, of one thread each")
     parser.add_argument("--sizes", default="small,large", help="of the models")
+    parser.add_argument("--again", action="store_true", help="only make predictions again")
     args = parser.parse_args(argv)
     shards = make_sample_shards(args.work_dir / "shards")
     folder = args.work_dir / "one_step"
@@ -201,7 +214,7 @@ def main(argv: list[str]) -> None:
     with ProcessPoolExecutor(args.jobs) as pool:
         for size in args.sizes.split(","):
             for done in [
-                pool.submit(run, setting, shards, folder, stops, pairs)
+                pool.submit(run, setting, shards, folder, stops, pairs, args.again)
                 for setting, stops, pairs in settings_of(size)
             ]:
                 done.result()
