@@ -11,9 +11,10 @@ The second part is what clipping does: a row that lengthens ḡ shortens the oth
 up to lr·<G, u(g) - u(0)>, clipped or not. The learning rate of each parameter's own group is inside the products.
 
 A step goes two ways, one after the other: from θ_t to the look-ahead point θ_∅, where it would end with g = 0, by
-the momentum of earlier gradients and by decay; and from there to θ_{t+1}, by this batch. On each way G is the mean
-of the validation gradients at both ends. So momentum, decay and values add up to the measured fall but for terms of
-third order in the step, and a value speaks of the step without the row's batch, and not of one without momentum.
+the momentum of earlier gradients and by decay; and from there to θ_{t+1}, by this batch. The fall on the first way
+is measured. On the second one G is the mean of the validation gradients at both ends, so that the values add up to the
+fall that is measured there but for terms of third order in the step. So a value speaks of the step without the row's
+batch, and not of one without momentum.
 """
 
 import math
@@ -34,8 +35,10 @@ class ExactValues:
 
     values: list[Tensor]  # (n,) for each micro-batch
     of_batch: float  # Σ values of the global batch: what its gradient does
-    momentum: float  # what the gradients of earlier steps do
-    decay: float  # what weight decay does
+    momentum: (
+        float  # what the gradients of earlier steps do: the fall on the first way, without the decay's part
+    )
+    decay: float  # what weight decay does, to first order
     measured: float  # the fall of the validation rows' mean loss over the step
     cosine: float  # between the validation gradients at the ends of the batch's way
 
@@ -56,7 +59,7 @@ def exact_values(
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
-    Up to three passes over the validation rows, and one forward-mode pass over the train rows.
+    Two passes over the validation rows, their losses once more, and one forward-mode pass over the train rows.
     Nothing is changed: not the parameters, their gradients, nor the optimizer. Memory: two of the model's size.
 
     Args:
@@ -66,25 +69,18 @@ def exact_values(
         global_rows: train rows of the update, over all processes and micro-batches, which all weigh the same.
     """
     direction, parts = ValidationGradient(model), _Parts(model, updates)
-    before = direction.add(validation)
-    idle = parts.look_ahead()
-    if parts.moves(idle):
-        first = parts.of_no_gradient(direction.total)
-        direction.clear()
-        direction.add(validation, at=idle)
-        second = parts.of_no_gradient(direction.total)
-        momentum, decay = ((a + b) / 2 for a, b in zip(first, second, strict=True))
-    else:
-        momentum = decay = 0.0
-    del idle
+    with torch.no_grad():
+        before = validation().mean().double()
+    between = direction.add(validation, at=parts.look_ahead()).double()
+    decay = parts.of_decay(direction.total)
     length = direction.norm
     after = direction.add(validation, at=point_after(model, updates, with_gradients=True))
     cosine = (direction.product / (length * direction.norm)).item()  # NaN if one of them is zero
     tangent, of_batch = parts.tangent(direction.total, math.log(1 / clip_factor))
     factor = clip_factor / global_rows
     values = [directional_derivatives(model, tangent, each)[1] * factor for each in train]
-    measured = (before.double() - after.double()).item()
-    return ExactValues(values, of_batch, momentum, decay, measured, cosine)
+    momentum = (before - between).item() - decay
+    return ExactValues(values, of_batch, momentum, decay, (before - after.double()).item(), cosine)
 
 
 Directions = dict[str, Tensor]
@@ -105,22 +101,13 @@ class _Parts:
             self._names[id(each.parameter)]: idle[self._names[id(each.parameter)]] for each in self._moved()
         }
 
-    def moves(self, idle: Directions) -> bool:
-        """Return whether the update moves the parameters without a gradient, too. idle: the look-ahead point."""
-        return not all(
-            torch.equal(idle[name], p.detach().to(idle[name].dtype))
-            for name, p in self._model.named_parameters()
-            if name in idle
-        )
-
     @torch.no_grad()
-    def of_no_gradient(self, direction: Directions) -> tuple[float, float]:
-        """Return lr·<G, u(0)> and lr·<G, d>."""
-        momentum, decay = torch.zeros(2, dtype=torch.float64).unbind()
+    def of_decay(self, direction: Directions) -> float:
+        """Return lr·<G, d>."""
+        decay = torch.zeros((), dtype=torch.float64)
         for lr, own, _, update in self._pieces(direction):
-            momentum += lr * dot(own, update.idle)
             decay += lr * dot(own, update.decay)
-        return momentum.item(), decay.item()
+        return decay.item()
 
     @torch.no_grad()
     def tangent(self, twice: Directions, clipping: float) -> tuple[Directions, float]:

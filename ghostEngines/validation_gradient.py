@@ -42,11 +42,6 @@ class ValidationGradient:
         # Scalars in float64: the norm of the last gradient that was added, and its product with those before.
         self.norm = self.product = torch.zeros((), dtype=torch.float64)
 
-    def clear(self) -> None:
-        """Begin a new sum."""
-        for each in self.total.values():
-            each.zero_()
-
     def add(self, losses: Losses, at: Mapping[str, Tensor] | None = None) -> Tensor:
         """Add the gradient of the mean loss at some values of the parameters, and return that loss (scalar).
 
