@@ -174,8 +174,9 @@ def test_the_table_names_the_most_and_the_least_helpful_samples(scored: Run, dat
             get_tokenizer("gpt2_bytes").decode(tokens_of(data, "train", domain, block, T).tolist())
         )
         assert words in line
-    for (domain, block), line in zip(sums.index[-3:], lowest.splitlines()[1:], strict=True):
+    for (domain, block), line in zip(sums.index[-3:], lowest.splitlines()[1:4], strict=True):
         assert f"{sums[domain, block]:+.3e}  {domain}, block {block}" in line
+    assert lowest.splitlines()[5].startswith("no step was audited (--audit_interval 0)")
     last = scored.evaluations()[-1]
     for name in ("train", "val", "test"):
         assert re.search(rf"^loss on {name} +{last[f'loss/{name}']:.4f}$", scored.out, re.MULTILINE)
@@ -307,6 +308,7 @@ def test_eval_only_finds_the_losses_of_the_runs_last_evaluation(
     with caplog.at_level(logging.INFO):
         again = start(data, results, run_name="scored", eval_only=True, **FLAGS)
     assert again.status == 0 and again.out == "" and tree(results) == before
+    assert lowest.splitlines()[5].startswith("no step was audited (--audit_interval 0)")
     last = scored.evaluations()[-1]
     assert list(evaluated[0]) == ["train", "val", "test"]
     for name, loss in evaluated[0].items():

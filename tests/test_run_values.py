@@ -90,7 +90,7 @@ def test_resuming_is_never_having_stopped(run: Run, data: Path, results: Path) -
     pd.testing.assert_frame_equal(again.scores(), run.scores(), check_exact=True)
 
 
-@pytest.mark.parametrize("name", ["audited", "both"])
+@pytest.mark.parametrize("name", ["audited"])
 def test_two_processes_are_one(name: str, data: Path, results: Path) -> None:
     kind = {"gradient_accumulation_steps": 1} | KINDS[name]
     micro = kind["gradient_accumulation_steps"]
