@@ -11,8 +11,9 @@ from .errors import AttachError
 from .parameters import replaced
 from .update_rules import Member, Updates
 
-# Entries of a parameter that are in work at a time: few, so that they stay in a CPU's cache.
-CHUNK = 1 << 17
+# Entries of a parameter that are in work at a time: few, so that they stay in a CPU's cache, and that PyTorch does not
+# divide an operation among threads, which would wait for each other after each of many where a core is busy.
+CHUNK = 1 << 15
 GPU_CHUNK = 1 << 24  # on a GPU each call has a cost
 
 Losses = Callable[[], Tensor]
