@@ -43,10 +43,12 @@ OF_ROWS = """
 OF_STEPS = """
     SELECT
         run, phase, min(step) AS first, max(step) AS last, count(*) AS steps, avg(cosine) AS cosine,
-        sum(of_batch) AS of_batch, sum(momentum) AS momentum, sum(decay) AS decay, sum(measured_fall) AS measured
+        sum(in_pass) AS in_pass, sum(of_batch) AS of_batch,
+        sum(momentum) AS momentum, sum(decay) AS decay, sum(measured_fall) AS measured
     FROM (
         SELECT
-            run, step, any_value(phase) AS phase, fsum(exact_value) AS of_batch, any_value(momentum) AS momentum,
+            run, step, any_value(phase) AS phase, fsum(in_pass) AS in_pass, fsum(exact_value) AS of_batch,
+            any_value(momentum) AS momentum,
             any_value(decay) AS decay, any_value(measured_fall) AS measured_fall, any_value(cosine) AS cosine
         FROM ({audited}) GROUP BY run, step
     ) GROUP BY run, phase
@@ -69,7 +71,8 @@ COLUMNS = {
     "spearman": "double",
     "slope": "double",  # of a regression of the exact on the in-pass values
     "cosine": "double",  # between the validation gradients before and after a step, the mean
-    "of_batch": "double",  # Σ exact values, in nats
+    "in_pass": "double",  # Σ in-pass values, in nats; null: none of the steps has them
+    "of_batch": "double",  # Σ exact values
     "momentum": "double",  # what earlier gradients did
     "decay": "double",  # what weight decay did
     "measured": "double",  # the measured fall of the validation loss in these steps
@@ -90,6 +93,7 @@ class Audit:
     spearman: float | None
     slope: float | None
     cosine: float | None
+    in_pass: float | None
     of_batch: float
     momentum: float
     decay: float
@@ -124,9 +128,10 @@ class Audit:
     def fall(self) -> str:
         """Return how all parts add up, in words."""
         cosine = "-" if self.cosine is None else f"{self.cosine:.3f}"
+        in_pass = "-" if self.in_pass is None else f"{self.in_pass:+.3g}"
         return (
-            f"values {self.of_batch:+.3g}, momentum {self.momentum:+.3g}, decay {self.decay:+.3g} of a measured fall "
-            f"of {self.measured:+.3g} nats; cosine of the validation gradients {cosine}"
+            f"values {self.of_batch:+.3g} (in pass {in_pass}), momentum {self.momentum:+.3g}, decay "
+            f"{self.decay:+.3g} of a measured fall of {self.measured:+.3g} nats; cosine of the validation gradients {cosine}"
         )
 
     def warnings(self, exact: bool) -> list[str]:
@@ -149,6 +154,16 @@ class Audit:
                     f"In steps {self.first:,} to {self.last:,} values are not amounts: the true ones are "
                     f"{self.slope:.3g} times as large. Their order is right; --values exact gives amounts."
                 )
+        if (
+            self.too_few
+            and not exact
+            and self.in_pass is not None
+            and abs(self.in_pass) > 3 * abs(self.of_batch)
+        ):
+            found.append(
+                f"In steps {self.first:,} to {self.last:,} in-pass values add up to {self.in_pass:+.3g} nats, and "
+                f"exact ones to {self.of_batch:+.3g}: leave these steps out (--steps), or take --values exact."
+            )
         if self.predicted > 0 and not FALLS[0] <= self.measured / self.predicted <= FALLS[1]:
             found.append(
                 f"In steps {self.first:,} to {self.last:,} even the exact parts add up to {self.predicted:.3g} nats, "
