@@ -131,7 +131,8 @@ class Audit:
         in_pass = "-" if self.in_pass is None else f"{self.in_pass:+.3g}"
         return (
             f"values {self.of_batch:+.3g} (in pass {in_pass}), momentum {self.momentum:+.3g}, decay "
-            f"{self.decay:+.3g} of a measured fall of {self.measured:+.3g} nats; cosine of the validation gradients {cosine}"
+            f"{self.decay:+.3g} of a measured fall of {self.measured:+.3g} nats; cosine of the validation "
+            f"gradients {cosine}"
         )
 
     def warnings(self, exact: bool) -> list[str]:
