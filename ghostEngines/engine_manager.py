@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from foundation.granularity import total_of
-from score_store.schema import ValueKind
 from score_store.writer import ExactRows, ScoreWriter
 
 from .backward_checks import LossScale
 from .graddotprod_engine import GradDotProdEngine
+from .scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class GhostEngineManager:
         """Record the step's scores, before the optimizer's step: exact values are of what that is going to do.
 
         Args:
+            lr: the largest learning rate of the optimizer's groups.
             clip_factor: (scalar), by which clipping multiplied the gradient.
             skipped: (scalar), True if the optimizer skipped the step.
             global_batch_size: train rows over all processes and micro-batches.
@@ -135,32 +136,6 @@ class GhostEngineManager:
 
     def close(self) -> None:
         """Write everything recorded so far to the disk, and leave the model as it was."""
-
-
-FIRST_AUDITS = (2, 5, 10, 20, 50)  # steps, counted from 1: training changes fast at its beginning
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What is scored, when, and how exactly."""
-
-    save_interval: int = 10  # steps between two writes to the disk
-    values: ValueKind = "in_pass"
-    audit_interval: int = 0  # steps between two audits, after those of FIRST_AUDITS; 0: there are none
-    lookahead: bool = (
-        False  # the validation gradient is that of the point where the step would end without gradients
-    )
-    refresh_interval: int = 1  # K: steps for which a validation gradient is used
-
-    @property
-    def own_passes(self) -> bool:
-        """Return whether the validation rows have passes of their own, and are not in the joint batch."""
-        return self.lookahead or self.refresh_interval > 1
-
-    def exact(self, step: int) -> bool:
-        """Return whether a step, counted from 0, has exact values."""
-        number, interval = step + 1, self.audit_interval
-        return self.values == "exact" or (interval > 0 and (number in FIRST_AUDITS or number % interval == 0))
 
 
 class GradDotProdManager(GhostEngineManager):
@@ -269,6 +244,11 @@ class GradDotProdManager(GhostEngineManager):
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
+        if self._engine.direction == "auto" and lr != self._engine.lr:
+            raise ValueError(
+                f"aggregate_and_log() got lr={lr}, and dot products are relative to the largest learning rate of the "
+                f"optimizer's groups, {self._engine.lr}: give that one, and set it before begin_step()"
+            )
         exact: list[ExactRows | None] = [None] * len(self._recorded)
         if self._scoring.exact(step) and not skipped:
             exact = [*self._exact_rows(clip_factor.item(), global_batch_size)]

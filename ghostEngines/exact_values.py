@@ -28,6 +28,9 @@ from .forward_mode import directional_derivatives
 from .update_rules import Member, Update, Updates
 from .validation_gradient import Losses, ValidationGradient, entries, point_after
 
+# In half precision the gradients' own rounding is a large part of small values.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+
 
 @dataclass(frozen=True)
 class ExactValues:
@@ -56,6 +59,7 @@ def exact_values(
     *,
     clip_factor: float,
     global_rows: int,
+    precision: torch.dtype,
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
@@ -67,6 +71,10 @@ def exact_values(
         validation: calls the model on the validation rows.
         clip_factor: c, by which clipping multiplied the gradients; 1 if it did not.
         global_rows: train rows of the update, over all processes and micro-batches, which all weigh the same.
+        precision: the lowest one in the passes that made the gradients.
+
+    Raises:
+        ValueError: the values do not add up to what the update's gradient does.
     """
     direction, parts = ValidationGradient(model), _Parts(model, updates)
     with torch.no_grad():
@@ -79,8 +87,26 @@ def exact_values(
     tangent, of_batch = parts.tangent(direction.total, math.log(1 / clip_factor))
     factor = clip_factor / global_rows
     values = [directional_derivatives(model, tangent, each)[1] * factor for each in train]
+    if sum(map(len, values)) == global_rows:  # else other processes have the rest
+        check_sum(values, of_batch, TOLERANCE[precision])
     momentum = (before - between).item() - decay
     return ExactValues(values, of_batch, momentum, decay, (before - after.double()).item(), cosine)
+
+
+def check_sum(values: Sequence[Tensor], of_batch: float, tolerance: float) -> None:
+    """Raise ValueError unless the values add up to what `.grad`, which they do not know, does in the update.
+
+    Args:
+        tolerance: largest distance, relative to the sum of the values' sizes.
+    """
+    every = torch.cat(list(values)).double()
+    total, size = every.sum().item(), every.abs().sum().item()
+    if not abs(total - of_batch) <= tolerance * max(size, abs(of_batch)):
+        raise ValueError(
+            f"the exact values of the batch add up to {total:.6g} nats, and its gradient makes the loss fall by "
+            f"{of_batch:.6g}: `.grad` is not the gradient of these rows' mean loss, times clip_factor. Were other rows "
+            "given, another clip_factor, or was the gradient changed after clipping?"
+        )
 
 
 Directions = dict[str, Tensor]

@@ -35,7 +35,8 @@ def directional_derivatives(
         losses: calls the model and returns its per-sample losses.
 
     Raises:
-        RuntimeError: an operation of the model has no forward-mode derivative; the message names it.
+        RuntimeError: the losses do not depend on the parameters, or an operation of the model has no forward-mode
+            derivative; the message names it.
     """
     with torch.no_grad(), forward_ad.dual_level(), DifferentiableAttention():
         duals = {}
@@ -47,7 +48,10 @@ def directional_derivatives(
         with replaced(model, duals):
             result = forward_ad.unpack_dual(losses())
     if result.tangent is None:
-        return result.primal, torch.zeros_like(result.primal)
+        raise RuntimeError(
+            "the losses have no derivative by the model's parameters: `losses` must call the model that the engine is "
+            "attached to, and not a copy, and must not detach what it returns"
+        )
     return result.primal, result.tangent
 
 

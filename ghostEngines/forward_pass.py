@@ -142,6 +142,8 @@ class ForwardHooks:
         """Return P by parameter, empty where it is 1 for all; None if it is not known yet."""
         if self._updates is None:
             return {}
+        if self._micro_batches.number > 0 and self._micro_batches.first is not None:
+            return self._micro_batches.first.preconditioners
         found = self._updates.preconditioners()
         return None if found is None else {self._owner_of[key]: each for key, each in found.items()}
 

@@ -263,8 +263,8 @@ class GradDotProdEngine:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
             RuntimeError: the engine was not attached with an optimizer, and lookahead needs it.
         """
-        at = point_after(self.model, self._all_updates(), with_gradients=False) if lookahead else None
         gradient = ValidationGradient(self.model)
+        at = point_after(self.model, self._all_updates(), with_gradients=False) if lookahead else None
         with self.paused():
             loss = gradient.add(losses, at)
         return gradient.total, loss
@@ -288,11 +288,19 @@ class GradDotProdEngine:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
             RuntimeError: the engine was not attached with an optimizer; an operation of the model has no
                 forward-mode derivative.
+            ValueError: the values of all rows do not add up to what `.grad` does (checked where this process has
+                all rows).
         """
-        updates = self._all_updates()
+        updates, weight = self._all_updates(), next(p for p in self.model.parameters() if p.requires_grad)
         with self.paused():
             return exact_values(
-                self.model, updates, train, validation, clip_factor=clip_factor, global_rows=global_rows
+                self.model,
+                updates,
+                train,
+                validation,
+                clip_factor=clip_factor,
+                global_rows=global_rows,
+                precision=self._current.autocast or weight.dtype,
             )
 
     def _all_updates(self) -> Updates:

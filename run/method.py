@@ -12,8 +12,9 @@ from torch import nn
 
 from ghostEngines.contraction import SIDE, TILE_NUMEL, Split
 from ghostEngines.covered_layers import contraction_plan, cover
-from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager, Scoring
+from ghostEngines.engine_manager import GhostEngineManager, GradDotProdManager
 from ghostEngines.layer_rules.cross_entropy_head import GPU_POSITIONS, PART_POSITIONS, SOFTMAX_POSITIONS
+from ghostEngines.scoring import Scoring
 from ghostEngines.strategies.instantiate import GPU_NUMEL
 from models.causal_lm import CausalLM
 from run.checkpoint import step_of
@@ -71,7 +72,7 @@ def grad_dot_prod(training: Training) -> GhostEngineManager:
         scores=open_scores_to_write(config, model, data, training.world, training.start),
         scoring=Scoring(
             config.dot_prod_save_interval,
-            config.values,
+            config.values == "exact",
             config.audit_interval,
             config.validation_point == "lookahead",
             config.val_refresh_interval,

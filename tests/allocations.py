@@ -26,11 +26,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if has_storage(t)}
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if (
-                isinstance(tensor, Tensor)
+                has_storage(tensor)
                 and tensor.untyped_storage().data_ptr() not in known
                 and self.counted(tensor)
             ):
@@ -45,3 +45,8 @@ class Allocations(TorchDispatchMode):
         """The bytes that are still there."""
         self._live = [(reference, size) for reference, size in self._live if not reference.expired()]
         return sum(size for _, size in self._live)
+
+
+def has_storage(value: Any) -> bool:
+    """Whether it is a tensor with memory: a tangent that is zero has none."""
+    return isinstance(value, Tensor) and not value._is_zerotensor()

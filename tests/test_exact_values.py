@@ -4,19 +4,23 @@ The oracle has its own AdamW and clipping (Kingma & Ba, arXiv 1412.6980; Pascanu
 integrates the derivative of the step's effect by each row's weight, from weight 0 to 1, numerically.
 """
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from allocations import Allocations
 from cases import BY_NAME, CASES, Case
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.oracle import Truth, per_sample
 from ghostEngines import AttachError, ExactValues, GradDotProdEngine, UpdateRule, register_update_rule
@@ -24,6 +28,7 @@ from ghostEngines.forward_mode import DifferentiableAttention, directional_deriv
 from ghostEngines.preconditioner import Uniform
 from ghostEngines.update_rules import UPDATE_RULES, AdamRule, SGDRule, Update, Updates
 from ghostEngines.validation_gradient import point_after
+from models.causal_lm import CausalLM
 
 N, M, LR, WARM = 4, 2, 1e-2, 3
 ADAM: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
@@ -304,6 +309,62 @@ def test_optimizers_that_are_refused(make: Callable[..., Any], message: str) -> 
     engine.attach(make(model.parameters()))
     with pytest.raises(AttachError, match=message):
         engine.exact_values([], lambda: torch.zeros(1), clip_factor=1.0, global_rows=1)
+
+
+def test_values_that_do_not_add_up() -> None:
+    """Other rows than those of the step, another clip factor, a model that is a copy."""
+    state = prepared("gpt2-untied", partial(torch.optim.AdamW, **ADAM), 0.5)
+    validation = state.losses(slice(N, None))
+
+    def exact(losses: Callable[[], Tensor], clip_factor: float = 0.5) -> ExactValues:
+        return state.engine.exact_values([losses], validation, clip_factor=clip_factor, global_rows=N)
+
+    exact(state.losses(slice(0, N)))
+    with pytest.raises(ValueError, match="add up to"):
+        exact(state.losses(slice(1, N + 1)))
+    with pytest.raises(ValueError, match="add up to"):
+        exact(state.losses(slice(0, N)), clip_factor=0.4)
+    twin = deepcopy(state.case.model())
+    with pytest.raises(RuntimeError, match="and not a copy"):
+        exact(lambda: state.case.losses(twin, state.x[:N], state.y[:N]))
+
+
+def test_no_tensor_of_all_attention_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor of all logits: what forward-mode differentiation makes is no larger than what training does."""
+    monkeypatch.setattr("ghostEngines.forward_mode.ATTENTION_NUMEL", 256)
+    monkeypatch.setattr("ghostEngines.layer_rules.cross_entropy_head.PART_POSITIONS", 4)
+    config = GPT2Config(
+        vocab_size=400,
+        n_positions=64,
+        n_embd=8,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model, x = CausalLM(GPT2LMHeadModel(config)), torch.randint(400, (2, 65))
+    tangents = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with Allocations() as made:
+        directional_derivatives(model, tangents, lambda: model(x[:, :-1], x[:, 1:]))
+    assert made.largest < 4 * min(2 * 4 * 64 * 64, 2 * 64 * 400) / 4  # bytes: a quarter of the smaller
+
+
+def test_inside_accelerate_s_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for accelerate.optimizer.AcceleratedOptimizer, which keeps the optimizer in `optimizer`."""
+
+    class AcceleratedOptimizer(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    module = ModuleType("accelerate.optimizer")
+    vars(module)["AcceleratedOptimizer"] = AcceleratedOptimizer
+    monkeypatch.setitem(sys.modules, "accelerate.optimizer", module)
+    model = nn.Linear(2, 2)
+    inner = torch.optim.AdamW(model.parameters())
+    assert [each.parameter for each in Updates(AcceleratedOptimizer(inner)).members()] == [
+        *model.parameters()
+    ]
 
 
 def test_without_an_optimizer() -> None:

@@ -1,0 +1,26 @@
+"""What a run's manager scores, when, and how exactly."""
+
+from dataclasses import dataclass
+
+FIRST_AUDITS = (2, 5, 10, 20, 50)  # steps, counted from 1: training changes fast at its beginning
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The options of GradDotProdManager that are not the engine's."""
+
+    save_interval: int = 10  # steps between two writes to the disk
+    every_exact: bool = False  # every step has exact values
+    audit_interval: int = 0  # steps between two audits, after those of FIRST_AUDITS; 0: there are none
+    lookahead: bool = False  # the validation gradient is taken where the step would end without this batch
+    refresh_interval: int = 1  # K: steps for which a validation gradient is used
+
+    @property
+    def own_passes(self) -> bool:
+        """Return whether the validation rows have passes of their own, and are not in the joint batch."""
+        return self.lookahead or self.refresh_interval > 1
+
+    def exact(self, step: int) -> bool:
+        """Return whether a step, counted from 0, has exact values."""
+        number, interval = step + 1, self.audit_interval
+        return self.every_exact or (interval > 0 and (number in FIRST_AUDITS or number % interval == 0))
