@@ -6,6 +6,7 @@ more? Agreement between steps would say little, because all values shrink in the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import pyarrow as pa
 
@@ -106,7 +107,12 @@ class Audit:
     @property
     def too_few(self) -> bool:
         """Return whether there are too few rows to say how well their values agree."""
-        return self.rows is None or self.rows < FEW_ROWS or self.pearson is None or self.slope is None
+        numbers = (self.pearson, self.spearman, self.slope)  # not finite if one of the two kinds never varies
+        return (
+            self.rows is None
+            or self.rows < FEW_ROWS
+            or not all(number is not None and isfinite(number) for number in numbers)
+        )
 
     def __str__(self) -> str:
         return (

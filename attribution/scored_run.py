@@ -64,7 +64,8 @@ class ScoredRun:
                 )
             scores = open_scores(RunFolder(folder).scores)
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
-        if missing := [key for key in METADATA if key not in metadata]:
+        needed = METADATA if metadata["format_version"] in OLDER else (*METADATA, "values")
+        if missing := [key for key in needed if key not in metadata]:
             raise AttributionError(f"{scores.files[0]} lacks {', '.join(missing)}: {OTHER_VERSION}")
         return cls(folder, config, metadata, tuple(map(Path, scores.files)))
 
@@ -105,18 +106,19 @@ class ScoredRun:
     @property
     def optimizer(self) -> str:
         """The optimizer of the run, where its configuration names it."""
-        configuration: dict[str, str] = json.loads(self.metadata["run_configuration"])
-        return configuration["optimizer"]
+        return self._setting("optimizer")
 
     @property
     def direction(self) -> str:
         """The direction that the training gradients were multiplied with: "auto" or "gradient"; older: "adamw"."""
+        return self._setting("direction")
+
+    def _setting(self, name: str) -> str:
+        """Return a setting of the run that its scores name. Raises AttributionError if they do not."""
         configuration: dict[str, str] = json.loads(self.metadata["run_configuration"])
-        if "direction" not in configuration:
-            raise AttributionError(
-                f"{self.folder}: the scores' configuration lacks direction: {OTHER_VERSION}"
-            )
-        return configuration["direction"]
+        if name not in configuration:
+            raise AttributionError(f"{self.folder}: the scores' configuration lacks {name}: {OTHER_VERSION}")
+        return configuration[name]
 
     @property
     def split(self) -> str:

@@ -89,9 +89,10 @@ class AdamRule(UpdateRule):
 
     def update(self, group: Group, state: Mapping[str, Any], parameter: Tensor, gradient: Tensor) -> Update:
         (beta1, beta2), eps, g = group["betas"], group["eps"], gradient
-        zeros = torch.zeros_like(g)
-        m, v = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
-        t = float(state["step"]) + 1 if state else 1.0
+        if state:
+            m, v, t = state["exp_avg"], state["exp_avg_sq"], float(state["step"]) + 1
+        else:  # before the first update
+            m, v, t = torch.zeros_like(g), torch.zeros_like(g), 1.0
         first, second = 1 - beta1**t, 1 - beta2**t
         a, b = (1 - beta1) / first, (1 - beta2) / second
         m0, v0 = m * (beta1 / first), v * (beta2 / second)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -344,6 +345,7 @@ def test_what_the_audit_warns_of(pearson: float, slope: float, measured: float, 
     warnings = audit.warnings(exact=False)
     assert len(warnings) == len(said) and all(want in got for want, got in zip(said, warnings, strict=True))
     assert len(audit.warnings(exact=True)) == (measured < 1)
+    assert replace(audit, pearson=math.nan).too_few and not audit.too_few
     first, *others = replace(audit, rows=29).warnings(exact=False)
     assert "in-pass values add up to +2 nats, and exact ones to +0.5" in first
     assert others == [warning for warning in warnings if "even" in warning]
