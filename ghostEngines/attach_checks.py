@@ -8,9 +8,10 @@ from torch import nn
 from .covered_layers import Covered
 from .errors import AttachError
 from .options import EngineOptions
+from .preconditioner import Preconditioner
 from .strategies import STRATEGIES
 from .tapped import RowMapMaker
-from .update_rules import Updates
+from .updates import Updates
 
 
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -84,27 +85,36 @@ def updates_of(options: EngineOptions, optimizer: torch.optim.Optimizer | None) 
     """Return the optimizer's updates for direction "auto"; None for "gradient", which needs none.
 
     Raises:
-        AttachError: there is no optimizer, no rule covers it, or its preconditioner cannot be used with strategy
-            "gram", which makes no direction.
+        AttachError: there is no optimizer, no rule covers it, or `check_preconditioners`.
     """
     if options.direction == "gradient":
         return None
     if optimizer is None:
         raise AttachError('direction "auto" is that of the optimizer: attach the engine with the optimizer')
     updates = Updates(optimizer)
-    by_direction = options.strategy is None or STRATEGIES[options.strategy].by_direction
-    if not by_direction and updates.preconditioners() != {}:
+    check_preconditioners(options, updates.preconditioners())
+    return updates
+
+
+def check_preconditioners(options: EngineOptions, found: Mapping[int, Preconditioner] | None) -> None:
+    """Raise AttachError if P, of `Updates.preconditioners`, is not 1 and strategy "gram" makes no direction for it.
+
+    P may be 1 in some steps only, as that of SGD with dampening.
+    """
+    if found != {} and not _by_direction(options):
         raise AttachError(
             f'strategy "{options.strategy}" makes no direction that a preconditioner could be applied to: choose '
             'another one, or direction "gradient"'
         )
-    return updates
+
+
+def _by_direction(options: EngineOptions) -> bool:
+    return options.strategy is None or STRATEGIES[options.strategy].by_direction
 
 
 def check_given(options: EngineOptions, covered: Covered, count: int) -> None:
     """Raise AttachError for options that do not go with `count` directions that are given."""
-    by_direction = options.strategy is None or STRATEGIES[options.strategy].by_direction
-    if options.granularity == "pairwise" or not by_direction:
+    if options.granularity == "pairwise" or not _by_direction(options):
         raise AttachError(
             f"a direction that is given with granularity={options.granularity!r} and strategy={options.strategy!r}: "
             "pairwise scores and gram need the validation rows"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,31 @@ from .preconditioner import Preconditioner
 
 Direction = Mapping[str, Tensor]
 """By name of the parameter in the model, a tensor of its shape for each parameter that trains."""
+
+
+def by_name(direction: Direction | Mapping[str, Direction]) -> dict[str, Direction]:
+    """Return directions by the caller's names; of a single one the name is "".
+
+    Raises:
+        ValueError: tensors and directions in one mapping.
+    """
+    are_tensors = {isinstance(each, Tensor) for each in direction.values()}
+    if len(are_tensors) > 1:
+        raise ValueError(
+            "a direction is a tensor for each parameter, and several are one such mapping for each name"
+        )
+    return cast(dict[str, Direction], {"": direction} if are_tensors != {False} else dict(direction))
+
+
+def _check_like(name: str, given: Tensor, parameter: Tensor) -> None:
+    """Raise ValueError unless a tensor can be a parameter's direction."""
+    for what, of_given, of_parameter, allowed in (
+        ("shape", tuple(given.shape), tuple(parameter.shape), {tuple(parameter.shape)}),
+        ("dtype", given.dtype, parameter.dtype, {parameter.dtype, accumulation_dtype(parameter.dtype)}),
+        ("device", given.device, parameter.device, {parameter.device}),
+    ):
+        if of_given not in allowed:
+            raise ValueError(f"the direction of '{name}' has {what} {of_given}, the parameter {of_parameter}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +51,7 @@ class Directions:
         """Check directions and order them by parameter; the tensors are not copied.
 
         Raises:
-            ValueError: a parameter is missing or unknown, or a tensor is of another shape.
+            ValueError: a parameter is missing or unknown, or a tensor is of another shape, dtype or device.
         """
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for direction in directions:
@@ -36,11 +62,7 @@ class Directions:
                     "name in model.named_parameters()"
                 )
             for name, parameter in trained.items():
-                if direction[name].shape != parameter.shape:
-                    raise ValueError(
-                        f"the direction of '{name}' has shape {tuple(direction[name].shape)}, the parameter "
-                        f"{tuple(parameter.shape)}"
-                    )
+                _check_like(name, direction[name], parameter)
         return cls(
             {owner_of[id(p)]: tuple(each[name] for each in directions) for name, p in trained.items()},
             len(directions),

@@ -15,6 +15,7 @@ the training gradient. `begin_step(step)` comes before the first one.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -201,21 +202,16 @@ class GradDotProdManager(GhostEngineManager):
             self._gradient = None  # its memory is needed
             self._engine.use_direction(None)
             self._gradient, loss = self._engine.validation_gradient(
-                self._losses(self._validation), lookahead=self._scoring.lookahead
+                self._autocast_losses, lookahead=self._scoring.lookahead
             )
             if not self._scoring.lookahead:
                 self.val_loss = loss
         self._engine.use_direction(self._gradient)
 
-    def _losses(self, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-        """Return a function that calls the model on inputs of some rows."""
-
-        def losses() -> Tensor:
-            with self._autocast():
-                result: Tensor = self._model(*inputs)
-                return result
-
-        return losses
+    def _autocast_losses(self) -> Tensor:
+        with self._autocast():
+            result: Tensor = self._model(*self._validation)
+            return result
 
     def waits(self, step: int) -> bool:
         return self._scoring.exact(step)
@@ -273,8 +269,8 @@ class GradDotProdManager(GhostEngineManager):
     def _exact_rows(self, clip_factor: float, global_rows: int) -> Iterator[ExactRows]:
         """Yield the exact values of each micro-batch's rows."""
         found = self._engine.exact_values(
-            [self._losses(rows.inputs) for rows, _, _ in self._recorded],
-            self._losses(self._validation),
+            [partial(self._model, *rows.inputs) for rows, _, _ in self._recorded],
+            partial(self._model, *self._validation),
             clip_factor=clip_factor,
             global_rows=global_rows,
         )

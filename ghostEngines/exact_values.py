@@ -22,14 +22,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .forward_mode import directional_derivatives
-from .update_rules import Member, Update, Updates
-from .validation_gradient import Losses, ValidationGradient, entries, point_after
+from .own_passes import Losses, autocast_as, mean_loss
+from .update_rules import Update
+from .updates import Updates
+from .validation_gradient import ValidationGradient, entries, point_after
 
 # In half precision the gradients' own rounding is a large part of small values.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+Directions = dict[str, Tensor]
+"""By name of the parameter."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,7 @@ class ExactValues:
 
     values: list[Tensor]  # (n,) for each micro-batch
     of_batch: float  # Σ values of the global batch: what its gradient does
-    momentum: (
-        float  # what the gradients of earlier steps do: the fall on the first way, without the decay's part
-    )
+    momentum: float  # what earlier gradients do: the fall on the first way, without the decay's part
     decay: float  # what weight decay does, to first order
     measured: float  # the fall of the validation rows' mean loss over the step
     cosine: float  # between the validation gradients at the ends of the batch's way
@@ -49,6 +53,11 @@ class ExactValues:
     def predicted(self) -> float:
         """Return the fall that is the sum of all parts."""
         return self.of_batch + self.momentum + self.decay
+
+    @property
+    def measured_of_batch(self) -> float:
+        """Return the measured fall on the second way, which `of_batch` predicts."""
+        return self.measured - self.momentum - self.decay
 
 
 def exact_values(
@@ -59,48 +68,80 @@ def exact_values(
     *,
     clip_factor: float,
     global_rows: int,
-    precision: torch.dtype,
+    autocast: torch.dtype | None,
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
     Two passes over the validation rows, their losses once more, and one forward-mode pass over the train rows.
-    Nothing is changed: not the parameters, their gradients, nor the optimizer. Memory: two of the model's size.
+    Nothing is changed: not the parameters, their gradients, buffers, nor the optimizer. Memory: two of the model's
+    size in float32. In a process group every process makes the call.
 
     Args:
         train: for each micro-batch of this process, calls the model on its train rows.
         validation: calls the model on the validation rows.
         clip_factor: c, by which clipping multiplied the gradients; 1 if it did not.
         global_rows: train rows of the update, over all processes and micro-batches, which all weigh the same.
-        precision: the lowest one in the passes that made the gradients.
+        autocast: its dtype in the passes that made the gradients, in which these are made, too; None: none.
+            Losses are never under autocast: their falls would be lost in its rounding.
 
     Raises:
-        ValueError: the values do not add up to what the update's gradient does.
+        ValueError: clip_factor is not between 0 and 1; the rows are not all of the update's; the values do not
+            add up to what the update's gradient does.
     """
+    if not 0 < clip_factor <= 1:
+        raise ValueError(
+            f"clip_factor={clip_factor}: clipping multiplies a gradient by more than 0, and at most 1"
+        )
     direction, parts = ValidationGradient(model), _Parts(model, updates)
-    with torch.no_grad():
-        before = validation().mean().double()
-    between = direction.add(validation, at=parts.look_ahead()).double()
-    decay = parts.of_decay(direction.total)
-    length = direction.norm
-    after = direction.add(validation, at=point_after(model, updates, with_gradients=True))
+    with autocast_as(model, None):
+        before = mean_loss(model, validation)
+    between = _loss_and_gradient(direction, validation, parts.look_ahead(), autocast)
+    decay, length = parts.of_decay(direction.total), direction.norm
+    after = _loss_and_gradient(
+        direction, validation, point_after(model, updates, with_gradients=True), autocast
+    )
     cosine = (direction.product / (length * direction.norm)).item()  # NaN if one of them is zero
     tangent, of_batch = parts.tangent(direction.total, math.log(1 / clip_factor))
-    factor = clip_factor / global_rows
-    values = [directional_derivatives(model, tangent, each)[1] * factor for each in train]
-    if sum(map(len, values)) == global_rows:  # else other processes have the rest
-        check_sum(values, of_batch, TOLERANCE[precision])
-    momentum = (before - between).item() - decay
-    return ExactValues(values, of_batch, momentum, decay, (before - after.double()).item(), cosine)
+    with autocast_as(model, autocast):
+        derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
+    values = [each * (clip_factor / global_rows) for each in derivatives]
+    trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    lowest = autocast or min(trained, key=lambda dtype: torch.finfo(dtype).bits)
+    check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
+    return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
 
 
-def check_sum(values: Sequence[Tensor], of_batch: float, tolerance: float) -> None:
-    """Raise ValueError unless the values add up to what `.grad`, which they do not know, does in the update.
+def _loss_and_gradient(
+    direction: ValidationGradient, losses: Losses, at: Directions, autocast: torch.dtype | None
+) -> float:
+    """Add the gradient at a point under autocast, and return the mean loss there without it."""
+    with autocast_as(direction.model, autocast):
+        loss = direction.add(losses, at)
+    if autocast is None:
+        return loss.item()
+    with autocast_as(direction.model, None):
+        return mean_loss(direction.model, losses, at)
+
+
+def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, tolerance: float) -> None:
+    """Check that the values add up to what `.grad`, which they do not know, does in the update.
 
     Args:
         tolerance: largest distance, relative to the sum of the values' sizes.
+
+    Raises:
+        ValueError: they do not, or the rows of all processes are not `global_rows`.
     """
     every = torch.cat(list(values)).double()
-    total, size = every.sum().item(), every.abs().sum().item()
+    sums = torch.stack([every.sum(), every.abs().sum(), every.new_tensor(float(len(every)))])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    total, size, rows = sums.tolist()
+    if rows != global_rows:
+        raise ValueError(
+            f"exact values of {rows:.0f} train rows, over all processes, and global_rows={global_rows}: the update's "
+            "own rows are needed, all of them, and no validation rows"
+        )
     if not abs(total - of_batch) <= tolerance * max(size, abs(of_batch)):
         raise ValueError(
             f"the exact values of the batch add up to {total:.6g} nats, and its gradient makes the loss fall by "
@@ -109,30 +150,25 @@ def check_sum(values: Sequence[Tensor], of_batch: float, tolerance: float) -> No
         )
 
 
-Directions = dict[str, Tensor]
-"""By name of the parameter."""
-
-
 class _Parts:
     """The products of validation gradients with parts of the coming update."""
 
     def __init__(self, model: nn.Module, updates: Updates) -> None:
         self._updates, self._model = updates, model
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._moved = [(names[id(member.parameter)], member) for member in updates.moved()]
 
     def look_ahead(self) -> Directions:
         """Return the look-ahead point of the parameters that the update moves."""
         idle = point_after(self._model, self._updates, with_gradients=False)
-        return {
-            self._names[id(each.parameter)]: idle[self._names[id(each.parameter)]] for each in self._moved()
-        }
+        return {name: idle[name] for name, _ in self._moved}
 
     @torch.no_grad()
     def of_decay(self, direction: Directions) -> float:
         """Return lr·<G, d>."""
-        decay = torch.zeros((), dtype=torch.float64)
+        decay = self._zero()
         for lr, own, _, update in self._pieces(direction):
-            decay += lr * dot(own, update.decay)
+            decay += lr * torch.dot(own, update.decay())
         return decay.item()
 
     @torch.no_grad()
@@ -143,36 +179,35 @@ class _Parts:
             twice: 2G; its memory becomes that of z.
             clipping: ln(1/c).
         """
-        of_batch, slope, square = torch.zeros(3, dtype=torch.float64).unbind()
+        of_batch, slope, square = self._zero(), self._zero(), self._zero()
         for lr, own, gradient, update in self._pieces(twice):
             own.mul_(lr / 2)
-            of_batch += dot(own, update.step - update.idle)
+            of_batch += torch.dot(own, update.step() - update.idle())
+            factor = update.share()
             if clipping > 0:
-                slope += dot(own * update.slope(), gradient)
-                square += dot(gradient, gradient)
-        along = (slope / square).item() if square > 0 else 0.0  # <W, ĝ>/|g|, times lr
-        for _, own, gradient, update in self._pieces(twice):
-            if clipping == 0:
-                own.mul_(update.share())
-            else:
-                own.mul_(torch.add(update.share(), update.slope(), alpha=clipping))
-                own.sub_(gradient, alpha=clipping * along)
-        moved = {self._names[id(member.parameter)] for member in self._moved()}
-        return {name: each for name, each in twice.items() if name in moved}, of_batch.item()
+                own_slope = update.slope()
+                slope += torch.dot(own * own_slope, gradient)
+                square += torch.dot(gradient, gradient)
+                factor.add_(own_slope, alpha=clipping)
+            own.mul_(factor)
+        tangent = {name: twice[name] for name, _ in self._moved}
+        if clipping > 0 and square > 0:
+            along = (slope / square).item()  # <W, ĝ>/|g|, times lr
+            for name, member in self._moved:
+                whole = member.parameter.grad
+                assert whole is not None
+                tangent[name].sub_(whole, alpha=clipping * along)
+        return tangent, of_batch.item()
 
-    def _moved(self) -> Iterator[Member]:
-        """Yield the parameters that the coming update moves: those with a gradient."""
-        return (member for member in self._updates.members() if member.parameter.grad is not None)
+    def _zero(self) -> Tensor:
+        """Return a sum of nothing, in float64 and on the model's device, for which nobody waits."""
+        (_, first), *_ = self._moved
+        return torch.zeros((), dtype=torch.float64, device=first.parameter.device)
 
     def _pieces(self, direction: Directions) -> Iterator[tuple[float, Tensor, Tensor, Update]]:
         """Yield lr, the direction, which may be changed in place, the gradient and the update of some entries."""
-        for member in self._moved():
-            flat = direction[self._names[id(member.parameter)]].view(-1)
+        for name, member in self._moved:
+            flat = direction[name].view(-1)
             for part, gradient, some in entries(member, member.parameter.grad):
                 update = self._updates.rule.update(some.group, some.state, some.parameter, gradient)
                 yield float(some.group["lr"]), flat[part], gradient, update
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return <a, b> of two flat tensors, as a float64 number on the CPU."""
-    return torch.dot(a, b).double().cpu()

@@ -7,63 +7,88 @@ Attention runs in its mathematical form, because the fused ones have no forward-
 of the queries, so that no (T, T) tensor of all heads is in memory.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .contraction import accumulation_dtype
-from .parameters import replaced
+from .own_passes import NO_DERIVATIVE, Losses, own_pass, per_sample, widened
 
 ATTENTION_NUMEL = 1 << 22  # about how many attention weights are in memory at a time
 
 
 def directional_derivatives(
-    model: nn.Module, tangents: Mapping[str, Tensor], losses: Callable[[], Tensor]
+    model: nn.Module, tangents: Mapping[str, Tensor], losses: Losses
 ) -> tuple[Tensor, Tensor]:
     """Return the per-sample losses (n,) and their derivatives <z, ∇ℓ_i> (n,).
 
     Parameters in half precision are widened for the pass. Parameters without a tangent have the tangent zero.
 
     Args:
-        model: its parameters are as they were before, afterwards.
+        model: it is as it was before, afterwards.
         tangents: z, by name of the parameter, of its shape.
         losses: calls the model and returns its per-sample losses.
 
     Raises:
         RuntimeError: the losses do not depend on the parameters, or an operation of the model has no forward-mode
             derivative; the message names it.
+        ValueError: the losses are not one for each sample.
     """
-    with torch.no_grad(), forward_ad.dual_level(), DifferentiableAttention():
-        duals = {}
-        for name, parameter in model.named_parameters():
-            values = parameter.detach().to(accumulation_dtype(parameter.dtype))
-            if name in tangents:
-                values = forward_ad.make_dual(values, tangents[name].to(values.dtype))
-            duals[name] = values
-        with replaced(model, duals):
-            result = forward_ad.unpack_dual(losses())
+    # With gradients enabled a model runs as in training. No graph is made, because no parameter requires one.
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(forward_ad.dual_level())
+        stack.enter_context(ForwardMode())
+        # For attention inside PyTorch's own functions, which ForwardMode does not see.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_slow_encoders())
+        duals = widened(model)
+        for name, tangent in tangents.items():
+            duals[name] = forward_ad.make_dual(duals[name], tangent.to(duals[name].dtype))
+        stack.enter_context(own_pass(model, duals))
+        try:
+            result = forward_ad.unpack_dual(per_sample(losses))
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"exact values need a forward-mode derivative of each operation of the model: {error}"
+            ) from error
     if result.tangent is None:
-        raise RuntimeError(
-            "the losses have no derivative by the model's parameters: `losses` must call the model that the engine is "
-            "attached to, and not a copy, and must not detach what it returns"
-        )
+        raise RuntimeError(f"the losses have no derivative by the model's parameters: {NO_DERIVATIVE}")
     return result.primal, result.tangent
 
 
-class DifferentiableAttention(TorchFunctionMode):
-    """Replace PyTorch's fused attention by operations that have a forward-mode derivative."""
+class ForwardMode(TorchFunctionMode):
+    """Let operations have the forward-mode derivatives that agree with what a backward pass would compute.
+
+    Fused attention has none, so that other operations take its place. In a block without gradients
+    (torch.no_grad()) nothing has a derivative.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
-            return attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            func = attention
+        with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _slow_encoders() -> Iterator[None]:
+    """Leave out the fast path of nn.TransformerEncoder in eval mode, which has no derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def attention(
@@ -84,14 +109,13 @@ def attention(
     if dropout_p > 0:
         raise ValueError(f"attention with dropout_p={dropout_p}: the losses would be of a random model")
     if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     length, of_keys = query.shape[-2], key.shape[-2]
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    rows = query[..., 0, 0].numel()
+    rows = math.prod(query.shape[:-2])
     piece = max(1, ATTENTION_NUMEL // max(1, rows * of_keys))
     parts = []
-    for start in range(0, length, piece):
+    for start in range(0, max(1, length), piece):  # of no queries one piece, which is empty
         stop = min(start + piece, length)
         seen = min(stop, of_keys) if is_causal else of_keys  # no query of the piece sees more keys
         scores = query[..., start:stop, :] @ key[..., :seen, :].mT

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach_checks import check_rows_are_independent, mixing_modules
+from .attach_checks import check_preconditioners, check_rows_are_independent, mixing_modules
 from .compiled_code import check_guarded_pass, check_layers_in_uncompiled_code, eager
 from .covered_layers import Covered
 from .directions import Directions
@@ -23,7 +23,7 @@ from .precision import autocast_of
 from .preconditioner import Preconditioner
 from .sinks import DotProducts
 from .tapped import TappedLayer
-from .update_rules import Updates
+from .updates import Updates
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class ForwardHooks:
         if self._micro_batches.number > 0 and self._micro_batches.first is not None:
             return self._micro_batches.first.preconditioners
         found = self._updates.preconditioners()
+        check_preconditioners(self._options, found)
         return None if found is None else {self._owner_of[key]: each for key, each in found.items()}
 
     def _weight(self) -> Tensor:

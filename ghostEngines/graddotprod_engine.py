@@ -13,7 +13,7 @@ clipping, accumulation and checkpointing see an ordinary model.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from .backward_checks import LossScale, check_autocast, check_backward, check_ca
 from .bypass import find_bypass, raise_bypassed
 from .compiled_code import check_samples_in_uncompiled_code, check_whole_model, eager
 from .covered_layers import Covered, cover
-from .directions import Direction, Directions
+from .directions import Direction, Directions, by_name
 from .exact_values import ExactValues, exact_values
 from .forward_pass import ForwardHooks
 from .graph import Graph, is_reentrant
@@ -42,11 +42,12 @@ from .guard_passes import check_on_step, has_fused_head
 from .joins import hook_joins
 from .micro_batches import MicroBatches
 from .options import EngineOptions
+from .own_passes import Losses
 from .passes import CurrentPass, DirectionKind, Pass
 from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer
-from .update_rules import Updates
-from .validation_gradient import Losses, ValidationGradient, point_after
+from .updates import Updates, unwrapped
+from .validation_gradient import ValidationGradient, point_after
 
 
 class GradDotProdEngine:
@@ -176,14 +177,16 @@ class GradDotProdEngine:
             self._updates,
             self.guard_plan,
         )
-        forward.given, self._forward = self._given(), forward
+        forward.given, self._forward = self._given(self._directions), forward
         hooks = [
             # Before FSDP's hooks, which gather the parameters for one forward and backward pass.
             self.model.register_forward_pre_hook(forward.begin, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(forward.end, always_call=True),
         ]
-        if optimizer is not None and options.micro_batches > 1:
-            hooks.append(optimizer.register_step_pre_hook(self._micro_batches.check_complete))
+        if optimizer is not None:
+            hooks.append(unwrapped(optimizer).register_step_post_hook(self._micro_batches.stepped))
+            if options.micro_batches > 1:
+                hooks.append(unwrapped(optimizer).register_step_pre_hook(self._micro_batches.check_complete))
         self._restore = [hook.remove for hook in hooks]
         for tapped in self._layers:
             tapped.attach()
@@ -215,23 +218,22 @@ class GradDotProdEngine:
             RuntimeError: the engine is not attached.
             AttachError: scores per pair, or per layer with tied weights or several directions, or strategy
                 "gram", which needs validation rows.
-            ValueError: a parameter is missing or unknown, or a tensor is of another shape.
+            ValueError: a parameter is missing or unknown, or a tensor is of another shape, dtype or device.
         """
         if self._forward is None:
             raise RuntimeError("attach the engine first, then give it a direction")
         named: dict[str, Direction] = {}
         if direction is not None:
-            single = all(isinstance(each, Tensor) for each in direction.values())
-            named = cast(dict[str, Direction], {"": direction} if single else dict(direction))
+            named = by_name(direction)
             check_given(self._options, self._covered, len(named))
+        self._forward.given = self._given(named)
         self._directions = named
         self.forget_micro_batches()
-        self._forward.given = self._given()
 
-    def _given(self) -> Directions | None:
-        if not self._directions:
+    def _given(self, named: Mapping[str, Direction]) -> Directions | None:
+        if not named:
             return None
-        return Directions.of(self.model, self._covered.owner_of, list(self._directions.values()))
+        return Directions.of(self.model, self._covered.owner_of, list(named.values()))
 
     @property
     def lr(self) -> float:
@@ -274,24 +276,25 @@ class GradDotProdEngine:
     ) -> ExactValues:
         """Return each train row's share of what the coming update does for the validation loss.
 
-        Call it when `.grad` is what the optimizer will be given, before `optimizer.step()`. exact_values.py has the
-        definition. It changes nothing, and needs memory of two of the model's size.
+        Call it when `.grad` is what the optimizer will be given, before `optimizer.step()`, and in every process.
+        exact_values.py has the definition. It changes nothing, and needs memory of two of the model's size in
+        float32.
 
         Args:
             train: for each micro-batch of this process, calls the model on its train rows alone and returns their
-                losses; without autocast, or the values are those of rounded gradients.
+                losses, without autocast: the engine chooses that.
             validation: likewise, on the validation rows.
             clip_factor: what clipping multiplied the gradients by; 1 if it did not.
             global_rows: train rows in the update, over all processes and micro-batches.
 
         Raises:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
-            RuntimeError: the engine was not attached with an optimizer; an operation of the model has no
-                forward-mode derivative.
-            ValueError: the values of all rows do not add up to what `.grad` does (checked where this process has
-                all rows).
+            RuntimeError: the engine was not attached with an optimizer; the optimizer has stepped already, or
+                micro-batches are missing; an operation of the model has no forward-mode derivative.
+            ValueError: other rows than the update's; their values do not add up to what `.grad` does.
         """
-        updates, weight = self._all_updates(), next(p for p in self.model.parameters() if p.requires_grad)
+        updates = self._all_updates()
+        self._micro_batches.check_before_step()
         with self.paused():
             return exact_values(
                 self.model,
@@ -300,7 +303,7 @@ class GradDotProdEngine:
                 validation,
                 clip_factor=clip_factor,
                 global_rows=global_rows,
-                precision=self._current.autocast or weight.dtype,
+                autocast=self._current.autocast,
             )
 
     def _all_updates(self) -> Updates:
@@ -446,10 +449,12 @@ class GradDotProdEngine:
             RuntimeError: `prepare_gradients` was not called.
         """
         pass_ = self._current.pass_
-        if pass_ is None or not pass_.prepared:
+        first = (
+            self._micro_batches.first
+        )  # None: the micro-batches are forgotten, or another direction is given
+        if pass_ is None or not pass_.prepared or first is None:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
-        assert self._micro_batches.first is not None
-        dots = pass_.probed_dots(self._micro_batches.first)
+        dots = pass_.probed_dots(first)
         if not self.scored:
             dots = torch.full_like(dots, torch.nan)
         if pass_.split.given:

@@ -17,6 +17,7 @@ class MicroBatches:
         self.kept: dict[str, Any] = {}  # validation gradients, by parameter
         self.first: Pass | None = None  # the pass of the step's first micro-batch
         self._versions: list[int] = []  # of the parameters, at the first micro-batch
+        self._stepped = False  # the optimizer has used the gradients of the last passes
 
     def begin(self, samples: int, what: str, versions: list[int]) -> None:
         """Check that a pass can be the next micro-batch.
@@ -31,7 +32,7 @@ class MicroBatches:
             RuntimeError: the parameters changed within the step.
         """
         if self.number == 0:
-            self._versions = versions if self.count > 1 else []
+            self._versions, self._stepped = versions if self.count > 1 else [], False
             return
         assert self.first is not None
         if samples != self.first.split.n:
@@ -60,6 +61,19 @@ class MicroBatches:
         """Raise RuntimeError if micro-batches are missing; a hook before the optimizer's step."""
         if self.number != 0:
             raise RuntimeError(self._incomplete("the optimizer steps"))
+
+    def stepped(self, *_: Any) -> None:
+        """Record that the optimizer has used the gradients; a hook after its step."""
+        self._stepped = True
+
+    def check_before_step(self) -> None:
+        """Raise RuntimeError unless the optimizer's coming update is that of whole passes it has not used yet."""
+        if self._stepped:
+            raise RuntimeError(
+                "the optimizer has stepped since the last pass: call exact_values() before it does"
+            )
+        if self.number != 0:
+            raise RuntimeError(self._incomplete("exact_values() is called"))
 
     def _incomplete(self, what: str) -> str:
         return (

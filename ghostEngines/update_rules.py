@@ -13,10 +13,10 @@ the update, from 1:
 An optimizer of one's own needs an `UpdateRule`, about 20 lines, and `register_update_rule`.
 """
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,15 +29,28 @@ Group = Mapping[str, Any]
 """One of an optimizer's `param_groups`: its learning rate, betas, and so on."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """What some entries of a parameter are moved by, over -lr. All of one shape."""
+class Update(ABC):
+    """What some entries of a parameter are moved by, over -lr. Each tensor is computed when it is asked for."""
 
-    step: Tensor  # u(g)
-    idle: Tensor  # u(0): what earlier gradients move them by
-    decay: Tensor  # d
-    share: Callable[[], Tensor]  # A = (u(g) - u(0)) / g, so that A∘g is what this gradient moves them by
-    slope: Callable[[], Tensor]  # J = u'(g)
+    @abstractmethod
+    def step(self) -> Tensor:
+        """Return u(g)."""
+
+    @abstractmethod
+    def idle(self) -> Tensor:
+        """Return u(0): what earlier gradients move them by."""
+
+    @abstractmethod
+    def decay(self) -> Tensor:
+        """Return d."""
+
+    @abstractmethod
+    def share(self) -> Tensor:
+        """Return A = (u(g) - u(0)) / g in new memory: A∘g is what this gradient moves them by."""
+
+    @abstractmethod
+    def slope(self) -> Tensor:
+        """Return J = u'(g) in new memory."""
 
 
 class UpdateRule(ABC):
@@ -88,27 +101,55 @@ class AdamRule(UpdateRule):
         return SecondMoment(state["exp_avg_sq"], 1 - beta2**steps, group["eps"], factor)
 
     def update(self, group: Group, state: Mapping[str, Any], parameter: Tensor, gradient: Tensor) -> Update:
-        (beta1, beta2), eps, g = group["betas"], group["eps"], gradient
+        return _AdamUpdate(group, state, parameter, gradient)
+
+
+class _AdamUpdate(Update):
+    def __init__(self, group: Group, state: Mapping[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        (beta1, beta2), g = group["betas"], gradient
         if state:
             m, v, t = state["exp_avg"], state["exp_avg_sq"], float(state["step"]) + 1
         else:  # before the first update
             m, v, t = torch.zeros_like(g), torch.zeros_like(g), 1.0
         first, second = 1 - beta1**t, 1 - beta2**t
-        a, b = (1 - beta1) / first, (1 - beta2) / second
-        m0, v0 = m * (beta1 / first), v * (beta2 / second)
-        s0, s = v0.sqrt(), v0.addcmul(g, g, value=b).sqrt_()
-        u, idle = m0.add(g, alpha=a).div_(s + eps), m0 / (s0 + eps)
+        self._a, self._b = (1 - beta1) / first, (1 - beta2) / second
+        self._m0: Tensor = m * (beta1 / first)
+        self._v0: Tensor = v * (beta2 / second)
+        self._eps, self._decay = float(group["eps"]), float(group["weight_decay"])
+        self._g, self._parameter = g, parameter
 
-        # Where s is 0, at an entry that never had a gradient, so are g and m0.
-        def share() -> Tensor:
-            rest: Tensor = (m0 * g).mul_(b).div_(((s + s0) * (s0 + eps)).masked_fill_(s == 0, 1))
-            return rest.neg_().add_(a).div_(s + eps)
+    @cached_property
+    def _s0(self) -> Tensor:
+        return self._v0.sqrt()
 
-        def slope() -> Tensor:
-            rest: Tensor = (u * g).mul_(b).div_(s.masked_fill(s == 0, 1))
-            return rest.neg_().add_(a).div_(s + eps)
+    @cached_property
+    def _s(self) -> Tensor:
+        return self._v0.addcmul(self._g, self._g, value=self._b).sqrt_()
 
-        return Update(u, idle, group["weight_decay"] * parameter, share, slope)
+    @cached_property
+    def _u(self) -> Tensor:
+        return self._m0.add(self._g, alpha=self._a).div_(self._s + self._eps)
+
+    def step(self) -> Tensor:
+        return self._u
+
+    def idle(self) -> Tensor:
+        return self._m0 / (self._s0 + self._eps)
+
+    def decay(self) -> Tensor:
+        return self._decay * self._parameter
+
+    # Where s is 0, at an entry that never had a gradient, so are g and m0.
+    def share(self) -> Tensor:
+        divisor = (self._s + self._s0).mul_(self._s0 + self._eps).masked_fill_(self._s == 0, 1)
+        return self._over_s((self._m0 * self._g).div_(divisor))
+
+    def slope(self) -> Tensor:
+        return self._over_s((self._u * self._g).div_(self._s.masked_fill(self._s == 0, 1)))
+
+    def _over_s(self, rest: Tensor) -> Tensor:
+        """Return (a - b·rest) / (s + ε)."""
+        return rest.mul_(-self._b).add_(self._a).div_(self._s + self._eps)
 
 
 class SGDRule(UpdateRule):
@@ -118,27 +159,47 @@ class SGDRule(UpdateRule):
         _check_maximize(group)
 
     def preconditioner(self, group: Group, state: Mapping[str, Any]) -> Preconditioner:
-        return Uniform(self._factor(group, state))
+        return Uniform(_sgd_factor(group, state))
 
     def update(self, group: Group, state: Mapping[str, Any], parameter: Tensor, gradient: Tensor) -> Update:
-        factor, momentum = self._factor(group, state), group["momentum"]
-        idle = torch.zeros_like(gradient)
-        if momentum and _buffer(state) is not None:
+        factor, idle = _sgd_factor(group, state), torch.zeros_like(gradient)
+        if group["momentum"] and _buffer(state) is not None:
+            momentum = group["momentum"]
             idle = _buffer(state) * (momentum**2 if group["nesterov"] else momentum)
-        decay = group["weight_decay"] * factor * parameter
+        return _LinearUpdate(idle, factor, gradient, group["weight_decay"] * factor * parameter)
 
-        def share() -> Tensor:
-            return torch.full_like(gradient, factor)
 
-        return Update(idle + factor * gradient, idle, decay, share, share)
+@dataclass(frozen=True)
+class _LinearUpdate(Update):
+    """u(g) = u(0) + factor·g"""
 
-    def _factor(self, group: Group, state: Mapping[str, Any]) -> float:
-        """Return what a gradient of this update is multiplied with in it."""
-        momentum = group["momentum"]
-        into_buffer = 1.0 if _buffer(state) is None else 1.0 - group["dampening"]
-        if not momentum:
-            return 1.0
-        return 1 + momentum * into_buffer if group["nesterov"] else into_buffer
+    idle_step: Tensor
+    factor: float
+    gradient: Tensor
+    of_decay: Tensor
+
+    def step(self) -> Tensor:
+        return self.idle_step.add(self.gradient, alpha=self.factor)
+
+    def idle(self) -> Tensor:
+        return self.idle_step
+
+    def decay(self) -> Tensor:
+        return self.of_decay
+
+    def share(self) -> Tensor:
+        return torch.full_like(self.gradient, self.factor)
+
+    slope = share
+
+
+def _sgd_factor(group: Group, state: Mapping[str, Any]) -> float:
+    """Return what SGD multiplies a gradient with in this update."""
+    momentum = group["momentum"]
+    into_buffer = 1.0 if _buffer(state) is None else 1.0 - group["dampening"]
+    if not momentum:
+        return 1.0
+    return 1 + momentum * into_buffer if group["nesterov"] else into_buffer
 
 
 def _buffer(state: Mapping[str, Any]) -> Any:
@@ -169,84 +230,3 @@ def register_update_rule(optimizer_class: type[torch.optim.Optimizer], rule: Upd
     if optimizer_class in UPDATE_RULES:
         raise ValueError(f"{optimizer_class.__name__} has an update rule already")
     UPDATE_RULES[optimizer_class] = rule
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer inside Hugging Face accelerate's wrapper; any other one as it is."""
-    accelerate = sys.modules.get("accelerate.optimizer")
-    if accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
-        inner: torch.optim.Optimizer = optimizer.optimizer
-        return inner
-    return optimizer
-
-
-@dataclass(frozen=True)
-class Member:
-    """One parameter of an optimizer, with its group and its state before the coming update."""
-
-    parameter: Tensor
-    group: Group
-    state: Mapping[str, Any]
-
-
-class Updates:
-    """The updates that an optimizer makes.
-
-    Raises:
-        AttachError: there is no rule for its class, or its rule does not cover its options.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = unwrapped(optimizer)
-        kind = type(self._optimizer)
-        if kind not in UPDATE_RULES:
-            raise AttachError(
-                f"there is no update rule for the optimizer {kind.__name__}, so that it is unknown what a gradient "
-                f"does in its step. There are rules for {', '.join(each.__name__ for each in UPDATE_RULES)}; "
-                'register one (register_update_rule), or use direction "gradient"'
-            )
-        self.rule = UPDATE_RULES[kind]
-        for group in self._optimizer.param_groups:
-            self.rule.check(group)
-        self._has_stepped = False
-
-    @property
-    def lr(self) -> float:
-        """Return the largest learning rate of all groups. The others' are relative to it."""
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
-
-    def members(self) -> Iterator[Member]:
-        """Yield the parameters that train."""
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    yield Member(parameter, group, self._optimizer.state.get(parameter, {}))
-
-    def preconditioners(self) -> dict[int, Preconditioner] | None:
-        """Return P, with the learning rate over `lr`, by id of the parameter.
-
-        Returns:
-            None before the first update of an optimizer whose P is not known before it. Empty if P is 1 for all.
-        """
-        largest, found = self.lr, {}
-        for member in self.members():
-            preconditioner = self.rule.preconditioner(member.group, member.state)
-            if preconditioner is not None:
-                relative = 1.0 if largest == 0 else float(member.group["lr"]) / largest
-                found[id(member.parameter)] = (
-                    preconditioner if relative == 1 else preconditioner.times(relative)
-                )
-        if not found or not self._known():
-            return None
-        if all(isinstance(each, Uniform) and each.factor == 1 for each in found.values()):
-            return {}
-        return found
-
-    def _known(self) -> bool:
-        """Return whether updates have been made, for an optimizer that counts them.
-
-        It may have skipped every step so far. Waits, until there was one, for a device that counts.
-        """
-        counts = [state["step"] for state in self._optimizer.state.values() if "step" in state]
-        self._has_stepped = self._has_stepped or not counts or any(count > 0 for count in counts)
-        return self._has_stepped

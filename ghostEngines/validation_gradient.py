@@ -1,6 +1,7 @@
 """The validation gradient from a pass of its own, at the model's parameters or at others."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +9,13 @@ from torch.distributed.tensor import DTensor
 
 from .contraction import accumulation_dtype
 from .errors import AttachError
-from .parameters import replaced
-from .update_rules import Member, Updates
+from .own_passes import NO_DERIVATIVE, Losses, own_pass, per_sample, widened
+from .updates import Member, Updates
 
 # Entries of a parameter that are in work at a time: few, so that they stay in a CPU's cache, and that PyTorch does not
 # divide an operation among threads, which would wait for each other after each of many where a core is busy.
 CHUNK = 1 << 15
 GPU_CHUNK = 1 << 24  # on a GPU each call has a cost
-
-Losses = Callable[[], Tensor]
-"""Calls the model and returns its per-sample losses."""
 
 
 class ValidationGradient:
@@ -31,7 +29,7 @@ class ValidationGradient:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if any(isinstance(parameter, DTensor) for parameter in trained.values()):
             raise AttachError(
@@ -49,32 +47,42 @@ class ValidationGradient:
         Args:
             losses: calls the model on the validation rows.
             at: by name; None: the parameters themselves.
+
+        Raises:
+            RuntimeError: the losses do not depend on the model's parameters.
         """
-        products: list[Tensor] = []
-        squares: list[Tensor] = []
-        leaves = {}
-        for name, parameter in self._model.named_parameters():
-            values = parameter if at is None or name not in at else at[name]
-            leaf = values.detach().to(accumulation_dtype(parameter.dtype))
-            if name in self.total:
-                leaf.requires_grad_()
-                leaf.grad = self.total[name]  # the backward pass adds to it in place
-
-                def measure(gradient: Tensor, before: Tensor = leaf.grad) -> None:
-                    products.append(torch.dot(before.flatten(), gradient.flatten()).double())
-                    squares.append(torch.dot(gradient.flatten(), gradient.flatten()).double())
-
-                leaf.register_hook(measure)
-            leaves[name] = leaf
-        with torch.enable_grad(), replaced(self._model, leaves):
-            loss = losses().mean()
-            loss.backward()
+        leaves, measured = widened(self.model, at), _Measured()
+        for name, total in self.total.items():
+            leaves[name].requires_grad_()
+            leaves[name].grad = total  # the backward pass adds to it in place
+            leaves[name].register_hook(partial(measured.add, total))
+        with torch.enable_grad(), own_pass(self.model, leaves):
+            found = per_sample(losses)
+            if found.requires_grad:
+                found.mean().backward()
+        if not measured.squares:
+            raise RuntimeError(
+                f"the validation losses have no derivative by the model's parameters: {NO_DERIVATIVE}"
+            )
         for name in self.total:
             gradient = leaves[name].grad
             assert gradient is not None
             self.total[name] = gradient
-        self.norm, self.product = torch.stack(squares).sum().sqrt(), torch.stack(products).sum()
-        return loss.detach()
+        self.norm = torch.stack(measured.squares).sum().sqrt()
+        self.product = torch.stack(measured.products).sum()
+        return found.detach().double().mean()
+
+
+class _Measured:
+    """Squares of gradients and their products with those before, by parameter."""
+
+    def __init__(self) -> None:
+        self.products: list[Tensor] = []
+        self.squares: list[Tensor] = []
+
+    def add(self, before: Tensor, gradient: Tensor) -> None:
+        self.products.append(torch.dot(before.flatten(), gradient.flatten()).double())
+        self.squares.append(torch.dot(gradient.flatten(), gradient.flatten()).double())
 
 
 def entries(member: Member, gradient: Tensor | None) -> Iterator[tuple[slice, Tensor, Member]]:
@@ -109,14 +117,12 @@ def point_after(model: nn.Module, updates: Updates, *, with_gradients: bool) -> 
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
-    for member in updates.members():
-        gradient = member.parameter.grad
-        if with_gradients and gradient is None:  # the optimizer leaves it out
-            continue
+    for member in updates.moved() if with_gradients else updates.members():
         parameter = member.parameter
         after = parameter.new_empty(parameter.shape, dtype=accumulation_dtype(parameter.dtype))
-        for part, own, some in entries(member, gradient if with_gradients else None):
+        for part, own, some in entries(member, parameter.grad if with_gradients else None):
             update = updates.rule.update(some.group, some.state, some.parameter, own)
-            after.view(-1)[part] = some.parameter - some.group["lr"] * (update.step + update.decay)
-        found[names[id(member.parameter)]] = after
+            way = (update.step() if with_gradients else update.idle()) + update.decay()
+            torch.sub(some.parameter, way, alpha=float(some.group["lr"]), out=after.view(-1)[part])
+        found[names[id(parameter)]] = after
     return found

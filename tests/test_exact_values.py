@@ -17,78 +17,22 @@ import numpy as np
 import pytest
 import torch
 from allocations import Allocations
-from cases import BY_NAME, CASES, Case
+from cases import CASES
+from coming_steps import ADAM, LR, WARM, N, State, prepared
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.oracle import Truth, per_sample
-from ghostEngines import AttachError, ExactValues, GradDotProdEngine, UpdateRule, register_update_rule
-from ghostEngines.forward_mode import DifferentiableAttention, directional_derivatives
+from ghostEngines import UpdateRule, register_update_rule
+from ghostEngines.forward_mode import ForwardMode, directional_derivatives
 from ghostEngines.preconditioner import Uniform
-from ghostEngines.update_rules import UPDATE_RULES, AdamRule, SGDRule, Update, Updates
+from ghostEngines.update_rules import UPDATE_RULES, AdamRule, SGDRule, Update
+from ghostEngines.updates import Updates
 from ghostEngines.validation_gradient import point_after
 from models.causal_lm import CausalLM
 
-N, M, LR, WARM = 4, 2, 1e-2, 3
-ADAM: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 NAMES = [case.name for case in CASES]
-
-
-@dataclass
-class State:
-    """A model before a step, whose gradients are there, clipped."""
-
-    case: Case
-    model: Any
-    optimizer: torch.optim.Optimizer
-    engine: GradDotProdEngine
-    clip_factor: float
-    truth: Truth  # of the step's rows, at the parameters before it
-    x: Tensor
-    y: Tensor
-
-    def losses(self, rows: slice) -> Callable[[], Tensor]:
-        return lambda: self.case.losses(self.model, self.x[rows], self.y[rows])
-
-    def exact(self) -> ExactValues:
-        return self.engine.exact_values(
-            [self.losses(slice(0, N))],
-            self.losses(slice(N, None)),
-            clip_factor=self.clip_factor,
-            global_rows=N,
-        )
-
-    def flat(self, what: Callable[[nn.Parameter], Tensor]) -> Tensor:
-        return torch.cat([what(p).detach().flatten() for p in self.model.parameters() if p.requires_grad])
-
-    def state(self, key: str) -> Tensor:
-        return self.flat(lambda p: self.optimizer.state[p].get(key, torch.zeros_like(p)))
-
-
-def prepared(name: str, make: Callable[..., Any], clip: float = 0.0, warm: int = WARM) -> State:
-    """A model after `warm` updates, before the next. clip: the norm of the gradient is clipped to this much of it."""
-    case = BY_NAME[name]
-    model = case.model()
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
-    engine = GradDotProdEngine(model, M, direction="gradient")
-    engine.attach(optimizer)
-    for step in range(warm + 1):
-        x, y = case.data(N + M, seed=1 + step)
-        if step == warm:
-            twin = case.model()
-            twin.load_state_dict(model.state_dict())
-            truth = per_sample(twin, case.logits, x, y, N)
-        engine.joint_loss(case.losses(model, x, y)).backward()
-        engine.prepare_gradients()
-        if step < warm:
-            optimizer.step()
-            optimizer.zero_grad()
-    factor = clip or 1.0
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad *= factor
-    return State(case, model, optimizer, engine, factor, truth, x, y)
 
 
 def own_adam(v: Tensor, m: Tensor, steps: int, gradient: Tensor) -> Tensor:
@@ -218,32 +162,6 @@ def test_every_layer(name: str) -> None:
     assert trained and error.max() < 1e-10
 
 
-def test_nothing_is_changed() -> None:
-    state = prepared("fused-gpt2-tied-padded", partial(torch.optim.AdamW, **ADAM), 0.5)
-    model, optimizer = state.model, state.optimizer
-
-    def everything() -> list[Tensor]:
-        return [
-            *(p.detach() for p in model.parameters()),
-            *(p.grad for p in model.parameters()),
-            *(t for p in model.parameters() for t in optimizer.state[p].values()),
-            state.engine.dot_products(),
-            torch.get_rng_state(),
-        ]
-
-    before = deepcopy(everything())
-    parameters = [id(p) for p in model.parameters()]
-    state.exact()
-    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert parameters == [id(p) for p in model.parameters()]
-    optimizer.step()
-    optimizer.zero_grad()
-    state.engine.joint_loss(
-        state.case.losses(model, state.x, state.y)
-    ).backward()  # and the next step goes on
-    state.engine.prepare_gradients()
-
-
 def test_an_entry_that_never_had_a_gradient() -> None:
     """s = 0: A = J = a/ε, and no division by zero."""
     group = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "lr": 1.0, "amsgrad": False}
@@ -252,15 +170,17 @@ def test_an_entry_that_never_had_a_gradient() -> None:
     update = AdamRule().update(group, state, zeros, torch.tensor([0.0, 1e-3, -1e-3], dtype=torch.float64))
     a = 0.1 / (1 - 0.9**10)
     assert update.share()[0] == update.slope()[0] == pytest.approx(a / 1e-8)
-    assert all(each.isfinite().all() for each in (update.step, update.idle, update.share(), update.slope()))
-    assert torch.allclose(update.share()[1:] * torch.tensor([1e-3, -1e-3]).double(), update.step[1:])
+    assert all(
+        each.isfinite().all() for each in (update.step(), update.idle(), update.share(), update.slope())
+    )
+    assert torch.allclose(update.share()[1:] * torch.tensor([1e-3, -1e-3]).double(), update.step()[1:])
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_in_pieces(causal: bool, mask: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ghostEngines.forward_mode.ATTENTION_NUMEL", 50)
-    q, k, v = (torch.randn(2, heads, 7, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 7, 4, dtype=torch.float64) for heads in (4, 2, 1))
     allowed = torch.rand(2, 1, 7, 7) > 0.4
     allowed[0, 0, 3] = False  # a query that sees no key
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": True, "scale": 0.3}
@@ -269,9 +189,10 @@ def test_attention_in_pieces(causal: bool, mask: str | None, monkeypatch: pytest
             return  # PyTorch takes one of them
         options["attn_mask"] = allowed if mask == "bool" else torch.randn(2, 1, 7, 7, dtype=torch.float64)
     want = functional.scaled_dot_product_attention(q, k, v, **options)
-    with DifferentiableAttention():
+    with ForwardMode():
         got = functional.scaled_dot_product_attention(q, k, v, **options)
-    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+        none = functional.scaled_dot_product_attention(q[..., :0, :], k, v, enable_gqa=True)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12) and none.shape == (2, 4, 0, 4)
 
 
 def test_half_precision_is_widened() -> None:
@@ -287,46 +208,6 @@ def test_half_precision_is_widened() -> None:
     )
     assert got.dtype == torch.float32 and torch.allclose(got.double(), wide, rtol=1e-4, atol=1e-4)
     assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and want.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (partial(torch.optim.AdamW, amsgrad=True), "amsgrad"),
-        (partial(torch.optim.AdamW, maximize=True), "maximize"),
-        (partial(torch.optim.SGD, maximize=True), "maximize"),
-        (partial(torch.optim.Adam, weight_decay=0.1), "adds it to the gradient"),
-        (torch.optim.NAdam, "no update rule for the optimizer NAdam"),
-        (type("MyAdamW", (torch.optim.AdamW,), {}), "no update rule for the optimizer MyAdamW"),
-    ],
-)
-def test_optimizers_that_are_refused(make: Callable[..., Any], message: str) -> None:
-    model = nn.Linear(2, 2)
-    engine = GradDotProdEngine(model, 1, direction="auto")
-    with pytest.raises(AttachError, match=message):
-        engine.attach(make(model.parameters()))
-    engine = GradDotProdEngine(model, 1)  # the gradient itself needs no rule
-    engine.attach(make(model.parameters()))
-    with pytest.raises(AttachError, match=message):
-        engine.exact_values([], lambda: torch.zeros(1), clip_factor=1.0, global_rows=1)
-
-
-def test_values_that_do_not_add_up() -> None:
-    """Other rows than those of the step, another clip factor, a model that is a copy."""
-    state = prepared("gpt2-untied", partial(torch.optim.AdamW, **ADAM), 0.5)
-    validation = state.losses(slice(N, None))
-
-    def exact(losses: Callable[[], Tensor], clip_factor: float = 0.5) -> ExactValues:
-        return state.engine.exact_values([losses], validation, clip_factor=clip_factor, global_rows=N)
-
-    exact(state.losses(slice(0, N)))
-    with pytest.raises(ValueError, match="add up to"):
-        exact(state.losses(slice(1, N + 1)))
-    with pytest.raises(ValueError, match="add up to"):
-        exact(state.losses(slice(0, N)), clip_factor=0.4)
-    twin = deepcopy(state.case.model())
-    with pytest.raises(RuntimeError, match="and not a copy"):
-        exact(lambda: state.case.losses(twin, state.x[:N], state.y[:N]))
 
 
 def test_no_tensor_of_all_attention_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,13 +248,6 @@ def test_inside_accelerate_s_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_without_an_optimizer() -> None:
-    engine = GradDotProdEngine(nn.Linear(2, 2), 1)
-    engine.attach()
-    with pytest.raises(RuntimeError, match="attach the engine with the optimizer"):
-        engine.exact_values([], lambda: torch.zeros(1), clip_factor=1.0, global_rows=1)
-
-
 class SignDescent(torch.optim.Optimizer):
     """An optimizer of one's own: tanh of the gradient."""
 
@@ -395,14 +269,31 @@ class SignRule(UpdateRule):
         return Uniform(1.0)
 
     def update(self, group: Any, state: Any, parameter: Tensor, gradient: Tensor) -> Update:
-        zero, step = torch.zeros_like(gradient), gradient.tanh()
-        share = torch.where(gradient == 0, 1.0, step / gradient)
-        return Update(step, zero, zero, lambda: share, lambda: 1 - step**2)
+        return Sign(gradient)
 
 
-def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ghostEngines.update_rules.UPDATE_RULES", dict(UPDATE_RULES))
+@dataclass
+class Sign(Update):
+    gradient: Tensor
+
+    def step(self) -> Tensor:
+        return self.gradient.tanh()
+
+    def idle(self) -> Tensor:
+        return torch.zeros_like(self.gradient)
+
+    decay = idle
+
+    def share(self) -> Tensor:
+        return torch.where(self.gradient == 0, 1.0, self.step() / self.gradient)
+
+    def slope(self) -> Tensor:
+        return 1 - self.step() ** 2
+
+
+def test_a_rule_of_ones_own(request: pytest.FixtureRequest) -> None:
     register_update_rule(SignDescent, SignRule())
+    request.addfinalizer(lambda: UPDATE_RULES.pop(SignDescent))
     with pytest.raises(ValueError, match="already"):
         register_update_rule(SignDescent, SGDRule())
     state = prepared("gpt2-untied", partial(SignDescent, lr=LR), 0.5, warm=1)

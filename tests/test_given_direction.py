@@ -150,6 +150,8 @@ def test_back_to_the_validation_rows() -> None:
     step(engine, case, model, N)
     model.zero_grad()
     engine.use_direction(None)
+    with pytest.raises(RuntimeError, match="call prepare_gradients"):
+        engine.dot_products()
     x, y = case.data(N + 1)
     truth = case.truth(N, 1)
     engine.joint_loss(case.losses(model, x, y)).backward()
@@ -170,6 +172,12 @@ def test_what_is_refused() -> None:
         engine.use_direction({**direction, "other": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"'0.bias' has shape \(3,\), the parameter \(2,\)"):
         engine.use_direction({**direction, "0.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"has dtype torch.float64, the parameter torch.float32"):
+        engine.use_direction({**direction, "0.bias": torch.zeros(2, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="and several are one such mapping for each name"):
+        engine.use_direction({"a": direction, "b": torch.zeros(2)})  # type: ignore[arg-type]
+    engine.detach()  # a refused direction is not kept
+    engine.attach()
     model = nn.Sequential(nn.Linear(2, 2))
     pairwise, gram = (
         GradDotProdEngine(model, 1, granularity="pairwise"),

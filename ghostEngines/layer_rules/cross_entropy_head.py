@@ -140,7 +140,8 @@ def run_head(
     known = (targets >= 0) & (targets < len(weight)) | (targets == IGNORE_INDEX)
     require(known.all(), f"a target is no token: ids go from 0 to {len(weight) - 1}, {IGNORE_INDEX} is none.")
     dtype = compute_dtype(hidden)
-    if not torch.is_grad_enabled():
+    no_gradients = not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
+    if plan is None and no_gradients:  # as in an evaluation and in a forward-mode pass
         return _losses_only(hidden, weight, targets, counts, dtype)
     probe, link = (None, None) if plan is None else (plan.probe, plan.uses.link)
     return FusedHead.apply(
