@@ -17,7 +17,8 @@ PHASES = (100, 1_000, 10_000)  # the steps, counted from 0, at which a new phase
 FEW_ROWS = 30  # fewer say too little
 LEAST_CORRELATION = 0.8  # Pearson's, and
 SLOPES = (1 / 3, 3.0)  # between which values can be read as amounts, and
-FALLS = (0.8, 1.25)  # measured over the sum of all parts, between which the exact ones can
+LARGEST_DISTANCE = 0.25  # of exact values from the measured falls, up to which they can
+ROUNDING = 2e-6  # nats, of a fall that is measured in float32
 
 AUDITED = """
     SELECT
@@ -30,10 +31,12 @@ OF_ROWS = """
         SELECT
             run, phase, in_pass - avg(in_pass) OVER same AS x, exact_value - avg(exact_value) OVER same AS y
         FROM ({audited}) WHERE in_pass IS NOT NULL WINDOW same AS (PARTITION BY run, step)
-    ), ranked AS (
+    ), ranked AS (  -- ties have their mean rank
         SELECT
-            *, rank() OVER (PARTITION BY run, phase ORDER BY x) AS rank_x,
-            rank() OVER (PARTITION BY run, phase ORDER BY y) AS rank_y
+            *, rank() OVER (PARTITION BY run, phase ORDER BY x)
+                + count(*) OVER (PARTITION BY run, phase, x) / 2 AS rank_x,
+            rank() OVER (PARTITION BY run, phase ORDER BY y)
+                + count(*) OVER (PARTITION BY run, phase, y) / 2 AS rank_y
         FROM centred
     )
     SELECT
@@ -45,12 +48,15 @@ OF_STEPS = """
     SELECT
         run, phase, min(step) AS first, max(step) AS last, count(*) AS steps, avg(cosine) AS cosine,
         sum(in_pass) AS in_pass, sum(of_batch) AS of_batch,
-        sum(momentum) AS momentum, sum(decay) AS decay, sum(measured_fall) AS measured
+        sum(momentum) AS momentum, sum(decay) AS decay, sum(measured_fall) AS measured,
+        sum(greatest(abs(of_batch - measured_of_batch) - {rounding}, 0)) / nullif(sum(abs(measured_of_batch)), 0)
+            AS distance
     FROM (
         SELECT
             run, step, any_value(phase) AS phase, fsum(in_pass) AS in_pass, fsum(exact_value) AS of_batch,
-            any_value(momentum) AS momentum,
-            any_value(decay) AS decay, any_value(measured_fall) AS measured_fall, any_value(cosine) AS cosine
+            any_value(momentum) AS momentum, any_value(decay) AS decay, any_value(cosine) AS cosine,
+            any_value(measured_fall) AS measured_fall,
+            any_value(measured_fall - momentum - decay) AS measured_of_batch
         FROM ({audited}) GROUP BY run, step
     ) GROUP BY run, phase
 """
@@ -77,6 +83,9 @@ COLUMNS = {
     "momentum": "double",  # what earlier gradients did
     "decay": "double",  # what weight decay did
     "measured": "double",  # the measured fall of the validation loss in these steps
+    # Between the exact values of a step and the measured fall without momentum and decay: Σ |distance| over the
+    # steps, over Σ |fall|. Null: nothing fell.
+    "distance": "double",
 }
 SQL_TYPES = {"int32": "INTEGER", "int64": "BIGINT", "double": "DOUBLE"}
 
@@ -99,10 +108,7 @@ class Audit:
     momentum: float
     decay: float
     measured: float
-
-    @property
-    def predicted(self) -> float:
-        return self.of_batch + self.momentum + self.decay
+    distance: float | None
 
     @property
     def too_few(self) -> bool:
@@ -137,9 +143,16 @@ class Audit:
         in_pass = "-" if self.in_pass is None else f"{self.in_pass:+.3g}"
         return (
             f"values {self.of_batch:+.3g} (in pass {in_pass}), momentum {self.momentum:+.3g}, decay "
-            f"{self.decay:+.3g} of a measured fall of {self.measured:+.3g} nats; cosine of the validation "
-            f"gradients {cosine}"
+            f"{self.decay:+.3g} of a measured fall of {self.measured:+.3g} nats"
+            + ("" if self.distance is None else f" (batches are {self.distance:.0%} off)")
+            + f"; cosine of the validation gradients {cosine}"
         )
+
+    def _sums_disagree(self) -> bool:
+        """Return whether in-pass values add up to another fall than the exact ones."""
+        if self.in_pass is None or max(abs(self.in_pass), abs(self.of_batch)) < self.steps * ROUNDING:
+            return False
+        return self.of_batch == 0 or not SLOPES[0] <= self.in_pass / self.of_batch <= SLOPES[1]
 
     def warnings(self, exact: bool) -> list[str]:
         """Return, in plain words, what the values of this phase cannot be used for, and what would help.
@@ -148,34 +161,29 @@ class Audit:
             exact: whether the run's values are the exact ones.
         """
         found = []
+        when = f"In steps {self.first:,} to {self.last:,}"
         if not self.too_few and not exact:
             assert self.pearson is not None and self.slope is not None
             if self.pearson < LEAST_CORRELATION:
                 found.append(
-                    f"In steps {self.first:,} to {self.last:,} values order the samples of a batch poorly (correlation "
+                    f"{when} values order the samples of a batch poorly (correlation "
                     f"{self.pearson:.2f}, below {LEAST_CORRELATION}): --values exact or --validation_point lookahead "
                     "would help, or --steps to leave these steps out."
                 )
             elif not SLOPES[0] <= self.slope <= SLOPES[1]:
                 found.append(
-                    f"In steps {self.first:,} to {self.last:,} values are not amounts: the true ones are "
+                    f"{when} values are not amounts: the true ones are "
                     f"{self.slope:.3g} times as large. Their order is right; --values exact gives amounts."
                 )
-        if (
-            self.too_few
-            and not exact
-            and self.in_pass is not None
-            and abs(self.in_pass) > 3 * abs(self.of_batch)
-        ):
+        if not found and not exact and self._sums_disagree():
             found.append(
-                f"In steps {self.first:,} to {self.last:,} in-pass values add up to {self.in_pass:+.3g} nats, and "
-                f"exact ones to {self.of_batch:+.3g}: leave these steps out (--steps), or take --values exact."
+                f"{when} in-pass values add up to {self.in_pass:+.3g} nats, and exact ones to {self.of_batch:+.3g}: "
+                "leave these steps out (--steps), or take --values exact."
             )
-        if self.predicted > 0 and not FALLS[0] <= self.measured / self.predicted <= FALLS[1]:
+        if self.distance is not None and not self.distance <= LARGEST_DISTANCE:
             found.append(
-                f"In steps {self.first:,} to {self.last:,} even the exact parts add up to {self.predicted:.3g} nats, "
-                f"and the loss fell by {self.measured:.3g}: the steps are too long for a value of one step; a lower "
-                "learning rate or more validation rows would help."
+                f"{when} even exact values are {self.distance:.0%} off from what their batches did to the loss: the "
+                "steps are too long for values of one step; a lower learning rate or more validation rows would help."
             )
         return found
 
@@ -188,7 +196,7 @@ def measure_audit(database: ScoreDatabase) -> pa.Table:
 def audit_sql() -> str:
     """Return SQL for COLUMNS."""
     columns = ", ".join(f"{name}::{SQL_TYPES[kind]} AS {name}" for name, kind in COLUMNS.items())
-    steps, rows = (sql.format(audited=_audited()) for sql in (OF_STEPS, OF_ROWS))
+    steps, rows = (sql.format(audited=_audited(), rounding=ROUNDING) for sql in (OF_STEPS, OF_ROWS))
     return f"SELECT {columns} FROM ({steps}) LEFT JOIN ({rows}) USING (run, phase) ORDER BY run, first"
 
 

@@ -240,11 +240,7 @@ class GradDotProdManager(GhostEngineManager):
         skipped: Tensor,
         global_batch_size: int,
     ) -> None:
-        if self._engine.direction == "auto" and lr != self._engine.lr:
-            raise ValueError(
-                f"aggregate_and_log() got lr={lr}, and dot products are relative to the largest learning rate of the "
-                f"optimizer's groups, {self._engine.lr}: give that one, and set it before begin_step()"
-            )
+        self._check_lr(lr)
         exact: list[ExactRows | None] = [None] * len(self._recorded)
         if self._scoring.exact(step) and not skipped:
             exact = [*self._exact_rows(clip_factor.item(), global_batch_size)]
@@ -265,6 +261,20 @@ class GradDotProdManager(GhostEngineManager):
             )
         if (step + 1) % self._scoring.save_interval == 0:
             self.flush()
+
+    def _check_lr(self, lr: float) -> None:
+        """Raise ValueError unless values can be computed with this learning rate."""
+        rates = {float(group["lr"]) for group in self._optimizer.param_groups}
+        if lr != max(rates):
+            raise ValueError(
+                f"aggregate_and_log() got lr={lr}, and dot products are relative to the largest learning rate of the "
+                f"optimizer's groups, {max(rates)}: give that one, and set it before begin_step()"
+            )
+        if self._engine.direction == "gradient" and len(rates) > 1:
+            raise ValueError(
+                f"the optimizer's groups have the learning rates {', '.join(map(str, sorted(rates)))}: values of "
+                'direction "gradient" are of one; use "auto", which knows each parameter\'s'
+            )
 
     def _exact_rows(self, clip_factor: float, global_rows: int) -> Iterator[ExactRows]:
         """Yield the exact values of each micro-batch's rows."""

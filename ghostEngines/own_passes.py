@@ -41,10 +41,11 @@ def own_pass(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
     Args:
         parameters: by name, as `widened` returns them.
     """
+    is_widened = any(parameters[name].dtype != p.dtype for name, p in model.named_parameters())
     with ExitStack() as stack:
         stack.enter_context(replaced(model, parameters))
         stack.enter_context(_restored_buffers(model))
-        if any(parameters[name].dtype != p.dtype for name, p in model.named_parameters()):
+        if is_widened:
             hook = model.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
             stack.callback(hook.remove)
         yield

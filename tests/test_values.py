@@ -317,6 +317,11 @@ def test_the_audit_against_pandas(audited: Path) -> None:
         by_step = some.groupby("step").first()
         for name, column in (("momentum", "momentum"), ("decay", "decay"), ("measured", "measured_fall")):
             assert getattr(got, name) == pytest.approx(by_step[column].sum())
+        batch = some.groupby("step").exact_value.sum()
+        fell = by_step.measured_fall - by_step.momentum - by_step.decay
+        off = ((batch - fell).abs() - 2e-6).clip(lower=0).sum()
+        assert got.distance == pytest.approx(off / fell.abs().sum())
+        assert got.distance is not None and got.distance > 0
         assert got.cosine == pytest.approx(0.9)
         both = some.dropna(subset="in_pass")
         centred = both[["in_pass", "exact_value"]] - both.groupby("step")[
@@ -332,22 +337,25 @@ def test_the_audit_against_pandas(audited: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pearson", "slope", "measured", "said"),
+    ("pearson", "slope", "right", "said"),
     [
         (0.9, 1.0, 1.0, []),
         (0.7, 1.0, 1.0, ["order the samples of a batch poorly (correlation 0.70"]),
         (0.9, 0.1, 1.0, ["the true ones are 0.1 times as large"]),
-        (0.9, 1.0, 0.5, ["even the exact parts add up to 1 nats, and the loss fell by 0.5"]),
+        (0.9, 1.0, 0.5, ["even exact values are 50% off from what their batches did to the loss"]),
     ],
 )
-def test_what_the_audit_warns_of(pearson: float, slope: float, measured: float, said: list[str]) -> None:
-    audit = Audit(0, 100, 900, 9, 40, pearson, pearson, slope, 0.9, 2.0, 0.5, 0.3, 0.2, measured)
+def test_what_the_audit_warns_of(pearson: float, slope: float, right: float, said: list[str]) -> None:
+    audit = Audit(0, 100, 900, 9, 40, pearson, pearson, slope, 0.9, 0.6, 0.5, 0.3, 0.2, 1.0, 1 - right)
     warnings = audit.warnings(exact=False)
     assert len(warnings) == len(said) and all(want in got for want, got in zip(said, warnings, strict=True))
-    assert len(audit.warnings(exact=True)) == (measured < 1)
+    assert len(audit.warnings(exact=True)) == (right < 1)
     assert replace(audit, pearson=math.nan).too_few and not audit.too_few
-    first, *others = replace(audit, rows=29).warnings(exact=False)
-    assert "in-pass values add up to +2 nats, and exact ones to +0.5" in first
+    for few, in_pass in ((29, 2.0), (29, -0.5), (40, 2.0)):
+        if few == 40 and said:
+            continue
+        first, *others = replace(audit, rows=few, in_pass=in_pass).warnings(exact=False)
+        assert f"in-pass values add up to {in_pass:+.3g} nats, and exact ones to +0.5" in first
     assert others == [warning for warning in warnings if "even" in warning]
 
 
