@@ -42,6 +42,12 @@ def compare(state: State, method: str, measured: str) -> tuple[float, float, flo
     )
 
 
+def ceiling(state: State) -> float:
+    """Return the r that true Shapley values would have with the estimated ones, given their standard errors."""
+    noise = np.square(state["shapley_error"]).mean() / np.var(state["shapley"], ddof=1)
+    return float(np.sqrt(max(0.0, 1 - noise)))
+
+
 def group_of(state: State) -> tuple[str, str, str]:
     """Return the group of a state in the tables: optimizer, clipping, and phase."""
     setting = state["setting"]
@@ -52,20 +58,23 @@ def group_of(state: State) -> tuple[str, str, str]:
 def table(
     states: Sequence[State], measured: str, key: Callable[[State], tuple[str, ...]], heads: Sequence[str]
 ) -> str:
-    """Return a Markdown table of all methods, a line for each key."""
+    """Return a Markdown table of all methods, a line for each key; the last column is what sampling alone allows."""
     groups: dict[tuple[str, ...], list[State]] = defaultdict(list)
     for state in states:
         if measured in state:
             groups[key(state)].append(state)
-    lines = [
-        f"| {' | '.join(heads)} | states | {' | '.join(f'{name}: r (worst), slope' for name in METHODS.values())} |",
-        f"|{'---|' * (len(heads) + 1 + len(METHODS))}",
-    ]
+    columns = [*heads, "states", *(f"{name}: r (worst), slope" for name in METHODS.values())]
+    if measured == "shapley":
+        columns.append("r that sampling allows (worst)")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in sorted(groups, key=lambda each: [(len(part), part) for part in each]):
         cells = []
         for method in METHODS:
             r, slope, _ = np.array([compare(state, method, measured) for state in groups[group]]).T
-            cells.append(f"{r.mean():.2f} ({r.min():.2f}), {np.median(slope):.2g}")
+            cells.append(f"{r.mean():.3f} ({r.min():.2f}), {np.median(slope):.2g}")
+        if measured == "shapley":
+            best = [ceiling(state) for state in groups[group]]
+            cells.append(f"{np.mean(best):.3f} ({min(best):.2f})")
         lines.append(f"| {' | '.join(group)} | {len(groups[group])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

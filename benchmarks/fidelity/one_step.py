@@ -5,7 +5,8 @@
 Train small GPT-2s on real text, stop before some steps, and measure in float64 there, with the optimizer itself:
 
 removal   L(the step without row i) - L(the step with all rows), where the other rows keep their weights
-shapley   the mean of row i's effect over random orders in which the rows are added, each order also in reverse
+shapley   the mean of row i's effect over random orders in which the rows are added, each order also in reverse and,
+          for the small models, with all its cyclic shifts, so that each row has each place equally often
 
 The methods are compared with both by Pearson's correlation within the batch and by the slope of a regression of the
 measured on the predicted:
@@ -24,7 +25,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,25 +105,40 @@ def removals(step: Step) -> list[float]:
     return [step.loss_after([float(j != i) for j in range(N)]) - everything for i in range(N)]
 
 
+@dataclass(frozen=True)
+class Orders:
+    """The orders in which rows are added: `blocks` random ones, each with its cyclic shifts, and all in reverse."""
+
+    blocks: int
+    shifts: int
+
+    @property
+    def pairs(self) -> int:
+        """Return how many pairs of an order and its reverse there are."""
+        return self.blocks * self.shifts
+
+
 def shapley(
-    step: Step, pairs: int, seed: int, advance: Callable[[], None]
+    step: Step, orders: Orders, seed: int, advance: Callable[[], None]
 ) -> tuple[list[float], list[float]]:
-    """Return Shapley values from `pairs` antithetic pairs of orders, in nats, and their standard errors."""
+    """Return Shapley values, in nats, and their standard errors, from the spread of the blocks."""
     draw = np.random.default_rng(seed)
-    of_pairs = []
-    for _ in range(pairs):
+    of_blocks = []
+    for _ in range(orders.blocks):
         order, falls = draw.permutation(N), np.zeros(N)
-        for each in (order, order[::-1]):
-            weights = [0.0] * N
-            loss = step.loss_after(weights)
-            for row in each:
-                weights[row] = 1.0
-                before, loss = loss, step.loss_after(weights)
-                falls[row] += (before - loss) / 2
-        of_pairs.append(falls)
-        advance()
-    errors = np.std(of_pairs, axis=0, ddof=1) / np.sqrt(pairs)
-    return np.mean(of_pairs, axis=0).tolist(), errors.tolist()
+        for shift in range(orders.shifts):
+            shifted = np.roll(order, shift)
+            for each in (shifted, shifted[::-1]):
+                weights = [0.0] * N
+                loss = step.loss_after(weights)
+                for row in each:
+                    weights[row] = 1.0
+                    before, loss = loss, step.loss_after(weights)
+                    falls[row] += (before - loss) / (2 * orders.shifts)
+            advance()
+        of_blocks.append(falls)
+    errors = np.std(of_blocks, axis=0, ddof=1) / np.sqrt(orders.blocks)
+    return np.mean(of_blocks, axis=0).tolist(), errors.tolist()
 
 
 def predictions(step: Step) -> dict[str, list[float]]:
@@ -156,23 +172,24 @@ def predictions(step: Step) -> dict[str, list[float]]:
     return found | {"clip_factor": [factor], "cosine": [exact.cosine]}
 
 
-def measure(state: State, pairs: int, advance: Callable[[], None]) -> dict[str, Any]:
+def measure(state: State, orders: Orders | None, advance: Callable[[], None]) -> dict[str, Any]:
     """Return everything that is measured and predicted at a state."""
     for group in state.optimizer.param_groups:
         assert group["lr"] == state.setting.lr * min(1.0, state.t / WARMUP)
     step = Step(state)
     values: dict[str, Any] = {"removal": removals(step), **predictions(step)}
-    if pairs:
-        values["shapley"], values["shapley_error"] = shapley(step, pairs, state.t, advance)
+    if orders is not None:
+        values["shapley"], values["shapley_error"] = shapley(step, orders, state.t, advance)
     return {"setting": asdict(state.setting), "t": state.t, **values}
 
 
 def run(
-    setting: Setting, shards: Path, folder: Path, stops: tuple[int, ...], pairs: int, again: bool
+    setting: Setting, shards: Path, folder: Path, stops: tuple[int, ...], orders: Orders | None, again: bool
 ) -> None:
     """Train and measure one setting, unless that is done.
 
     Args:
+        orders: for Shapley values; None: without them.
         again: make the predictions of the states that are there again, instead of measuring those that are not.
     """
     torch.set_num_threads(1)
@@ -181,22 +198,23 @@ def run(
     if not wanted:
         return
     corpus = Corpus(shards, setting.vocabulary)
-    with progress_bar(setting.name, max(wanted) + (0 if again else pairs * len(wanted)), "step") as bar:
+    pairs = 0 if again or orders is None else orders.pairs * len(wanted)
+    with progress_bar(setting.name, max(wanted) + pairs, "step") as bar:
         for state in train(setting, corpus, wanted, bar.update):
             path = paths[state.t]
             if again:
                 found = json.loads(path.read_text()) | predictions(Step(state))
             else:
-                found = measure(state, pairs, bar.update)
+                found = measure(state, orders, bar.update)
             write_text(path, json.dumps(found))
 
 
-def settings_of(size: str) -> Iterator[tuple[Setting, tuple[int, ...], int]]:
-    """Yield each setting, the steps at which it is measured, and the pairs of orders for Shapley values."""
+def settings_of(size: str) -> Iterator[tuple[Setting, tuple[int, ...], Orders | None]]:
+    """Yield each setting, the steps at which it is measured, and the orders for Shapley values."""
     for setting in SMALL if size == "small" else LARGE:
-        pairs = 20 if size == "small" else 5
+        orders = Orders(blocks=3, shifts=N) if size == "small" else Orders(blocks=5, shifts=1)
         stops = STOPS if size == "small" else (100, 300)
-        yield setting, stops, pairs if setting.lr in MEASURED_BY_SHAPLEY else 0
+        yield setting, stops, orders if setting.lr in MEASURED_BY_SHAPLEY else None
 
 
 def main(argv: list[str]) -> None:
@@ -214,8 +232,8 @@ def main(argv: list[str]) -> None:
     with ProcessPoolExecutor(args.jobs) as pool:
         for size in args.sizes.split(","):
             for done in [
-                pool.submit(run, setting, shards, folder, stops, pairs, args.again)
-                for setting, stops, pairs in settings_of(size)
+                pool.submit(run, setting, shards, folder, stops, orders, args.again)
+                for setting, stops, orders in settings_of(size)
             ]:
                 done.result()
 
