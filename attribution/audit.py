@@ -22,15 +22,15 @@ ROUNDING = 2e-6  # nats, of a fall that is measured in float32
 
 AUDITED = """
     SELECT
-        run, step, CASE {phases} END AS phase, exact_value, momentum, decay, measured_fall, cosine,
+        run, step, CASE {phases} END AS phase, exact_value, of_batch, momentum, decay, measured_fall, cosine,
         lr * clip_factor * dot_product / global_batch_size AS in_pass
-    FROM scores WHERE exact_value IS NOT NULL
+    FROM scores WHERE of_batch IS NOT NULL
 """
 OF_ROWS = """
     WITH centred AS (
         SELECT
             run, phase, in_pass - avg(in_pass) OVER same AS x, exact_value - avg(exact_value) OVER same AS y
-        FROM ({audited}) WHERE in_pass IS NOT NULL WINDOW same AS (PARTITION BY run, step)
+        FROM ({audited}) WHERE in_pass IS NOT NULL AND exact_value IS NOT NULL WINDOW same AS (PARTITION BY run, step)
     ), ranked AS (  -- ties have their mean rank
         SELECT
             *, rank() OVER (PARTITION BY run, phase ORDER BY x)
@@ -53,7 +53,7 @@ OF_STEPS = """
             AS distance
     FROM (
         SELECT
-            run, step, any_value(phase) AS phase, fsum(in_pass) AS in_pass, fsum(exact_value) AS of_batch,
+            run, step, any_value(phase) AS phase, fsum(in_pass) AS in_pass, any_value(of_batch) AS of_batch,
             any_value(momentum) AS momentum, any_value(decay) AS decay, any_value(cosine) AS cosine,
             any_value(measured_fall) AS measured_fall,
             any_value(measured_fall - momentum - decay) AS measured_of_batch
@@ -65,7 +65,7 @@ TO_PLOT = """
     SELECT phase, x, y, step FROM (
         SELECT
             run, step, phase, in_pass - avg(in_pass) OVER same AS x, exact_value - avg(exact_value) OVER same AS y
-        FROM ({audited}) WHERE in_pass IS NOT NULL WINDOW same AS (PARTITION BY run, step)
+        FROM ({audited}) WHERE in_pass IS NOT NULL AND exact_value IS NOT NULL WINDOW same AS (PARTITION BY run, step)
     ) ORDER BY hash(run, step, x, y), run, step, x, y LIMIT 5000
 """
 COLUMNS = {
@@ -79,7 +79,7 @@ COLUMNS = {
     "slope": "double",  # of a regression of the exact on the in-pass values
     "cosine": "double",  # between the validation gradients before and after a step, the mean
     "in_pass": "double",  # Σ in-pass values, in nats; null: none of the steps has them
-    "of_batch": "double",  # Σ exact values
+    "of_batch": "double",  # Σ exact values of the whole batches
     "momentum": "double",  # what earlier gradients did
     "decay": "double",  # what weight decay did
     "measured": "double",  # the measured fall of the validation loss in these steps
@@ -208,7 +208,7 @@ def audited_rows(database: ScoreDatabase) -> pa.Table:
 def audited_steps(database: ScoreDatabase, run: int) -> pa.Table:
     """Return the audited steps of a run: step, of_batch, momentum, decay, measured."""
     sql = f"""
-        SELECT step, fsum(exact_value) AS of_batch, any_value(momentum) AS momentum, any_value(decay) AS decay,
+        SELECT step, any_value(of_batch) AS of_batch, any_value(momentum) AS momentum, any_value(decay) AS decay,
             any_value(measured_fall) AS measured
         FROM ({_audited()}) WHERE run = {run} GROUP BY step ORDER BY step
     """

@@ -243,7 +243,7 @@ class GradDotProdManager(GhostEngineManager):
         self._check_lr(lr)
         exact: list[ExactRows | None] = [None] * len(self._recorded)
         if self._scoring.exact(step) and not skipped:
-            exact = [*self._exact_rows(clip_factor.item(), global_batch_size)]
+            exact = [*self._exact_rows(step, clip_factor.item(), global_batch_size)]
         for (rows, dots, train_losses), of_rows in zip(self._recorded, exact, strict=True):
             self._scores.append(
                 step=step,
@@ -276,16 +276,20 @@ class GradDotProdManager(GhostEngineManager):
                 'direction "gradient" are of one; use "auto", which knows each parameter\'s'
             )
 
-    def _exact_rows(self, clip_factor: float, global_rows: int) -> Iterator[ExactRows]:
+    def _exact_rows(self, step: int, clip_factor: float, global_rows: int) -> Iterator[ExactRows]:
         """Yield the exact values of each micro-batch's rows."""
+        rows = len(self._recorded[0][0].sample_ids)
+        some = self._scoring.exact_rows(step, rows)
         found = self._engine.exact_values(
-            [partial(self._model, *rows.inputs) for rows, _, _ in self._recorded],
+            [partial(self._model, *(each[:some] for each in micro.inputs)) for micro, _, _ in self._recorded],
             partial(self._model, *self._validation),
             clip_factor=clip_factor,
             global_rows=global_rows,
+            whole_batch=some == rows,
         )
         for values in found.values:
-            yield ExactRows(values, found.momentum, found.decay, found.measured, found.cosine)
+            padded = nn.functional.pad(values, (0, rows - some), value=torch.nan)
+            yield ExactRows(padded, found.of_batch, found.momentum, found.decay, found.measured, found.cosine)
 
     @contextmanager
     def detached(self) -> Iterator[None]:

@@ -69,6 +69,7 @@ def exact_values(
     clip_factor: float,
     global_rows: int,
     autocast: torch.dtype | None,
+    whole_batch: bool,
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
@@ -83,6 +84,7 @@ def exact_values(
         global_rows: train rows of the update, over all processes and micro-batches, which all weigh the same.
         autocast: its dtype in the passes that made the gradients, in which these are made, too; None: none.
             Losses are never under autocast: their falls would be lost in its rounding.
+        whole_batch: `train` is on all rows of the update, so that their values must add up.
 
     Raises:
         ValueError: clip_factor is not between 0 and 1; the rows are not all of the update's; the values do not
@@ -105,9 +107,10 @@ def exact_values(
     with autocast_as(model, autocast):
         derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
     values = [each * (clip_factor / global_rows) for each in derivatives]
-    trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
-    lowest = autocast or min(trained, key=lambda dtype: torch.finfo(dtype).bits)
-    check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
+    if whole_batch:
+        trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+        lowest = autocast or min(trained, key=lambda dtype: torch.finfo(dtype).bits)
+        check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
     return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
 
 

@@ -272,7 +272,13 @@ class GradDotProdEngine:
         return gradient.total, loss
 
     def exact_values(
-        self, train: Sequence[Losses], validation: Losses, *, clip_factor: float, global_rows: int
+        self,
+        train: Sequence[Losses],
+        validation: Losses,
+        *,
+        clip_factor: float,
+        global_rows: int,
+        whole_batch: bool = True,
     ) -> ExactValues:
         """Return each train row's share of what the coming update does for the validation loss.
 
@@ -286,6 +292,7 @@ class GradDotProdEngine:
             validation: likewise, on the validation rows.
             clip_factor: what clipping multiplied the gradients by; 1 if it did not.
             global_rows: train rows in the update, over all processes and micro-batches.
+            whole_batch: False: `train` is on some of the rows only, whose values cannot be checked by their sum.
 
         Raises:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
@@ -304,6 +311,7 @@ class GradDotProdEngine:
                 clip_factor=clip_factor,
                 global_rows=global_rows,
                 autocast=self._current.autocast,
+                whole_batch=whole_batch,
             )
 
     def _all_updates(self) -> Updates:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 FIRST_AUDITS = (2, 5, 10, 20, 50)  # steps, counted from 1: training changes fast at its beginning
+AUDITED_ROWS = 4  # of a micro-batch, in later audits: all steps of a phase are looked at together
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Scoring:
     def own_passes(self) -> bool:
         """Return whether the validation rows have passes of their own, and are not in the joint batch."""
         return self.lookahead or self.refresh_interval > 1
+
+    def exact_rows(self, step: int, rows: int) -> int:
+        """Return how many of a micro-batch's rows have exact values in a step, counted from 0."""
+        if not self.exact(step):
+            return 0
+        return rows if self.every_exact or step + 1 in FIRST_AUDITS else min(rows, AUDITED_ROWS)
 
     def exact(self, step: int) -> bool:
         """Return whether a step, counted from 0, has exact values."""

@@ -44,7 +44,8 @@ __all__ = ["SCORE_SCHEMA", "ExactRows", "ScoreError", "ScoreWriter", "drop_rows_
 class ExactRows:
     """The exact values of the rows of one append(), and what else made the validation loss fall in the step."""
 
-    values: Tensor  # (n,), in nats
+    values: Tensor  # (n,), in nats; NaN for a row without one
+    of_batch: float  # Σ values of the global batch
     momentum: float
     decay: float
     measured_fall: float
