@@ -26,11 +26,9 @@ One JSON file for the values of a seed and one for each of its groups, in --work
 measured again. figures.py makes the tables and the plot.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -41,11 +39,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.experiment import make_sample_shards
+from benchmarks.fidelity.seeds import measure_seeds
 from benchmarks.fidelity.states import Corpus, N, Rows, Setting, validation_gradient
-from benchmarks.fidelity.values import METHODS, VOCABULARY, Training, order, take
+from benchmarks.fidelity.values import METHODS, Training, order, take
 from foundation.files import write_text
-from foundation.paths import path_argument
 from foundation.progress import progress_bar
 
 ROWS, VALIDATION = 480, 16
@@ -150,26 +147,5 @@ def run(setting: Setting, shards: Path, folder: Path) -> None:
                 write_text(path, json.dumps(measure(bar.update)))
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "benchmarks.fidelity.groups", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--work_dir", type=path_argument, required=True, help="shards, and a folder groups")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, of one thread each")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: any")
-    args = parser.parse_args(argv)
-    shards = make_sample_shards(args.work_dir / "shards")
-    folder = args.work_dir / "groups"
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(args.jobs) as pool:
-        settings = [
-            Setting("AdamW", args.lr, args.clip, seed, vocabulary=VOCABULARY) for seed in range(args.seeds)
-        ]
-        for done in [pool.submit(run, setting, shards, folder) for setting in settings]:
-            done.result()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    measure_seeds(sys.argv[1:], "groups", __doc__.split("\n")[0], 3, run)

@@ -25,7 +25,6 @@ from ghostEngines import GradDotProdEngine
 
 Numbers = npt.NDArray[np.int64]
 Values = dict[str, npt.NDArray[np.float64]]  # by method, one number a row
-VOCABULARY = 2048  # so that a training takes seconds
 METHODS = {"in_pass": "in pass", "exact": "exact", "plain": "plain dot products"}
 
 
