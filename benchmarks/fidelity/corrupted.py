@@ -40,7 +40,7 @@ from benchmarks.fidelity.values import METHODS, Numbers, Training, Values, order
 from foundation.files import write_text
 from foundation.progress import progress_bar
 
-FIRST = 300  # steps of the first phase
+FIRST = 600  # steps of the first phase: the order of tokens begins to matter to the model
 ROWS, SHARE, EPOCHS = 480, 0.1, 2
 VALIDATION, HELD_OUT = 16, 256
 RANDOM = 5  # random rankings

@@ -124,7 +124,7 @@ def measure_half(
         advance()
         if step % STEPS == 0 and step // STEPS in STOPS:
             losses[str(step // STEPS)] = training.loss(validation)
-    return {"left_in": np.flatnonzero(left_in).tolist(), "loss": losses}
+    return {"setting": asdict(setting), "left_in": np.flatnonzero(left_in).tolist(), "loss": losses}
 
 
 def run(setting: Setting, shards: Path, folder: Path) -> None:
