@@ -31,42 +31,52 @@ Array = npt.NDArray[np.float64]
 
 @dataclass
 class Seed:
-    """One seed's sums of scores over the rows of each group, and the falls of the loss that were measured."""
+    """One seed's scores of rows, groups of rows, and the falls of the loss that were measured."""
 
     left_in: npt.NDArray[np.bool_]  # (groups, rows)
     scores: dict[str, dict[str, Array]]  # by epochs and method, (rows,)
     falls: dict[str, Array]  # by epochs, (groups,)
-    whole: dict[str, float]  # by epochs, the loss after training on all rows; "0": before it
+    whole: dict[str, float]  # by epochs, the fall of the loss with all rows
 
     def sums(self, epochs: str, method: str) -> Array:
         """Return the sum of the scores of the rows that each group leaves in (groups,)."""
         return self.left_in @ self.scores[epochs][method]
 
 
+def seed_of(values: dict[str, Any], groups: Sequence[dict[str, Any]]) -> Seed:
+    """Return one seed's groups of one size."""
+    scores = {
+        epochs: {name: np.array(each) for name, each in some.items()}
+        for epochs, some in values["scores"].items()
+    }
+    before, after = values["loss"]["0"], values["loss"]
+    left_in = np.zeros((len(groups), rows_of(values)), bool)
+    for number, group in enumerate(groups):
+        left_in[number, group["left_in"]] = True
+    falls = {
+        epochs: np.array([before - group["loss"][epochs] for group in groups]) for epochs in groups[0]["loss"]
+    }
+    return Seed(left_in, scores, falls, {epochs: before - after[epochs] for epochs in falls})
+
+
+def rows_of(values: dict[str, Any]) -> int:
+    """Return how many rows were scored."""
+    return len(next(iter(values["scores"].values()))["random"])
+
+
 def seeds_of(results: Sequence[dict[str, Any]]) -> dict[str, list[Seed]]:
-    """Return the seeds by how they were trained, in words."""
-    by_setting: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for each in results:
-        by_setting[str(each["setting"])].append(each)
+    """Return the seeds by how they were trained and how much was left out, in words."""
     found: dict[str, list[Seed]] = defaultdict(list)
-    for parts in by_setting.values():
-        values, groups = [p for p in parts if "scores" in p], [p for p in parts if "left_in" in p]
-        if not values or len(groups) < 2:
-            continue  # not measured yet
-        scores = {
-            epochs: {name: np.array(each) for name, each in some.items()}
-            for epochs, some in values[0]["scores"].items()
-        }
-        whole = values[0]["loss"]
-        left_in = np.zeros((len(groups), len(next(iter(scores.values()))["random"])), bool)
-        for number, group in enumerate(groups):
-            left_in[number, group["left_in"]] = True
-        falls = {e: np.array([whole["0"] - group["loss"][e] for group in groups]) for e in scores}
-        setting = values[0]["setting"]
+    for values in (each for each in results if "scores" in each):
+        setting, sizes = values["setting"], defaultdict(list)
+        for each in results:
+            if "left_in" in each and each["setting"] == setting:
+                sizes[len(each["left_in"])].append(each)
         clipped = f"clipped to {setting['clip']:g}" if setting["clip"] else "unclipped"
-        found[f"{setting['optimizer']} {setting['lr']:g}, {clipped}"].append(
-            Seed(left_in, scores, falls, whole)
-        )
+        for left_in, groups in sorted(sizes.items()):
+            if len(groups) > 1:  # else it is not measured yet
+                name = f"{setting['optimizer']}, {clipped}, {1 - left_in / rows_of(values):.0%} left out"
+                found[name].append(seed_of(values, groups))
     return found
 
 
@@ -104,7 +114,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     """Return all tables of this experiment."""
     parts = []
     for name, seeds in seeds_of(results).items():
-        stops = list(seeds[0].scores)
+        stops = list(seeds[0].falls)
         heads = " | ".join(f"{epochs} epochs" for epochs in stops)
         groups = sum(len(seed.left_in) for seed in seeds)
         lines = [f"| LDS | {heads} |", f"|{'---|' * (1 + len(stops))}"]
@@ -116,8 +126,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             cells = " | ".join(f"{np.median([slope(s, e, method) for s in seeds]):.2g}" for e in stops)
             lines.append(f"| slope, measured / predicted, {SCORES[method]} (median) | {cells} |")
         for words, of_seed in (
-            ("fall of the loss with all rows, nats", lambda s, e: s.whole["0"] - s.whole[e]),
-            ("with half of them", lambda s, e: s.falls[e].mean()),
+            ("fall of the loss with all rows, nats", lambda s, e: s.whole[e]),
+            ("fall with a group's rows, mean", lambda s, e: s.falls[e].mean()),
             ("its standard deviation over groups", lambda s, e: s.falls[e].std(ddof=1)),
         ):
             cells = " | ".join(f"{np.mean([of_seed(s, e) for s in seeds]):.3f}" for e in stops)
@@ -132,7 +142,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     with figure(path, (9, 3.4 * len(found))) as drawn:
         panels = drawn.subplots(len(found), 1, squeeze=False)[:, 0]
         for axes, (name, seeds) in zip(panels, found.items(), strict=True):
-            stops = list(seeds[0].scores)
+            stops = list(seeds[0].falls)
             for number, epochs in enumerate(stops):
                 point, low, high = np.array([lds(seeds, epochs, method) for method in SCORES]).T
                 x = np.arange(len(SCORES)) + (number - (len(stops) - 1) / 2) * 0.22

@@ -2,11 +2,11 @@
 
     PILE_SAMPLE_DIR=... python -m benchmarks.fidelity.groups --work_dir /tmp/fidelity [--jobs 2] [--clip 0.25]
 
-Train a small GPT-2 on ROWS rows in a seeded order and add up each row's values over its uses. Then train again for
-each of GROUPS random halves of the rows. The linear datamodeling score (LDS; Park et al., TRAK, arXiv 2303.14186) is
-Spearman's correlation, over the groups, between the sum of the values of the rows that are left in and the fall of
-the loss on the validation rows that was measured. The learning rate is constant after its rise, so that the training
-of 10 epochs is, on its way, also those of 2 and 5.
+Train a small GPT-2 on ROWS rows in a seeded order and add up each row's values over its uses. Then train again
+without each of GROUPS random halves of the rows, and without each of as many random tenths. The linear datamodeling
+score (LDS; Park et al., TRAK, arXiv 2303.14186, who leave out halves) is Spearman's correlation, over the groups,
+between the sum of the values of the rows that are left in and the measured fall of the loss on the validation rows. The
+learning rate is constant after its rise, so that the training of 10 epochs is, on its way, also those of 2 and 5.
 
 A row that is left out keeps its place in the order and has weight 0 there; the others keep their weight 1/N. That is
 the question that a value answers: the same steps, without the row. (A training on the half alone has half as many
@@ -28,7 +28,7 @@ measured again. figures.py makes the tables and the plot.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,14 +47,17 @@ from foundation.progress import progress_bar
 
 ROWS, VALIDATION = 480, 16
 STOPS = (2, 5, 10)  # epochs
-GROUPS = 40
+GROUPS = 40  # of each size
+# By name: the share of the rows that a group leaves out, and the epochs after which the loss is measured
+SIZES = {"half": (0.5, STOPS), "tenth": (0.1, STOPS[:2])}
 STEPS = ROWS // N  # of an epoch
 
 
-def halves(seed: int) -> npt.NDArray[np.bool_]:
-    """Return which rows each group leaves in (GROUPS, ROWS): a random half."""
-    draw = np.random.default_rng([seed, 1])
-    return np.stack([draw.permutation(ROWS) < ROWS // 2 for _ in range(GROUPS)])
+def groups(seed: int, size: str) -> npt.NDArray[np.bool_]:
+    """Return which rows each group leaves in (GROUPS, ROWS): random ones."""
+    draw = np.random.default_rng([seed, 1, list(SIZES).index(size)])
+    left_in = round(ROWS * (1 - SIZES[size][0]))
+    return np.stack([draw.permutation(ROWS) < left_in for _ in range(GROUPS)])
 
 
 def similarity(training: Training, rows: Rows, validation: Rows) -> dict[str, list[float]]:
@@ -109,20 +112,21 @@ def measure_values(
     return found
 
 
-def measure_half(
+def measure_group(
     setting: Setting,
     rows: Rows,
     validation: Rows,
     left_in: npt.NDArray[np.bool_],
+    stops: Sequence[int],
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """Train with the rows that are left in; return the validation loss after each of STOPS."""
+    """Train with the rows that are left in; return the validation loss after some epochs."""
     training = Training.new(setting)
     losses = {}
-    for step, numbers in enumerate(order(ROWS, max(STOPS), setting.seed), start=1):
+    for step, numbers in enumerate(order(ROWS, max(stops), setting.seed), start=1):
         training.step(take(rows, numbers[left_in[numbers]]))
         advance()
-        if step % STEPS == 0 and step // STEPS in STOPS:
+        if step % STEPS == 0 and step // STEPS in stops:
             losses[str(step // STEPS)] = training.loss(validation)
     return {"setting": asdict(setting), "left_in": np.flatnonzero(left_in).tolist(), "loss": losses}
 
@@ -133,18 +137,19 @@ def run(setting: Setting, shards: Path, folder: Path) -> None:
     corpus = Corpus(shards, setting.vocabulary)
     rows = corpus.rows("train", ROWS, setting.seed)
     validation = corpus.rows("val", VALIDATION, setting.seed)
-    work: dict[Path, Callable[..., dict[str, Any]]] = {
-        folder / f"{setting.name}-values.json": partial(measure_values, setting, rows, validation)
+    # By name of the file: what measures it, and in how many epochs
+    work: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
+        "values": (partial(measure_values, setting, rows, validation), max(STOPS))
     }
-    for number, left_in in enumerate(halves(setting.seed)):
-        path = folder / f"{setting.name}-group{number:02}.json"
-        work[path] = partial(measure_half, setting, rows, validation, left_in)
-    steps = max(STOPS) * STEPS
-    done = sum(path.exists() for path in work)
-    with progress_bar(setting.name, len(work) * steps, "step", done=done * steps) as bar:
-        for path, measure in work.items():
-            if not path.exists():
-                write_text(path, json.dumps(measure(bar.update)))
+    for size, (_, stops) in SIZES.items():
+        for number, left_in in enumerate(groups(setting.seed, size)):
+            measured = partial(measure_group, setting, rows, validation, left_in, stops)
+            work[f"{size}{number:02}"] = measured, max(stops)
+    todo = {folder / f"{setting.name}-{name}.json": each for name, each in work.items()}
+    todo = {path: each for path, each in todo.items() if not path.exists()}
+    with progress_bar(setting.name, sum(epochs for _, epochs in todo.values()) * STEPS, "step") as bar:
+        for path, (measure, _) in todo.items():
+            write_text(path, json.dumps(measure(bar.update)))
 
 
 if __name__ == "__main__":
