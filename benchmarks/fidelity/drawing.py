@@ -20,7 +20,6 @@ def figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         yield drawn
         for axes in drawn.axes:
             axes.grid(axis="y", color="#dddddd")
-            axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         drawn.savefig(path, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
@@ -30,3 +29,8 @@ def dots(axes: Axes, x: float, y: Sequence[float], colour: str, jitter: np.rando
     places = x + jitter.uniform(-0.25, 0.25, len(y))
     axes.plot(places, y, "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
     axes.plot([x - 0.35, x + 0.35], [np.mean(y)] * 2, color=INK, linewidth=1.5)
+
+
+def name_places(axes: Axes, names: Sequence[str]) -> None:
+    """Write the names under the places 0, 1, ..., one word a line."""
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)

@@ -8,7 +8,7 @@ import numpy as np
 
 from attribution.report.plots import COLOURS, INK
 from benchmarks.fidelity.corrupted import KINDS, SCORES
-from benchmarks.fidelity.drawing import dots, figure
+from benchmarks.fidelity.drawing import dots, figure, name_places
 
 Result = dict[str, Any]  # as corrupted.measure returns it
 DROPPED = {**SCORES, "corrupted": "the corrupted ones", "random": "random ones"}
@@ -66,9 +66,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 if name in SCORES:
                     dots(left, number, [one["auroc"][name] for one in some], COLOURS[number], jitter)
                 dots(right, number, [change(one, name) for one in some], COLOURS[number], jitter)
-            wrapped = [words.replace(" ", "\n") for words in DROPPED.values()]
-            left.set_xticks(range(len(SCORES)), wrapped[: len(SCORES)], fontsize=8)
-            right.set_xticks(range(len(DROPPED)), wrapped, fontsize=8)
+            name_places(left, list(SCORES.values()))
+            name_places(right, list(DROPPED.values()))
             left.axhline(0.5, color=INK, linewidth=0.6)
             right.axhline(0, color=INK, linewidth=0.6)
             left.set_ylabel(f"{kind}: AUROC")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from attribution.report.plots import COLOURS, INK
-from benchmarks.fidelity.drawing import figure
+from benchmarks.fidelity.drawing import figure, name_places
 from benchmarks.fidelity.values import METHODS
 
 SCORES = {
@@ -155,7 +155,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
                     markersize=4,
                     label=f"{epochs} epochs",
                 )
-            axes.set_xticks(range(len(SCORES)), list(SCORES.values()))
+            name_places(axes, list(SCORES.values()))
             axes.axhline(0, color=INK, linewidth=0.6)
             axes.set_title(f"{name}, {len(seeds)} seeds", fontsize=10)
             axes.set_ylabel("LDS, with 95 % interval")
