@@ -74,7 +74,7 @@ def seeds_of(results: Sequence[dict[str, Any]]) -> dict[str, list[Seed]]:
                 sizes[len(each["left_in"])].append(each)
         clipped = f"clipped to {setting['clip']:g}" if setting["clip"] else "unclipped"
         for left_in, groups in sorted(sizes.items()):
-            if len(groups) > 1:  # else it is not measured yet
+            if len(groups) >= 10:  # else it is hardly measured yet
                 name = f"{setting['optimizer']}, {clipped}, {1 - left_in / rows_of(values):.0%} left out"
                 found[name].append(seed_of(values, groups))
     return found
