@@ -16,8 +16,8 @@ loss       minus the row's own loss when it is used: the baseline, which needs n
 
 Curation: the second phase again, from the same model and in the same order, without the tenth of the rows that a score
 ranks lowest, without as many random rows (mean of RANDOM draws), or without those that are corrupted. A row that is
-dropped keeps its place in the order and has weight 0 there. The loss is that of HELD_OUT rows of the test split; the
-scores have seen VALIDATION rows of the validation split.
+dropped keeps its place in the order and has weight 0 there. The losses are those of the VALIDATION rows that the values
+speak of, and of HELD_OUT rows of the test split.
 
 Each seed and kind is a JSON file in --work_dir/corrupted; what is there is not measured again. figures.py makes the
 tables and the plot.
@@ -86,20 +86,18 @@ def score(training: Training, rows: Rows, validation: Rows, advance: Advance) ->
     return totals
 
 
-def train_without(
-    training: Training, rows: Rows, dropped: Numbers, held_out: Rows, advance: Advance
-) -> float:
-    """Train the second phase without some rows and return the held-out loss."""
+def train_without(training: Training, rows: Rows, dropped: Numbers, advance: Advance) -> Training:
+    """Train the second phase without some rows."""
     kept = np.ones(ROWS, bool)
     kept[dropped] = False
     for numbers in order(ROWS, EPOCHS, training.setting.seed):
         training.step(take(rows, numbers[kept[numbers]]))
         advance()
-    return training.loss(held_out)
+    return training
 
 
 def measure(setting: Setting, corpus: Corpus, kind: str, advance: Advance) -> dict[str, Any]:
-    """Return the AUROC of each score, and the held-out loss without the rows that each one ranks lowest."""
+    """Return the AUROC of each score, and the losses without the rows that each one ranks lowest."""
     seed, count = setting.seed, round(SHARE * ROWS)
     draw = np.random.default_rng([seed, 4])
     bad = draw.permutation(ROWS)[:count]
@@ -111,17 +109,21 @@ def measure(setting: Setting, corpus: Corpus, kind: str, advance: Advance) -> di
     dropped = {"nothing": [bad[:0]], "corrupted": [bad]}
     dropped |= {name: [np.argsort(each, kind="stable")[:count]] for name, each in scores.items()}
     dropped["random"] = [draw.permutation(ROWS)[:count] for _ in range(RANDOM)]
-    return {
+    parts = {"validation": validation, "held_out": held_out}
+    found: dict[str, Any] = {
         "setting": asdict(setting),
         "kind": kind,
-        "start": start.loss(held_out),
         "auroc": {name: compute_auroc(each[bad], each[clean]) for name, each in scores.items()},
         "found": {name: float(np.isin(dropped[name][0], bad).mean()) for name in scores},
-        "held_out": {
-            name: [train_without(start.copy(), rows, each, held_out, advance) for each in every]
-            for name, every in dropped.items()
-        },
+        "start": {part: start.loss(some) for part, some in parts.items()},
+        "end": {part: {name: [] for name in dropped} for part in parts},
     }
+    for name, every in dropped.items():
+        for each in every:
+            trained = train_without(start.copy(), rows, each, advance)
+            for part, some in parts.items():
+                found["end"][part][name].append(trained.loss(some))
+    return found
 
 
 def run(setting: Setting, shards: Path, folder: Path) -> None:
@@ -136,4 +138,4 @@ def run(setting: Setting, shards: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure_seeds(sys.argv[1:], "corrupted", __doc__.split("\n")[0], 5, run)
+    measure_seeds(sys.argv[1:], "corrupted", __doc__.split("\n")[0], 4, run)

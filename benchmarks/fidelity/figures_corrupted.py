@@ -14,9 +14,12 @@ Result = dict[str, Any]  # as corrupted.measure returns it
 DROPPED = {**SCORES, "corrupted": "the corrupted ones", "random": "random ones"}
 
 
-def change(result: Result, dropped: str) -> float:
-    """Return what dropping rows adds to the held-out loss, in thousandths of a nat."""
-    losses = result["held_out"]
+PARTS = {"validation": "validation loss", "held_out": "held-out loss"}
+
+
+def change(result: Result, part: str, dropped: str) -> float:
+    """Return what dropping rows adds to the loss of some rows, in thousandths of a nat."""
+    losses = result["end"][part]
     return float(np.mean(losses[dropped]) - np.mean(losses["nothing"])) * 1000
 
 
@@ -33,44 +36,45 @@ def tables(results: Sequence[Result]) -> str:
         some = [each for each in results if each["kind"] == kind]
         if len(some) < 2:
             continue  # not measured yet
-        start, end = (np.mean([np.mean(each) for each in losses]) for losses in (
-            [one["start"] for one in some], [one["held_out"]["nothing"] for one in some]
-        ))  # fmt: skip
+        start = np.mean([one["start"]["held_out"] for one in some])
+        end = np.mean([one["end"]["held_out"]["nothing"] for one in some])
         lines = [
-            "| rows dropped, a tenth: those ranked lowest by | AUROC | corrupted among the dropped "
-            "| held-out loss against dropping none, 10⁻³ nats |",
-            "|---|---|---|---|",
+            "| dropped: the tenth ranked lowest by | AUROC | corrupted among them "
+            "| validation loss, 10⁻³ nats | held-out loss, 10⁻³ nats |",
+            "|---|---|---|---|---|",
         ]
         for name, words in DROPPED.items():
             auroc = found = "-"
             if name in SCORES:
-                auroc = mean_and_error([one["auroc"][name] for one in some], 3)
+                auroc = mean_and_error([one["auroc"][name] for one in some], 2)
                 found = f"{np.mean([one['found'][name] for one in some]):.0%}"
-            cells = [auroc, found, mean_and_error([change(one, name) for one in some], 2)]
-            lines.append(f"| {words} | {' | '.join(cells)} |")
+            changes = [mean_and_error([change(one, part, name) for one in some], 1) for part in PARTS]
+            lines.append(f"| {words} | {auroc} | {found} | {' | '.join(changes)} |")
         parts.append(
-            f"{kind}: {len(some)} seeds; held-out loss {start:.3f} before the second phase, {end:.3f} after it\n\n"
-            + "\n".join(lines)
+            f"{kind}: {len(some)} seeds; held-out loss {start:.3f} before the second phase, {end:.3f} after it; the "
+            "table has its change by dropping rows\n\n" + "\n".join(lines)
         )
     return "\n\n".join(parts)
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw AUROC and what curation does to the held-out loss, a dot a seed."""
-    with figure(path, (9, 6)) as drawn:
-        panels = drawn.subplots(len(KINDS), 2, width_ratios=(4, 6), squeeze=False)
+    """Draw AUROC and what dropping rows does to the losses, a dot a seed."""
+    with figure(path, (12, 6)) as drawn:
+        panels = drawn.subplots(len(KINDS), 1 + len(PARTS), width_ratios=(4, 6, 6), squeeze=False)
         jitter = np.random.default_rng(0)
-        for (left, right), kind in zip(panels, KINDS, strict=True):
+        for (first, *others), kind in zip(panels, KINDS, strict=True):
             some = [each for each in results if each["kind"] == kind]
-            for number, name in enumerate(DROPPED):
-                if name in SCORES:
-                    dots(left, number, [one["auroc"][name] for one in some], COLOURS[number], jitter)
-                dots(right, number, [change(one, name) for one in some], COLOURS[number], jitter)
-            name_places(left, list(SCORES.values()))
-            name_places(right, list(DROPPED.values()))
-            left.axhline(0.5, color=INK, linewidth=0.6)
-            right.axhline(0, color=INK, linewidth=0.6)
-            left.set_ylabel(f"{kind}: AUROC")
-            right.set_ylabel("held-out loss, 10⁻³ nats")
+            for number, name in enumerate(SCORES):
+                dots(first, number, [one["auroc"][name] for one in some], COLOURS[number], jitter)
+            name_places(first, list(SCORES.values()))
+            first.axhline(0.5, color=INK, linewidth=0.6)
+            first.set_ylabel(f"{kind}: AUROC")
+            for axes, (part, words) in zip(others, PARTS.items(), strict=True):
+                for number, name in enumerate(DROPPED):
+                    dots(axes, number, [change(one, part, name) for one in some], COLOURS[number], jitter)
+                name_places(axes, list(DROPPED.values()))
+                axes.axhline(0, color=INK, linewidth=0.6)
+                axes.set_ylabel(f"change of the {words}, 10⁻³ nats")
         panels[0][0].set_title("detection", fontsize=10)
-        panels[0][1].set_title("training without the tenth ranked lowest", fontsize=10)
+        for axes in panels[0][1:]:
+            axes.set_title("training without the tenth ranked lowest by", fontsize=10)
