@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.fidelity.figures import ages, ceiling, compare, group_of, sums, table
+from benchmarks.fidelity.figures_one_step import ages, ceiling, compare, group_of, sums, table
 from benchmarks.fidelity.one_step import Orders, run
 from benchmarks.fidelity.states import N, Optimizer, Setting
 

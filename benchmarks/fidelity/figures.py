@@ -1,131 +1,25 @@
-"""Make the tables and the plot of benchmarks/FIDELITY.md from the states that one_step.py measured.
+"""Make the tables and the plots of benchmarks/FIDELITY.md from what the experiments measured.
 
-    python -m benchmarks.fidelity.figures --work_dir /tmp/fidelity --plot docs/fidelity.svg
+    python -m benchmarks.fidelity.figures --work_dir /tmp/fidelity --plot docs/fidelity.svg \
+        --groups_plot docs/fidelity_groups.svg --corrupted_plot docs/fidelity_corrupted.svg
 
-Within each state the predicted and the measured values of its rows are compared: Pearson's r, the slope of a regression
-of the measured on the predicted, and the ratio of their sums. The tables show the mean and the worst r, the median
-slope and the median and largest distance of the ratio from 1.
+The tables are those of the experiments whose folder is in --work_dir.
 """
 
 import argparse
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.figure import Figure
-
-from attribution.report.plots import COLOURS, INK
+from benchmarks.fidelity import figures_corrupted, figures_groups, figures_one_step
 from foundation.paths import path_argument
 
-State = dict[str, Any]  # as one_step.measure returns it
-METHODS = {"plain-0": "plain", "in_pass-0": "in pass", "lookahead-0": "look-ahead", "exact": "exact"}
-INTERVALS = (1, 2, 4, 8, 16)
-
-
-def read_states(folder: Path) -> list[State]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def compare(state: State, method: str, measured: str) -> tuple[float, float, float]:
-    """Return r, the slope, and the ratio of the sums, measured over predicted."""
-    x, y = np.array(state[method]), np.array(state[measured])
-    dx, dy = x - x.mean(), y - y.mean()
-    return (
-        float(dx @ dy / np.sqrt((dx @ dx) * (dy @ dy))),
-        float(dx @ dy / (dx @ dx)),
-        float(y.sum() / x.sum()),
-    )
-
-
-def ceiling(state: State) -> float:
-    """Return the r that true Shapley values would have with the estimated ones, given their standard errors."""
-    noise = np.square(state["shapley_error"]).mean() / np.var(state["shapley"], ddof=1)
-    return float(np.sqrt(max(0.0, 1 - noise)))
-
-
-def group_of(state: State) -> tuple[str, str, str]:
-    """Return the group of a state in the tables: optimizer, clipping, and phase."""
-    setting = state["setting"]
-    clipped = "clipped" if setting["clip"] else "unclipped"
-    return setting["optimizer"], clipped, f"t = {state['t']}"
-
-
-def table(
-    states: Sequence[State], measured: str, key: Callable[[State], tuple[str, ...]], heads: Sequence[str]
-) -> str:
-    """Return a Markdown table of all methods, a line for each key; the last column is what sampling alone allows."""
-    groups: dict[tuple[str, ...], list[State]] = defaultdict(list)
-    for state in states:
-        if measured in state:
-            groups[key(state)].append(state)
-    columns = [*heads, "states", *(f"{name}: r (worst), slope" for name in METHODS.values())]
-    if measured == "shapley":
-        columns.append("r that sampling allows (worst)")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for group in sorted(groups, key=lambda each: [(len(part), part) for part in each]):
-        cells = []
-        for method in METHODS:
-            r, slope, _ = np.array([compare(state, method, measured) for state in groups[group]]).T
-            cells.append(f"{r.mean():.3f} ({r.min():.2f}), {np.median(slope):.2g}")
-        if measured == "shapley":
-            best = [ceiling(state) for state in groups[group]]
-            cells.append(f"{np.mean(best):.3f} ({min(best):.2f})")
-        lines.append(f"| {' | '.join(group)} | {len(groups[group])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def sums(states: Sequence[State]) -> str:
-    """Return how far the sum of exact values is from that of the Shapley values, in words."""
-    off = [abs(compare(state, "exact", "shapley")[2] - 1) for state in states if "shapley" in state]
-    return f"median {np.median(off):.1%}, largest {max(off):.1%} of {len(off)} states"
-
-
-def ages(states: Sequence[State], measured: str) -> str:
-    """Return a Markdown table of r by the number of steps K for which a validation gradient is used."""
-    lines = [
-        f"| AdamW, t | validation point | {' | '.join(f'K = {k}' for k in INTERVALS)} |",
-        f"|{'---|' * (2 + len(INTERVALS))}",
-    ]
-    for t in sorted({state["t"] for state in states}):
-        some = [each for each in states if each["t"] == t and each["setting"]["optimizer"] == "AdamW"]
-        for point, name in (("in_pass", "current"), ("lookahead", "look-ahead")):
-            cells = []
-            for k in INTERVALS:
-                found = [
-                    np.mean([compare(state, f"{point}-{age}", measured)[0] for age in range(k)])
-                    for state in some
-                    if f"{point}-{k - 1}" in state
-                ]
-                cells.append(f"{np.mean(found):.2f}" if found else "-")
-            lines.append(f"| {t} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot(states: Sequence[State], path: Path) -> None:
-    """Draw r of each state by method and optimizer, a dot a state."""
-    with mpl.rc_context({"svg.hashsalt": "fidelity", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        jitter = np.random.default_rng(0)
-        for axes, optimizer in zip(panels, ("AdamW", "SGD"), strict=True):
-            some = [each for each in states if each["setting"]["optimizer"] == optimizer]
-            for number, method in enumerate(METHODS):
-                r = [compare(state, method, "removal")[0] for state in some]
-                x = number + jitter.uniform(-0.25, 0.25, len(r))
-                axes.plot(x, r, "o", color=COLOURS[number], alpha=0.5, markersize=4, markeredgewidth=0)
-                axes.plot([number - 0.35, number + 0.35], [np.mean(r)] * 2, color=INK, linewidth=1.5)
-            axes.set_xticks(range(len(METHODS)), list(METHODS.values()))
-            axes.set_title(f"{optimizer}, {len(some)} states", fontsize=10)
-            axes.axhline(0, color=INK, linewidth=0.6)
-            axes.grid(axis="y", color="#dddddd")
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel("correlation with one-step removal")
-        figure.savefig(path, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+# By name of the folder: the module that has its tables and its plot, and the option of the plot.
+EXPERIMENTS: dict[str, tuple[ModuleType, str]] = {
+    "one_step": (figures_one_step, "plot"),
+    "groups": (figures_groups, "groups_plot"),
+    "corrupted": (figures_corrupted, "corrupted_plot"),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -133,25 +27,24 @@ def main(argv: list[str]) -> None:
         "benchmarks.fidelity.figures", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--work_dir", type=path_argument, required=True)
-    parser.add_argument("--plot", type=path_argument, help="also draw this SVG")
-    args = parser.parse_args(argv)
-    states = read_states(args.work_dir / "one_step")
-    small = [state for state in states if state["setting"]["layers"] == 2]
-    large = [state for state in states if state["setting"]["layers"] > 2]
-    for name, some in (("2 layers", small), ("4 layers, full vocabulary", large)):
-        if not some:
-            continue
-        for measured in ("removal", "shapley"):
-            print(f"\n{name}, against {measured}\n")
-            print(table(some, measured, group_of, ("optimizer", "gradient", "step")))
-        print(f"\n{name}: sum of the exact values against that of the Shapley values: {sums(some)}")
-    print("\n2 layers, AdamW by learning rate, against removal\n")
-    adamw = [state for state in small if state["setting"]["optimizer"] == "AdamW"]
-    print(table(adamw, "removal", lambda state: (f"{state['setting']['lr']:g}",), ("learning rate",)))
-    print("\n2 layers, r against removal by K\n")
-    print(ages(small, "removal"))
-    if args.plot is not None:
-        plot(states, args.plot)
+    for name, (_, option) in EXPERIMENTS.items():
+        parser.add_argument(f"--{option}", type=path_argument, help=f"also draw {name} in this SVG")
+    args = vars(parser.parse_args(argv))
+    found = {
+        name: [json.loads(path.read_text()) for path in sorted((args["work_dir"] / name).glob("*.json"))]
+        for name in EXPERIMENTS
+    }
+    if not any(found.values()):
+        parser.error(
+            f"--work_dir {args['work_dir']} has no results of {', '.join(EXPERIMENTS)}: run one first"
+        )
+    for name, (module, option) in EXPERIMENTS.items():
+        if found[name]:
+            print(f"\n{module.tables(found[name])}\n")
+        if args[option] is not None:
+            if not found[name]:
+                parser.error(f"--{option} needs results in {args['work_dir'] / name}: run {name} first")
+            module.plot(found[name], args[option])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import torch
 
 from benchmarks.experiment import make_sample_shards
 from benchmarks.fidelity.states import WARMUP, Corpus, M, N, Optimizer, Setting, State, clip, train
+from benchmarks.fidelity.values import dot_products
 from foundation.files import write_text
 from foundation.paths import path_argument
 from foundation.progress import progress_bar
@@ -162,11 +163,8 @@ def predictions(step: Step) -> dict[str, list[float]]:
         for age, direction in enumerate(state.gradients[point]):
             if method == "plain" and age > 0:
                 break
-            user.use_direction(direction)
-            state.optimizer.zero_grad()
-            user.joint_loss(state.model(*state.train)).backward()
-            user.prepare_gradients()
-            found[f"{method}-{age}"] = (user.dot_products() * scale).tolist()
+            dots = dot_products(user, state.model, state.train, direction)
+            found[f"{method}-{age}"] = (dots * scale).tolist()
         user.detach()
     state.optimizer.zero_grad()
     return found | {"clip_factor": [factor], "cosine": [exact.cosine]}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from benchmarks.experiment import SPLITS
 from data_processing.shards import list_shards
 from ghostEngines import GradDotProdEngine
 from models.causal_lm import CausalLM
@@ -48,10 +49,10 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
-        """Read the splits train and val; at most a million tokens of each domain."""
+        """Read all splits; at most a million tokens of each domain."""
         splits = {
             split: [np.array(shard.tokens[:1_000_000], np.int64) for shard in list_shards(folder, split)]
-            for split in ("train", "val")
+            for split in SPLITS
         }
         counts = np.bincount(np.concatenate(splits["train"]), minlength=1 << 16)
         ids = np.empty_like(counts)
@@ -115,6 +116,12 @@ def clip(model: nn.Module, largest: float) -> float:
     return factor
 
 
+def set_rate(optimizer: torch.optim.Optimizer, setting: Setting, t: int) -> None:
+    """Set the learning rate of step t, counted from 1: it rises for WARMUP steps and stays."""
+    for group in optimizer.param_groups:
+        group["lr"] = setting.lr * min(1.0, t / WARMUP)
+
+
 def train(
     setting: Setting, corpus: Corpus, stops: tuple[int, ...], advance: Callable[[], None]
 ) -> Iterator[State]:
@@ -128,8 +135,7 @@ def train(
     validation = corpus.rows("val", M, seed=setting.seed)
     gradients: dict[str, list[dict[str, Tensor]]] = {"current": [], "lookahead": []}
     for t in range(1, max(stops) + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = setting.lr * min(1.0, t / WARMUP)
+        set_rate(optimizer, setting, t)
         if any(stop - OLDEST < t <= stop for stop in stops):
             for point, each in gradients.items():
                 each.insert(0, validation_gradient(model, optimizer, validation, point))
