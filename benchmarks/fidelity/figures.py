@@ -11,12 +11,13 @@ import json
 import sys
 from types import ModuleType
 
-from benchmarks.fidelity import figures_corrupted, figures_groups, figures_one_step
+from benchmarks.fidelity import figures_corrupted, figures_groups, figures_later, figures_one_step
 from foundation.paths import path_argument
 
 # By name of the folder: the module that has its tables and its plot, and the option of the plot.
 EXPERIMENTS: dict[str, tuple[ModuleType, str]] = {
     "one_step": (figures_one_step, "plot"),
+    "later": (figures_later, "later_plot"),
     "groups": (figures_groups, "groups_plot"),
     "corrupted": (figures_corrupted, "corrupted_plot"),
 }

@@ -62,6 +62,10 @@ class Corpus:
             for split, domains in splits.items()
         }
 
+    def train_rows(self, setting: Setting, t: int) -> Rows:
+        """Return the rows of step t of a setting."""
+        return self.rows("train", N, seed=setting.seed * 1_000_003 + t)
+
     def rows(self, split: str, count: int, seed: int) -> Rows:
         """Return x and y (count, T), each row of a random domain and place."""
         draw, domains = np.random.default_rng(seed), self._domains[split]
@@ -140,7 +144,7 @@ def train(
             for point, each in gradients.items():
                 each.insert(0, validation_gradient(model, optimizer, validation, point))
                 del each[OLDEST:]
-        rows = corpus.rows("train", N, seed=setting.seed * 1_000_003 + t)
+        rows = corpus.train_rows(setting, t)
         if t in stops:
             yield in_float64(State(setting, t, model, optimizer, rows, validation, gradients))
         model(*rows).mean().backward()
