@@ -6,13 +6,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase, BufferedReader
+from typing import Any
 
 from data_processing.input_files import Compression, InputFile, PileError
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from foundation.optional import optional
 
 # First bytes of a file, by compression. A zstd file may begin with a skippable frame, of 16 kinds.
 SIGNATURES: dict[str, tuple[bytes, ...]] = {
@@ -23,8 +20,8 @@ SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "zip": (b"PK\x03\x04",),
 }
 NAME_FOR = {"gzip": ".gz", "zstd": ".zst"}
-# Allow windows up to 2 GiB, as of zstd --long=31. Memory use is that of the file's own window.
-LONGEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+# The log of the longest window, 2 GiB, as of zstd --long=31. Memory use is that of the file's own window.
+LONGEST_WINDOW = 31
 # Words in the decompressor's error -> remedy; the first match counts.
 REMEDIES = {
     "not enough memory": "it was packed with a long window, up to 2 GiB; use a machine with more memory",
@@ -47,13 +44,14 @@ def decompressed(raw: BufferedReader, source: InputFile) -> Iterator[BufferedIOB
     """
     kind = source.compression
     _check_beginning(raw.peek(32)[:32], source)
+    damage = (zlib.error, gzip.BadGzipFile, *([_zstd().ZstdError] if kind == "zstd" else []))
     try:
         yield raw if kind is None else _stream(raw, kind)
     except EOFError as error:
         raise PileError(
             f"{source.path}: ends in the middle of its {kind} data; copy or download it again"
         ) from error
-    except (zstd.ZstdError, zlib.error, gzip.BadGzipFile) as error:
+    except damage as error:
         remedy = next(remedy for words, remedy in REMEDIES.items() if words in str(error))
         raise PileError(f"{source.path}: {error}: {remedy}") from error
 
@@ -61,7 +59,16 @@ def decompressed(raw: BufferedReader, source: InputFile) -> Iterator[BufferedIOB
 def _stream(raw: BufferedReader, kind: Compression) -> BufferedIOBase:
     if kind == "gzip":
         return gzip.GzipFile(fileobj=raw)
-    return zstd.ZstdFile(raw, options=LONGEST_WINDOW)
+    zstd = _zstd()
+    stream: BufferedIOBase = zstd.ZstdFile(
+        raw, options={zstd.DecompressionParameter.window_log_max: LONGEST_WINDOW}
+    )
+    return stream
+
+
+def _zstd() -> Any:
+    """Return the module, which is in the standard library from Python 3.14 on."""
+    return optional("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "train")
 
 
 def _check_beginning(start: bytes, source: InputFile) -> None:

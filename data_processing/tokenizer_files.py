@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import tokenizers
 
 from data_processing.shards import TokenIds, Tokens
 from data_processing.tokenizers import TOKENIZERS, Tokenizer, TokenizerError, byte_ids, get_tokenizer
 from foundation.errors import file_errors
 from foundation.files import write_text
+from foundation.optional import optional
+
+if TYPE_CHECKING:
+    import tokenizers
 
 FILE = "tokenizer.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # where a folder names its special tokens
@@ -39,7 +42,7 @@ class FileTokenizer:
 
     def __init__(self, text: str, end_of_text: int, begin_of_text: int | None) -> None:
         """Take the content of a file that travels with shards, which `canonical` made."""
-        self._text, self._library = text, tokenizers.Tokenizer.from_str(text)
+        self._text, self._library = text, _library(text)
         self._library.encode_special_tokens = True
         self._known = frozenset(self._library.get_vocab(with_added_tokens=True).values())
         self.ids = TokenIds(name_of(text), max(self._known) + 1, end_of_text, begin_of_text)
@@ -79,7 +82,7 @@ class FileTokenizer:
         return cls(canonical(library), end, begin)
 
     @staticmethod
-    def _id(library: tokenizers.Tokenizer, file: Path, token: str) -> int:
+    def _id(library: "tokenizers.Tokenizer", file: Path, token: str) -> int:
         found = library.token_to_id(token)
         if found is None:
             raise TokenizerError(f"{file}: has no token {token!r}; name one of its vocabulary")
@@ -154,7 +157,7 @@ def library_errors(what: str) -> Iterator[None]:
         raise TokenizerError(f"{what}: {str(error)[:200]}") from error
 
 
-def own_begin(library: tokenizers.Tokenizer, file: Path) -> int | None:
+def own_begin(library: "tokenizers.Tokenizer", file: Path) -> int | None:
     """Return the id that a tokenizer itself puts before a text; None if it puts none.
 
     Raises:
@@ -182,21 +185,26 @@ def name_of(text: str) -> str:
     return PREFIX + hashlib.sha256(text.encode()).hexdigest()
 
 
-def canonical(library: tokenizers.Tokenizer) -> str:
+def canonical(library: "tokenizers.Tokenizer") -> str:
     """Return the tokenizer's JSON without what does not change the ids of a text."""
     content = json.loads(library.to_str())
     content["truncation"] = content["padding"] = None
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
-def read_library(file: Path) -> tokenizers.Tokenizer:
+def _library(text: str) -> "tokenizers.Tokenizer":
+    library: tokenizers.Tokenizer = optional("tokenizers", "train").Tokenizer.from_str(text)
+    return library
+
+
+def read_library(file: Path) -> "tokenizers.Tokenizer":
     """Read a tokenizer.json. Raises TokenizerError, naming the file and what is wrong."""
     with file_errors(file, TokenizerError):
         if not file.is_file():
             raise TokenizerError(f"--tokenizer: there is no {file}; name a {FILE}, or a folder that has one")
         text = file.read_text(encoding="utf-8")
     with library_errors(f"{file} is no tokenizer of Hugging Face's format"):
-        return tokenizers.Tokenizer.from_str(text)
+        return _library(text)
 
 
 def named_end(folder: Path) -> str | None:

@@ -9,15 +9,18 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 
 from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, TokenIds, Tokens
 from foundation.errors import UserError
+from foundation.optional import optional
 from foundation.paths import expand_home
+
+if TYPE_CHECKING:
+    import tiktoken
 
 TOKENIZERS = {ids.tokenizer: ids for ids in (GPT2_IDS, GPT2_BYTES_IDS)}
 CACHES = {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"}  # variables of tiktoken, which does not expand `~`
@@ -77,7 +80,7 @@ class Gpt2:
 
     ids = GPT2_IDS
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    def __init__(self, encoding: "tiktoken.Encoding") -> None:
         self._encoding = encoding
 
     @classmethod
@@ -90,8 +93,9 @@ class Gpt2:
         """
         for variable in CACHES & os.environ.keys():
             os.environ[variable] = expand_home(os.environ[variable], variable)
+        library = optional("tiktoken", "train")
         try:
-            return cls(tiktoken.get_encoding("gpt2"))
+            return cls(library.get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network, a read-only cache, a damaged file
             raise TokenizerError(
                 f"tokenizer gpt2: tiktoken could not load its vocabulary ({type(error).__name__}: {error}). "
@@ -128,9 +132,8 @@ class Gpt2:
 
 
 def _gpt2_from(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Gpt2:
-    return Gpt2(
-        tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    )
+    encoding = optional("tiktoken", "train").Encoding
+    return Gpt2(encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens))
 
 
 def byte_ids() -> npt.NDArray[np.uint16]:

@@ -9,6 +9,8 @@ from .row_maps import packed_documents
 from .update_rules import Update, UpdateRule, register_update_rule
 from .verification import Report, verify
 
+__version__ = "0.1.0"
+
 __all__ = [
     "RULES",
     "AttachError",
