@@ -94,6 +94,8 @@ def exact_values(
         raise ValueError(
             f"clip_factor={clip_factor}: clipping multiplies a gradient by more than 0, and at most 1"
         )
+    if not train:
+        raise ValueError("exact values of no rows: `train` needs one function for each micro-batch")
     direction, parts = ValidationGradient(model), _Parts(model, updates)
     with autocast_as(model, None):
         before = mean_loss(model, validation)
@@ -104,12 +106,14 @@ def exact_values(
     )
     cosine = (direction.product / (length * direction.norm)).item()  # NaN if one of them is zero
     tangent, of_batch = parts.tangent(direction.total, math.log(1 / clip_factor))
+    if not math.isfinite(of_batch):
+        raise ValueError("the gradient (.grad) or the validation rows' is not finite: leave such a step out")
     with autocast_as(model, autocast):
         derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
     values = [each * (clip_factor / global_rows) for each in derivatives]
     if whole_batch:
-        trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
-        lowest = autocast or min(trained, key=lambda dtype: torch.finfo(dtype).bits)
+        dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        lowest = autocast or min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
     return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
 
@@ -142,8 +146,8 @@ def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, toler
     total, size, rows = sums.tolist()
     if rows != global_rows:
         raise ValueError(
-            f"exact values of {rows:.0f} train rows, over all processes, and global_rows={global_rows}: the update's "
-            "own rows are needed, all of them, and no validation rows"
+            f"exact values of {rows:.0f} train rows, over all processes of the process group, and "
+            f"global_rows={global_rows}: the update's own rows are needed, all of them, and no validation rows"
         )
     if not abs(total - of_batch) <= tolerance * max(size, abs(of_batch)):
         raise ValueError(

@@ -112,6 +112,8 @@ def entries(member: Member, gradient: Tensor | None) -> Iterator[tuple[slice, Te
 def point_after(model: nn.Module, updates: Updates, *, with_gradients: bool) -> dict[str, Tensor]:
     """Return where the coming update takes the parameters, by name, in new memory. The optimizer is not changed.
 
+    A parameter in half precision goes where it can: the point is rounded as the parameter will be.
+
     Args:
         with_gradients: the update of the `.grad` that are there; False: of gradients of zero, the look-ahead point.
     """
@@ -124,5 +126,7 @@ def point_after(model: nn.Module, updates: Updates, *, with_gradients: bool) -> 
             update = updates.rule.update(some.group, some.state, some.parameter, own)
             way = (update.step() if with_gradients else update.idle()) + update.decay()
             torch.sub(some.parameter, way, alpha=float(some.group["lr"]), out=after.view(-1)[part])
+        if with_gradients:
+            after = after.to(parameter.dtype).to(after.dtype)
         found[names[id(parameter)]] = after
     return found
