@@ -32,6 +32,8 @@ def test_exact_values_are_what_steps_do(states: list[dict[str, Any]]) -> None:
         assert ceiling(state) > 0.98  # else the measurement could not tell
         assert r > 0.99 and slope == pytest.approx(1, abs=0.1) and ratio == pytest.approx(1, abs=0.01)
         assert compare(state, "exact", "removal")[0] > 0.7
+        r, slope, ratio = compare(state, "exact", "integral")
+        assert r > 0.999 and slope == pytest.approx(1, abs=0.02) and ratio == pytest.approx(1, abs=0.005)
         if state["setting"]["optimizer"] == "AdamW":
             assert (
                 compare(state, "plain-0", "shapley")[0]
