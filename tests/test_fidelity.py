@@ -1,6 +1,7 @@
 """A small version of benchmarks/fidelity: values against what the optimizer's own steps do without a row."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from benchmarks.fidelity.states import N, Optimizer, Setting
 
 T = 30  # the step that is measured
 RATES: dict[Optimizer, float] = {"AdamW": 6e-4, "SGD": 6e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_nodes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.fidelity.one_step.NODES", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
