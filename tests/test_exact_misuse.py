@@ -357,6 +357,7 @@ def test_options_that_change_between_steps() -> None:
     group["maximize"] = True
     with pytest.raises(AttachError, match="maximize"):
         state.case.losses(state.model, state.x, state.y)
+    assert torch._dynamo.eval_frame._stance.stance == "default"  # the guard's uncompiled pass has ended
     with pytest.raises(AttachError, match="maximize"):
         engine.exact_values(
             [state.losses(slice(0, N))], state.losses(slice(N, None)), clip_factor=1.0, global_rows=N
