@@ -48,6 +48,7 @@ OF_STEPS = """
     SELECT
         run, phase, min(step) AS first, max(step) AS last, count(*) AS steps, avg(cosine) AS cosine,
         sum(in_pass) AS in_pass, sum(of_batch) AS of_batch,
+        sum(of_batch) FILTER (WHERE in_pass IS NOT NULL) AS of_same_batch,
         sum(momentum) AS momentum, sum(decay) AS decay, sum(measured_fall) AS measured,
         sum(greatest(abs(of_batch - measured_of_batch) - {rounding}, 0)) / nullif(sum(abs(measured_of_batch)), 0)
             AS distance
@@ -77,9 +78,10 @@ COLUMNS = {
     "pearson": "double",  # correlations of in-pass and exact values within their batches
     "spearman": "double",
     "slope": "double",  # of a regression of the exact on the in-pass values
-    "cosine": "double",  # between the validation gradients before and after a step, the mean
+    "cosine": "double",  # between the validation gradients before and after the batch's part, the mean
     "in_pass": "double",  # Σ in-pass values, in nats; null: none of the steps has them
     "of_batch": "double",  # Σ exact values of the whole batches
+    "of_same_batch": "double",  # the same, of the steps that have in-pass values
     "momentum": "double",  # what earlier gradients did
     "decay": "double",  # what weight decay did
     "measured": "double",  # the measured fall of the validation loss in these steps
@@ -105,6 +107,7 @@ class Audit:
     cosine: float | None
     in_pass: float | None
     of_batch: float
+    of_same_batch: float | None
     momentum: float
     decay: float
     measured: float
@@ -150,9 +153,11 @@ class Audit:
 
     def _sums_disagree(self) -> bool:
         """Return whether in-pass values add up to another fall than the exact ones."""
-        if self.in_pass is None or max(abs(self.in_pass), abs(self.of_batch)) < self.steps * ROUNDING:
+        if self.in_pass is None or self.of_same_batch is None:
             return False
-        return self.of_batch == 0 or not SLOPES[0] <= self.in_pass / self.of_batch <= SLOPES[1]
+        if max(abs(self.in_pass), abs(self.of_same_batch)) < self.steps * ROUNDING:
+            return False
+        return self.of_same_batch == 0 or not SLOPES[0] <= self.in_pass / self.of_same_batch <= SLOPES[1]
 
     def warnings(self, exact: bool) -> list[str]:
         """Return, in plain words, what the values of this phase cannot be used for, and what would help.
@@ -177,8 +182,8 @@ class Audit:
                 )
         if not found and not exact and self._sums_disagree():
             found.append(
-                f"{when} in-pass values add up to {self.in_pass:+.3g} nats, and exact ones to {self.of_batch:+.3g}: "
-                "leave these steps out (--steps), or take --values exact."
+                f"{when} in-pass values add up to {self.in_pass:+.3g} nats, and exact ones to "
+                f"{self.of_same_batch:+.3g}: leave these steps out (--steps), or take --values exact."
             )
         if self.distance is not None and not self.distance <= LARGEST_DISTANCE:
             found.append(
@@ -233,9 +238,9 @@ def read_audits(table: pa.Table) -> list[Audit]:
 
 def without_audit(run: ScoredRun) -> str:
     """Return, in words, why a run has no audit."""
-    if run.older:
+    if run.lacks:
         return (
-            "an older version of this program wrote these scores, without exact values to compare them with"
+            "an older version of this program wrote these scores, without what exact values are compared with"
         )
     return "no step was audited (--audit_interval 0), so it is unknown how far its values can be trusted"
 

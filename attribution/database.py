@@ -26,7 +26,6 @@ from attribution.completeness import Window, check_steps, check_window
 from attribution.scored_run import AttributionError, ScoredRun, same_samples
 from data_processing.blocks import BLOCK_BITS
 from foundation.progress import progress_bar
-from score_store.schema import OF_STEP
 
 Normalise = Literal["none", "absolute", "predicted"]
 
@@ -163,10 +162,7 @@ class ScoreDatabase:
     def _rows_of(self, number: int) -> str:
         """Return SQL for a run's rows in the window and in the next step, whose val_loss `measured` needs."""
         run, (first, last) = self.runs[number], self.windows[number]
-        # What files of an older version lack.
-        added = (
-            "".join(f", NULL::DOUBLE AS {name}" for name in ("exact_value", *OF_STEP)) if run.older else ""
-        )
+        added = "".join(f", NULL::DOUBLE AS {name}" for name in run.lacks)
         in_pass = "lr * clip_factor * dot_product / global_batch_size"
         want = "exact_value" if run.exact else in_pass
         return f"""

@@ -17,7 +17,7 @@ from data_processing.shards import Shard, list_shards
 from foundation.errors import UserError, file_errors
 from score_store.run_folder import RunFolder
 from score_store.samples import IMAGES, KEPT, open_samples
-from score_store.schema import OLDER
+from score_store.schema import LACKING
 from score_store.writer import open_scores
 
 # Keys that the metadata of the score files must have.
@@ -64,7 +64,7 @@ class ScoredRun:
                 )
             scores = open_scores(RunFolder(folder).scores)
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
-        needed = METADATA if metadata["format_version"] in OLDER else (*METADATA, "values")
+        needed = METADATA if metadata["format_version"] == "2" else (*METADATA, "values")
         if missing := [key for key in needed if key not in metadata]:
             raise AttributionError(f"{scores.files[0]} lacks {', '.join(missing)}: {OTHER_VERSION}")
         return cls(folder, config, metadata, tuple(map(Path, scores.files)))
@@ -78,9 +78,14 @@ class ScoredRun:
         return int(self.metadata["block_size"])
 
     @property
+    def lacks(self) -> tuple[str, ...]:
+        """The columns that the scores lack because an older version wrote them."""
+        return LACKING.get(self.metadata["format_version"], ())
+
+    @property
     def older(self) -> bool:
-        """Whether an older version wrote the scores: without exact values, and with values of another kind."""
-        return self.metadata["format_version"] in OLDER
+        """Whether the version that wrote the scores knew values of another kind alone."""
+        return self.metadata["format_version"] == "2"
 
     @property
     def exact(self) -> bool:

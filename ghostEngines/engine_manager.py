@@ -12,6 +12,7 @@ With several micro-batches the loop makes the first four calls for each of them.
 the training gradient. `begin_step(step)` comes before the first one.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -264,13 +265,18 @@ class GradDotProdManager(GhostEngineManager):
 
     def _check_lr(self, lr: float) -> None:
         """Raise ValueError unless values can be computed with this learning rate."""
-        rates = {float(group["lr"]) for group in self._optimizer.param_groups}
-        if lr != max(rates):
+        auto = self._engine.direction == "auto"
+        rates = {
+            float(group["lr"])
+            for group in self._optimizer.param_groups
+            if auto or any(parameter.requires_grad for parameter in group["params"])
+        }
+        if not math.isclose(lr, max(rates), rel_tol=1e-6):
             raise ValueError(
                 f"aggregate_and_log() got lr={lr}, and dot products are relative to the largest learning rate of the "
                 f"optimizer's groups, {max(rates)}: give that one, and set it before begin_step()"
             )
-        if self._engine.direction == "gradient" and len(rates) > 1:
+        if not auto and len(rates) > 1:
             raise ValueError(
                 f"the optimizer's groups have the learning rates {', '.join(map(str, sorted(rates)))}: values of "
                 'direction "gradient" are of one; use "auto", which knows each parameter\'s'

@@ -2,8 +2,8 @@
 
 A row's value is its Aumann-Shapley share (Aumann & Shapley, Values of Non-Atomic Games, 1974) of the fall of the
 validation loss that the step's gradient causes. Let g = c·ḡ be the mean gradient of all rows after clipping by the
-factor c, ĝ = ḡ/|ḡ|, and w_i the row's weight in the loss. The step moves the parameters by -lr·u(g). With G the
-validation gradient, u(g) - u(0) = A∘g, J = u'(g) and W = G∘J (update_rules.py):
+factor c, ĝ = ḡ/|ḡ|, and w_i the row's weight in the loss. The step moves the parameters by -lr·u(g). With G and G'
+validation gradients, u(g) - u(0) = A∘g, J = u'(g) and W = G'∘J (update_rules.py):
 
     value_i = lr·w_i·c·<z, ∇ℓ_i>,    z = G∘A + ln(1/c)·(W - <W, ĝ>·ĝ)
 
@@ -14,7 +14,8 @@ A step goes two ways, one after the other: from θ_t to the look-ahead point θ_
 the momentum of earlier gradients and by decay; and from there to θ_{t+1}, by this batch. The fall on the first way
 is measured. On the second one G is the mean of the validation gradients at both ends, so that the values add up to the
 fall that is measured there but for terms of third order in the step. So a value speaks of the step without the row's
-batch, and not of one without momentum.
+batch, and not of one without momentum. G' is that at θ_{t+1}: an Aumann-Shapley share lets the weights of all rows
+grow together from 0 to 1, and once ḡ is as long as clipping allows, which is at weight c, the step stays where it ends.
 """
 
 import math
@@ -29,7 +30,7 @@ from .forward_mode import directional_derivatives
 from .own_passes import Losses, autocast_as, mean_loss
 from .update_rules import Update
 from .updates import Updates
-from .validation_gradient import ValidationGradient, entries, point_after
+from .validation_gradient import Combine, ValidationGradient, entries, point_after
 
 # In half precision the gradients' own rounding is a large part of small values.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -94,32 +95,40 @@ def exact_values(
         raise ValueError(
             f"clip_factor={clip_factor}: clipping multiplies a gradient by more than 0, and at most 1"
         )
+    if not train:
+        raise ValueError("exact values of no rows: `train` needs one function for each micro-batch")
     direction, parts = ValidationGradient(model), _Parts(model, updates)
     with autocast_as(model, None):
         before = mean_loss(model, validation)
     between = _loss_and_gradient(direction, validation, parts.look_ahead(), autocast)
-    decay, length = parts.of_decay(direction.total), direction.norm
+    length, tangents = direction.norm, _Tangents(parts, math.log(1 / clip_factor))
     after = _loss_and_gradient(
-        direction, validation, point_after(model, updates, with_gradients=True), autocast
+        direction, validation, point_after(model, updates, with_gradients=True), autocast, tangents.make
     )
     cosine = (direction.product / (length * direction.norm)).item()  # NaN if one of them is zero
-    tangent, of_batch = parts.tangent(direction.total, math.log(1 / clip_factor))
+    tangent, of_batch, decay = tangents.finish(direction.total)
+    if not math.isfinite(of_batch):
+        raise ValueError("the gradient (.grad) or the validation rows' is not finite: leave such a step out")
     with autocast_as(model, autocast):
         derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
     values = [each * (clip_factor / global_rows) for each in derivatives]
     if whole_batch:
-        trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
-        lowest = autocast or min(trained, key=lambda dtype: torch.finfo(dtype).bits)
+        dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        lowest = autocast or min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
     return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
 
 
 def _loss_and_gradient(
-    direction: ValidationGradient, losses: Losses, at: Directions, autocast: torch.dtype | None
+    direction: ValidationGradient,
+    losses: Losses,
+    at: Directions,
+    autocast: torch.dtype | None,
+    combine: Combine | None = None,
 ) -> float:
     """Add the gradient at a point under autocast, and return the mean loss there without it."""
     with autocast_as(direction.model, autocast):
-        loss = direction.add(losses, at)
+        loss = direction.add(losses, at, combine)
     if autocast is None:
         return loss.item()
     with autocast_as(direction.model, None):
@@ -142,8 +151,8 @@ def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, toler
     total, size, rows = sums.tolist()
     if rows != global_rows:
         raise ValueError(
-            f"exact values of {rows:.0f} train rows, over all processes, and global_rows={global_rows}: the update's "
-            "own rows are needed, all of them, and no validation rows"
+            f"exact values of {rows:.0f} train rows, over all processes of the process group, and "
+            f"global_rows={global_rows}: the update's own rows are needed, all of them, and no validation rows"
         )
     if not abs(total - of_batch) <= tolerance * max(size, abs(of_batch)):
         raise ValueError(
@@ -154,63 +163,78 @@ def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, toler
 
 
 class _Parts:
-    """The products of validation gradients with parts of the coming update."""
+    """The parameters that the coming update moves, and its pieces."""
 
     def __init__(self, model: nn.Module, updates: Updates) -> None:
         self._updates, self._model = updates, model
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._moved = [(names[id(member.parameter)], member) for member in updates.moved()]
+        self.moved = {names[id(member.parameter)]: member for member in updates.moved()}
 
     def look_ahead(self) -> Directions:
-        """Return the look-ahead point of the parameters that the update moves."""
+        """Return the look-ahead point of these parameters."""
         idle = point_after(self._model, self._updates, with_gradients=False)
-        return {name: idle[name] for name, _ in self._moved}
+        return {name: idle[name] for name in self.moved}
 
-    @torch.no_grad()
-    def of_decay(self, direction: Directions) -> float:
-        """Return lr·<G, d>."""
-        decay = self._zero()
-        for lr, own, _, update in self._pieces(direction):
-            decay += lr * torch.dot(own, update.decay())
-        return decay.item()
+    def pieces(self, name: str) -> Iterator[tuple[slice, float, Tensor, Update]]:
+        """Yield where some entries of a parameter lie in it, lr, their gradient and their update."""
+        member = self.moved[name]
+        for part, gradient, some in entries(member, member.parameter.grad):
+            update = self._updates.rule.update(some.group, some.state, some.parameter, gradient)
+            yield part, float(some.group["lr"]), gradient, update
 
-    @torch.no_grad()
-    def tangent(self, twice: Directions, clipping: float) -> tuple[Directions, float]:
-        """Return z, with the learning rate in it, and lr·<G, u(g) - u(0)>.
+
+class _Tangents:
+    """z, with the learning rate in it, made of the validation gradients at both ends of the batch's way.
+
+    Each parameter's is made as soon as the second gradient is there, in the first one's memory.
+    """
+
+    def __init__(self, parts: _Parts, clipping: float) -> None:
+        """Take clipping = ln(1/c)."""
+        self._parts, self._clipping = parts, clipping
+        self._made: set[str] = set()
+        device = next(iter(parts.moved.values())).parameter.device
+        # Sums over all parameters, in float64 on the device, for which nobody waits.
+        self._of_batch, self._decay, self._slope, self._square = torch.zeros(
+            4, dtype=torch.float64, device=device
+        ).unbind()
+
+    def make(self, name: str, first: Tensor, last: Tensor) -> Tensor:
+        """Return a parameter's z, but for what clipping takes from it along ĝ.
 
         Args:
-            twice: 2G; its memory becomes that of z.
-            clipping: ln(1/c).
+            first, last: the validation gradients at θ_∅ and θ_{t+1}.
         """
-        of_batch, slope, square = self._zero(), self._zero(), self._zero()
-        for lr, own, gradient, update in self._pieces(twice):
-            own.mul_(lr / 2)
-            of_batch += torch.dot(own, update.step() - update.idle())
-            factor = update.share()
-            if clipping > 0:
-                own_slope = update.slope()
-                slope += torch.dot(own * own_slope, gradient)
-                square += torch.dot(gradient, gradient)
-                factor.add_(own_slope, alpha=clipping)
-            own.mul_(factor)
-        tangent = {name: twice[name] for name, _ in self._moved}
-        if clipping > 0 and square > 0:
-            along = (slope / square).item()  # <W, ĝ>/|g|, times lr
-            for name, member in self._moved:
-                whole = member.parameter.grad
-                assert whole is not None
-                tangent[name].sub_(whole, alpha=clipping * along)
-        return tangent, of_batch.item()
+        self._made.add(name)
+        mean = first.add(last).div_(2)
+        if name not in self._parts.moved:
+            return mean
+        for part, lr, gradient, update in self._parts.pieces(name):
+            own = mean.view(-1)[part].mul_(lr)
+            self._of_batch += torch.dot(own, update.step() - update.idle())
+            self._decay += lr * torch.dot(first.view(-1)[part], update.decay())
+            own.mul_(update.share())
+            if self._clipping > 0:
+                slope = update.slope().mul_(last.reshape(-1)[part]).mul_(lr)  # W, times lr
+                self._slope += torch.dot(slope, gradient)
+                self._square += torch.dot(gradient, gradient)
+                own.add_(slope, alpha=self._clipping)
+        return mean
 
-    def _zero(self) -> Tensor:
-        """Return a sum of nothing, in float64 and on the model's device, for which nobody waits."""
-        (_, first), *_ = self._moved
-        return torch.zeros((), dtype=torch.float64, device=first.parameter.device)
+    @torch.no_grad()
+    def finish(self, made: Directions) -> tuple[Directions, float, float]:
+        """Return z, lr·<G, u(g) - u(0)> and lr·<G(θ_∅), d>.
 
-    def _pieces(self, direction: Directions) -> Iterator[tuple[float, Tensor, Tensor, Update]]:
-        """Yield lr, the direction, which may be changed in place, the gradient and the update of some entries."""
-        for name, member in self._moved:
-            flat = direction[name].view(-1)
-            for part, gradient, some in entries(member, member.parameter.grad):
-                update = self._updates.rule.update(some.group, some.state, some.parameter, gradient)
-                yield float(some.group["lr"]), flat[part], gradient, update
+        Args:
+            made: what `make` returned; z takes its memory.
+        """
+        tangent = {name: made[name] for name in self._parts.moved}
+        for name in tangent.keys() - self._made:  # the second pass did not use it, such as an expert
+            tangent[name] = self.make(name, tangent[name], torch.zeros_like(tangent[name]))
+        if self._clipping > 0 and self._square > 0:
+            along = (self._slope / self._square).item()  # <W, ĝ>/|g|, times lr
+            for name, member in self._parts.moved.items():
+                gradient = member.parameter.grad
+                assert gradient is not None
+                tangent[name].sub_(gradient, alpha=self._clipping * along)
+        return tangent, self._of_batch.item(), self._decay.item()

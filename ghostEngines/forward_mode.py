@@ -9,7 +9,7 @@ of the queries, so that no (T, T) tensor of all heads is in memory.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def directional_derivatives(
     """
     # With gradients enabled a model runs as in training. No graph is made, because no parameter requires one.
     with ExitStack() as stack:
+        stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(forward_ad.dual_level())
         stack.enter_context(ForwardMode())
@@ -76,7 +77,10 @@ class ForwardMode(TorchFunctionMode):
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
             func = attention
-        with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+        if func is torch._C._set_grad_enabled:  # what torch.no_grad() calls, at both of its ends
+            torch._C._set_fwd_grad_enabled(*args)
+            return func(*args)
+        with nullcontext() if torch.is_grad_enabled() else forward_ad._set_fwd_grad_enabled(False):
             return func(*args, **(kwargs or {}))
 
 

@@ -68,8 +68,12 @@ class ForwardHooks:
         if self._current.pass_ is not None:
             self._current.pass_.remove_joins()
         batch = self._batch(args, kwargs)
-        guard = self._guard(batch, args, kwargs) if self._guard_plan.needed(batch.size) else None
-        pass_ = self._new_pass(batch, guard)
+        try:
+            guard = self._guard(batch, args, kwargs) if self._guard_plan.needed(batch.size) else None
+            pass_ = self._new_pass(batch, guard)
+        except BaseException:
+            self._open.close()  # `end` closes it only for a pass that has begun
+            raise
         weight = self._weight()
         self._current.autocast = autocast_of(weight)
         pass_.random_states = random_states(weight.device) if self._guard_plan.enabled else []

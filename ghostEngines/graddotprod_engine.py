@@ -184,9 +184,11 @@ class GradDotProdEngine:
             self.model.register_forward_hook(forward.end, always_call=True),
         ]
         if optimizer is not None:
-            hooks.append(unwrapped(optimizer).register_step_post_hook(self._micro_batches.stepped))
+            inner = unwrapped(optimizer)
+            if isinstance(inner, torch.optim.Optimizer):  # exact values refuse any other
+                hooks.append(inner.register_step_post_hook(self._micro_batches.stepped))
             if options.micro_batches > 1:
-                hooks.append(unwrapped(optimizer).register_step_pre_hook(self._micro_batches.check_complete))
+                hooks.append(inner.register_step_pre_hook(self._micro_batches.check_complete))
         self._restore = [hook.remove for hook in hooks]
         for tapped in self._layers:
             tapped.attach()
@@ -215,12 +217,16 @@ class GradDotProdEngine:
                 or several such directions, by names of the caller's. None: the validation rows make it again.
 
         Raises:
-            RuntimeError: the engine is not attached.
+            RuntimeError: the engine is not attached, and the direction is not None.
             AttachError: scores per pair, or per layer with tied weights or several directions, or strategy
                 "gram", which needs validation rows.
             ValueError: a parameter is missing or unknown, or a tensor is of another shape, dtype or device.
         """
+        if direction is None:
+            self._directions = {}
         if self._forward is None:
+            if direction is None:
+                return
             raise RuntimeError("attach the engine first, then give it a direction")
         named: dict[str, Direction] = {}
         if direction is not None:
@@ -310,7 +316,7 @@ class GradDotProdEngine:
                 validation,
                 clip_factor=clip_factor,
                 global_rows=global_rows,
-                autocast=self._current.autocast,
+                autocast=self._current.gradients_autocast,
                 whole_batch=whole_batch,
             )
 
@@ -422,7 +428,7 @@ class GradDotProdEngine:
             pass_.guard.check_joint(pass_.scale_probe.grad)
             self.guard_plan.checked.add(pass_.batch.size)
             pass_.guard = None
-        pass_.prepared = True
+        pass_.prepared, self._current.gradients_autocast = True, self._current.autocast
         self._micro_batches.end(pass_)
 
     @property

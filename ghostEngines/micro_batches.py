@@ -1,6 +1,10 @@
 """The micro-batches that together make one optimizer step."""
 
+import weakref
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .passes import Pass
 
@@ -17,7 +21,8 @@ class MicroBatches:
         self.kept: dict[str, Any] = {}  # validation gradients, by parameter
         self.first: Pass | None = None  # the pass of the step's first micro-batch
         self._versions: list[int] = []  # of the parameters, at the first micro-batch
-        self._stepped = False  # the optimizer has used the gradients of the last passes
+        # The gradients that the optimizer has used since the last pass, and their versions.
+        self._used: list[tuple[weakref.ref[Tensor], int]] = []
 
     def begin(self, samples: int, what: str, versions: list[int]) -> None:
         """Check that a pass can be the next micro-batch.
@@ -32,7 +37,8 @@ class MicroBatches:
             RuntimeError: the parameters changed within the step.
         """
         if self.number == 0:
-            self._versions, self._stepped = versions if self.count > 1 else [], False
+            self._versions = versions if self.count > 1 else []
+            self._used = []
             return
         assert self.first is not None
         if samples != self.first.split.n:
@@ -62,13 +68,16 @@ class MicroBatches:
         if self.number != 0:
             raise RuntimeError(self._incomplete("the optimizer steps"))
 
-    def stepped(self, *_: Any) -> None:
-        """Record that the optimizer has used the gradients; a hook after its step."""
-        self._stepped = True
+    def stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Record which gradients the optimizer has used; a hook after its step."""
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        self._used = [(weakref.ref(gradient), gradient._version) for gradient in gradients]
 
     def check_before_step(self) -> None:
         """Raise RuntimeError unless the optimizer's coming update is that of whole passes it has not used yet."""
-        if self._stepped:
+        gradients = [(used(), version) for used, version in self._used]
+        if gradients and all(each is not None and each._version == version for each, version in gradients):
             raise RuntimeError(
                 "the optimizer has stepped since the last pass: call exact_values() before it does"
             )

@@ -34,21 +34,36 @@ def widened(model: nn.Module, at: Mapping[str, Tensor] | None = None) -> dict[st
 
 @contextmanager
 def own_pass(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the model run with other parameters during the block, and leave it as it was: its buffers, too.
+    """Let the model run with other parameters during the block, and leave it, its buffers and random numbers as before.
 
-    Inputs in half precision are widened where parameters are.
+    Inputs and buffers in half precision are widened where parameters are.
 
     Args:
         parameters: by name, as `widened` returns them.
+
+    Raises:
+        RuntimeError: the model itself casts to half precision, and its parameters are widened.
     """
     is_widened = any(parameters[name].dtype != p.dtype for name, p in model.named_parameters())
+    device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(replaced(model, parameters))
         stack.enter_context(_restored_buffers(model))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if is_widened:
             hook = model.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
             stack.callback(hook.remove)
-        yield
+            for module in model.modules():
+                module._buffers |= {key: _widen(buffer) for key, buffer in module._buffers.items()}
+        try:
+            yield
+        except RuntimeError as error:
+            if is_widened and "dtype" in str(error):
+                raise RuntimeError(
+                    "passes of the engine's own run a half-precision model in float32, and this one casts to half "
+                    f"precision itself: {error}"
+                ) from error
+            raise
 
 
 @contextmanager
@@ -56,23 +71,27 @@ def autocast_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Let the model run under autocast of this dtype during the block; None: without autocast.
 
     Raises:
-        RuntimeError: the model is called under another autocast, which the caller's losses must have entered.
+        RuntimeError: the model is called under another autocast, which the caller's losses must have entered, or
+            enters one itself where there should be none.
     """
     weight = next(model.parameters())
 
-    def check(*_: Any) -> None:
-        if autocast_of(weight) != dtype:
+    def check(module: nn.Module, *_: Any) -> None:
+        # Within the model autocast may be left out of a part, but not added.
+        if autocast_of(weight) not in ((dtype,) if module is model else (dtype, None)):
             raise RuntimeError(
-                "the losses enter torch.autocast themselves: leave it out of them. Gradients are taken under the "
-                "autocast of the last training pass, and losses without any"
+                f"the {'losses' if module is model else 'model'} must not enter torch.autocast: exact values take "
+                "gradients under the autocast of the training pass, which the loop enters around the model, and "
+                "losses without any"
             )
 
-    hook = model.register_forward_pre_hook(check)
+    hooks = [module.register_forward_pre_hook(check) for module in model.modules()]
     try:
         with torch.autocast(weight.device.type, dtype=dtype, enabled=dtype is not None):
             yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def per_sample(losses: Losses) -> Tensor:
@@ -83,39 +102,47 @@ def per_sample(losses: Losses) -> Tensor:
     return found
 
 
-@torch.no_grad()
 def mean_loss(model: nn.Module, losses: Losses, at: Mapping[str, Tensor] | None = None) -> float:
     """Return the mean of the losses at some values of the parameters, in nats.
 
     Args:
         at: by name; None: the parameters' own.
     """
-    with own_pass(model, widened(model, at)):
-        return per_sample(losses).double().mean().item()
+    # With gradients enabled a model runs as in training. No graph is made, because no parameter requires one.
+    with torch.enable_grad(), own_pass(model, widened(model, at)):
+        return per_sample(losses).detach().double().mean().item()
 
 
 @contextmanager
 def _restored_buffers(model: nn.Module) -> Iterator[None]:
     """Restore buffers that the model changes in the block, in place or by putting others into their places."""
-    places = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
-    copies = [None if buffer is None else buffer.detach().clone() for _, _, buffer in places]
-    versions = [None if buffer is None else buffer._version for _, _, buffer in places]
+    before = {module: dict(module._buffers) for module in model.modules()}
+    copies = [
+        (buffer, buffer.detach().clone())
+        for buffers in before.values()
+        for buffer in buffers.values()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
-        for (module, key, buffer), copy, version in zip(places, copies, versions, strict=True):
-            module._buffers[key] = buffer
-            if buffer is not None and copy is not None and buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(copy)
+        for module, buffers in before.items():
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, copy in copies:
+            if not torch.equal(
+                buffer, copy
+            ):  # the version of one that is changed through .data does not move
+                buffer.detach().copy_(copy)
 
 
 def _widen_inputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def widen(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(accumulation_dtype(value.dtype))
-        return value
+    return tuple(map(_widen, args)), {key: _widen(value) for key, value in kwargs.items()}
 
-    return tuple(map(widen, args)), {key: widen(value) for key, value in kwargs.items()}
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(accumulation_dtype(value.dtype))
+    return value

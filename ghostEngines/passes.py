@@ -196,6 +196,7 @@ class CurrentPass:
         # "idle": at all other times. No layer may run with gradients.
         self.phase: Literal["idle", "forward", "backward"] = "idle"
         self.autocast: torch.dtype | None = None  # of the last forward pass
+        self.gradients_autocast: torch.dtype | None = None  # of the pass that made the last gradients
         self.paused = False  # the model runs as without an engine
 
     @property

@@ -1,6 +1,6 @@
 """The validation gradient from a pass of its own, at the model's parameters or at others."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -16,6 +16,10 @@ from .updates import Member, Updates
 # divide an operation among threads, which would wait for each other after each of many where a core is busy.
 CHUNK = 1 << 15
 GPU_CHUNK = 1 << 24  # on a GPU each call has a cost
+
+
+Combine = Callable[[str, Tensor, Tensor], Tensor]
+"""Returns new memory, given a parameter's name, the total so far and the gradient."""
 
 
 class ValidationGradient:
@@ -41,21 +45,24 @@ class ValidationGradient:
         # Scalars in float64: the norm of the last gradient that was added, and its product with those before.
         self.norm = self.product = torch.zeros((), dtype=torch.float64)
 
-    def add(self, losses: Losses, at: Mapping[str, Tensor] | None = None) -> Tensor:
+    def add(
+        self, losses: Losses, at: Mapping[str, Tensor] | None = None, combine: Combine | None = None
+    ) -> Tensor:
         """Add the gradient of the mean loss at some values of the parameters, and return that loss (scalar).
 
         Args:
             losses: calls the model on the validation rows.
             at: by name; None: the parameters themselves.
+            combine: makes of the total of a parameter and its gradient here what the total becomes; None: their sum.
 
         Raises:
             RuntimeError: the losses do not depend on the model's parameters.
         """
-        leaves, measured = widened(self.model, at), _Measured()
+        leaves, measured = widened(self.model, at), _Measured(combine)
         for name, total in self.total.items():
             leaves[name].requires_grad_()
             leaves[name].grad = total  # the backward pass adds to it in place
-            leaves[name].register_hook(partial(measured.add, total))
+            leaves[name].register_hook(partial(measured.add, name, total))
         with torch.enable_grad(), own_pass(self.model, leaves):
             found = per_sample(losses)
             if found.requires_grad:
@@ -76,13 +83,19 @@ class ValidationGradient:
 class _Measured:
     """Squares of gradients and their products with those before, by parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, combine: Combine | None) -> None:
         self.products: list[Tensor] = []
         self.squares: list[Tensor] = []
+        self._combine = combine
 
-    def add(self, before: Tensor, gradient: Tensor) -> None:
+    def add(self, name: str, before: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return what autograd is to add to the total; None: the gradient itself."""
         self.products.append(torch.dot(before.flatten(), gradient.flatten()).double())
         self.squares.append(torch.dot(gradient.flatten(), gradient.flatten()).double())
+        if self._combine is None:
+            return None
+        with torch.no_grad():
+            return self._combine(name, before, gradient).sub_(before)
 
 
 def entries(member: Member, gradient: Tensor | None) -> Iterator[tuple[slice, Tensor, Member]]:
@@ -112,6 +125,8 @@ def entries(member: Member, gradient: Tensor | None) -> Iterator[tuple[slice, Te
 def point_after(model: nn.Module, updates: Updates, *, with_gradients: bool) -> dict[str, Tensor]:
     """Return where the coming update takes the parameters, by name, in new memory. The optimizer is not changed.
 
+    A parameter in half precision goes where it can: the point is rounded as the parameter will be.
+
     Args:
         with_gradients: the update of the `.grad` that are there; False: of gradients of zero, the look-ahead point.
     """
@@ -124,5 +139,7 @@ def point_after(model: nn.Module, updates: Updates, *, with_gradients: bool) -> 
             update = updates.rule.update(some.group, some.state, some.parameter, own)
             way = (update.step() if with_gradients else update.idle()) + update.decay()
             torch.sub(some.parameter, way, alpha=float(some.group["lr"]), out=after.view(-1)[part])
+        if with_gradients:
+            after = after.to(parameter.dtype).to(after.dtype)
         found[names[id(parameter)]] = after
     return found

@@ -13,9 +13,10 @@ DICTIONARY_COLUMNS = [
     "step", "domain", "rank", "val_loss", "lr", "clip_factor", "global_batch_size", *OF_STEP
 ]  # fmt: skip
 
-FORMAT = {"format": "ghostEngines scores", "format_version": "3"}  # in the schema metadata of every file
-# Files of version 2 lack the exact values, and their `value` is of another kind (attribution.scored_run).
-OLDER = {"2"}
+FORMAT = {"format": "ghostEngines scores", "format_version": "4"}  # in the schema metadata of every file
+# What files of older versions lack, which can be read all the same; `value` in those of version 2 is of another kind
+# (attribution.scored_run).
+LACKING = {"2": ("exact_value", *OF_STEP), "3": ("of_batch",)}
 
 ValueKind = Literal["in_pass", "exact"]
 """What `value` is: of the backward pass that training makes, or the exact share of the optimizer's step."""

@@ -35,7 +35,7 @@ from score_store.files import (
     score_file,
     superseded,
 )
-from score_store.schema import FORMAT, OF_STEP, OLDER, SCORE_SCHEMA, ScoreError, ValueKind, score_schema
+from score_store.schema import FORMAT, LACKING, OF_STEP, SCORE_SCHEMA, ScoreError, ValueKind, score_schema
 
 __all__ = ["SCORE_SCHEMA", "ExactRows", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores"]
 
@@ -352,7 +352,7 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
     origin = read_origin(files[0].path)
     version = origin.get("format_version")
     for path in (file.path for file in files):
-        check_origin(path, {**origin, **FORMAT} | ({"format_version": version} if version in OLDER else {}))
+        check_origin(path, {**origin, **FORMAT} | ({"format_version": version} if version in LACKING else {}))
     if "granularity" not in origin:
         raise ScoreError(f"{files[0].path} has no granularity in its metadata: this program did not write it")
     doubled = superseded(files)

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 from allocations import Allocations
-from cases import CASES
-from coming_steps import ADAM, LR, WARM, N, State, prepared
+from cases import CASES, D, V
+from coming_steps import ADAM, LR, WARM, M, N, State, prepared
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.oracle import Truth, per_sample
-from ghostEngines import UpdateRule, register_update_rule
+from ghostEngines import GradDotProdEngine, UpdateRule, per_sample_losses, register_update_rule
 from ghostEngines.forward_mode import ForwardMode, directional_derivatives
 from ghostEngines.preconditioner import Uniform
 from ghostEngines.update_rules import UPDATE_RULES, AdamRule, SGDRule, Update
@@ -46,11 +46,11 @@ def own_clip(gradient: Tensor, largest: float) -> Tensor:
     return gradient * (largest / gradient.norm()).clamp(max=1.0)
 
 
-def integrate(effect: Callable[[Tensor], Tensor], breaks: list[float]) -> Tensor:
-    """∫ ∂effect/∂x_i (τ, ..., τ) dτ from 0 to 1 for each i, (N,)."""
+def integrate(effects: list[Callable[[Tensor], Tensor]], breaks: list[float]) -> Tensor:
+    """∫ ∂effect/∂x_i (τ, ..., τ) dτ from 0 to 1 for each i, (N,). effects: one between each two of the breaks."""
     total = torch.zeros(N, dtype=torch.float64)
     nodes, weights = np.polynomial.legendre.leggauss(60)
-    for low, high in pairwise(breaks):
+    for effect, (low, high) in zip(effects, pairwise(breaks), strict=True):
         for node, weight in zip(nodes, weights, strict=True):
             x = torch.full((N,), low + (high - low) * (node + 1) / 2, dtype=torch.float64, requires_grad=True)
             (slope,) = torch.autograd.grad(effect(x), x)
@@ -64,9 +64,15 @@ def points(state: State) -> list[dict[str, Tensor]]:
     return [point_after(state.model, updates, with_gradients=each) for each in (False, True)]
 
 
-def direction_of_batch(state: State) -> Tensor:
-    """G on the way from θ_∅ to θ_{t+1}, from plain backward passes."""
+def ends_of_batch(state: State) -> tuple[Tensor, Tensor]:
+    """Validation gradients at θ_∅ and θ_{t+1}, from plain backward passes."""
     idle, after = (truth_at(state, point).vectors()[N:].mean(0) for point in points(state))
+    return idle, after
+
+
+def direction_of_batch(state: State) -> Tensor:
+    """G on the way from θ_∅ to θ_{t+1}."""
+    idle, after = ends_of_batch(state)
     return (idle + after) / 2
 
 
@@ -84,15 +90,17 @@ def truth_at(state: State, point: dict[str, Tensor]) -> Truth:
 def test_values_are_aumann_shapley_shares_of_adamw_s_step(name: str, clip: float) -> None:
     state = prepared(name, partial(torch.optim.AdamW, **ADAM), clip)
     rows, m, v = state.truth.vectors()[:N], state.state("exp_avg"), state.state("exp_avg_sq")
-    direction = direction_of_batch(state)
+    idle, after = ends_of_batch(state)
     largest = (clip or 2.0) * rows.mean(0).norm().item()
 
-    def effect(x: Tensor) -> Tensor:
+    def effect_along(direction: Tensor, x: Tensor) -> Tensor:
         gradient = own_clip((x[:, None] * rows).mean(0), largest)
         return LR * direction @ own_adam(v, m, WARM, gradient)
 
     got = state.exact()
-    want = integrate(effect, [0.0, clip, 1.0] if clip else [0.0, 0.5, 1.0])
+    effect = partial(effect_along, (idle + after) / 2)
+    # Where all weights are above c, the step ends where it ends with all of them 1, and the gradient there counts.
+    want = integrate([effect, partial(effect_along, after) if clip else effect], [0.0, clip or 0.5, 1.0])
     assert torch.allclose(got.values[0], want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
     everything, nothing = (effect(torch.full((N,), x, dtype=torch.float64)) for x in (1.0, 1e-12))
     assert got.values[0].sum().item() == pytest.approx((everything - nothing).item(), rel=1e-9)
@@ -148,6 +156,40 @@ def test_look_ahead_is_the_step_without_gradients() -> None:
     state.optimizer.step()
     for name, parameter in state.model.named_parameters():
         assert torch.allclose(parameter, after[name], rtol=0, atol=1e-12)
+
+
+class Expert(nn.Module):
+    """A second layer for rows of a positive sum alone, which is never run on rows that have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common, self.expert = nn.Linear(D, V), nn.Linear(D, V)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x.sum(-1) > 0
+        out = self.common(x)
+        return torch.where(chosen[:, None], out + self.expert(x), out) if chosen.any() else out
+
+
+def test_a_layer_that_the_validation_rows_do_not_use() -> None:
+    """It is clipped with the others; else the values would not add up, which `exact_values` checks."""
+    torch.manual_seed(0)
+    model, x, y = Expert().double(), torch.randn(N + M, D).double().abs(), torch.arange(N + M) % V
+    x[N:] *= -1
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    engine = GradDotProdEngine(model, M, guard=False)
+    engine.attach(optimizer)
+    engine.joint_loss(per_sample_losses(model, x, y)).backward()
+    engine.prepare_gradients()
+    assert model.expert.weight.grad is not None
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad *= 0.25
+    train, validation = (
+        partial(per_sample_losses, model, x[some], y[some]) for some in (slice(N), slice(N, None))
+    )
+    got = engine.exact_values([train], validation, clip_factor=0.25, global_rows=N)
+    assert got.values[0].sum().item() == pytest.approx(got.of_batch, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -178,6 +178,14 @@ def test_what_is_refused() -> None:
         engine.use_direction({"a": direction, "b": torch.zeros(2)})  # type: ignore[arg-type]
     engine.detach()  # a refused direction is not kept
     engine.attach()
+    engine.use_direction(direction)
+    engine.detach()
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"has an unknown '0.bias'"):
+        engine.attach()
+    engine.use_direction(None)
+    engine.attach()
+    model[0].bias.requires_grad_(True)
     model = nn.Sequential(nn.Linear(2, 2))
     pairwise, gram = (
         GradDotProdEngine(model, 1, granularity="pairwise"),

@@ -68,7 +68,7 @@ def test_the_learning_rate_is_the_optimizer_s(direction: str) -> None:
     _, manager = manager_of(lambda model: torch.optim.SGD(model.parameters(), lr=0.1), direction)
     with pytest.raises(ValueError, match=r"got lr=0.2, and dot products are relative .* 0.1: give"):
         log_step(manager, 0.2)
-    log_step(manager, 0.1)
+    log_step(manager, 0.1 * (1 + 1e-8))  # a number that was float32 on its way
 
 
 def test_plain_dot_products_need_one_learning_rate() -> None:

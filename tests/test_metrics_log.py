@@ -133,7 +133,7 @@ def test_the_schema_is_in_every_file_with_the_runs_metadata(folder: Path) -> Non
         schema = pq.read_schema(folder / name)
         assert schema.equals(SCORE_SCHEMA)
         want = RUN | {
-            "granularity": "total", "values": "in_pass", "format": "ghostEngines scores", "format_version": "3"
+            "granularity": "total", "values": "in_pass", "format": "ghostEngines scores", "format_version": "4"
         }  # fmt: skip
         assert schema.metadata == {key.encode(): value.encode() for key, value in want.items()}
     assert not SCORE_SCHEMA.field("step").nullable and SCORE_SCHEMA.field("value").nullable
@@ -567,9 +567,9 @@ def test_another_version_of_the_format_is_an_error(folder: Path) -> None:
     write(folder, range(1))
     path = folder / names(folder)[0]
     table = pq.ParquetFile(path).read()
-    metadata = {**table.schema.metadata, b"format_version": b"4"}
+    metadata = {**table.schema.metadata, b"format_version": b"5"}
     pq.write_table(table.replace_schema_metadata(metadata), path)
-    with pytest.raises(ScoreError, match="has format_version '4', expected '3'"):
+    with pytest.raises(ScoreError, match="has format_version '5', expected '4'"):
         open_scores(folder)
     pq.write_table(pa.table({"step": [1]}), path)
     with pytest.raises(ScoreError, match="has format None"):

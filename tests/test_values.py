@@ -351,7 +351,7 @@ def test_the_audit_against_pandas(audited: Path) -> None:
     ],
 )
 def test_what_the_audit_warns_of(pearson: float, slope: float, right: float, said: list[str]) -> None:
-    audit = Audit(0, 100, 900, 9, 40, pearson, pearson, slope, 0.9, 0.6, 0.5, 0.3, 0.2, 1.0, 1 - right)
+    audit = Audit(0, 100, 900, 9, 40, pearson, pearson, slope, 0.9, 0.6, 0.5, 0.5, 0.3, 0.2, 1.0, 1 - right)
     warnings = audit.warnings(exact=False)
     assert len(warnings) == len(said) and all(want in got for want, got in zip(said, warnings, strict=True))
     assert len(audit.warnings(exact=True)) == (right < 1)
@@ -362,6 +362,28 @@ def test_what_the_audit_warns_of(pearson: float, slope: float, right: float, sai
         first, *others = replace(audit, rows=few, in_pass=in_pass).warnings(exact=False)
         assert f"in-pass values add up to {in_pass:+.3g} nats, and exact ones to +0.5" in first
     assert others == [warning for warning in warnings if "even" in warning]
+
+
+def test_sums_of_the_same_steps_are_compared() -> None:
+    """The first step of AdamW has exact values alone."""
+    audit = Audit(0, 0, 9, 3, 40, 0.9, 0.9, 1.0, 0.9, 0.1, 5.0, 0.1, 0.3, 0.2, 5.5, 0.0)
+    assert audit.warnings(exact=False) == []
+
+
+def test_scores_of_version_3(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They lack what an audit adds up, and everything else is as it was."""
+    folder = write_run(tmp_path / "three", data, steps=6, ranks=1, audited={1, 4})
+    want = values_of(tmp_path / "new", folder).read("samples")
+    for path in (folder / "grad_dotprods").iterdir():
+        table = pq.read_table(path).drop_columns(["of_batch"])
+        pq.write_table(
+            table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"3"}), path
+        )
+    status, out, _ = command(capsys, folder, "--output", tmp_path / "again")
+    assert status == 0 and "an older version of this program wrote these scores" in out
+    assert values_of(tmp_path, folder).read("samples").equals(want)
+    run = ScoredRun.open(folder)
+    assert not run.older and run.kind == ScoredRun.open(write_run(tmp_path / "new_run", data, steps=4)).kind
 
 
 def test_scores_of_an_older_version(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

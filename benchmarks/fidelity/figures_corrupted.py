@@ -69,12 +69,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
             name_places(first, list(SCORES.values()))
             first.axhline(0.5, color=INK, linewidth=0.6)
             first.set_ylabel(f"{kind}: AUROC")
-            for axes, (part, words) in zip(others, PARTS.items(), strict=True):
+            for axes, part in zip(others, PARTS, strict=True):
                 for number, name in enumerate(DROPPED):
                     dots(axes, number, [change(one, part, name) for one in some], COLOURS[number], jitter)
                 name_places(axes, list(DROPPED.values()))
                 axes.axhline(0, color=INK, linewidth=0.6)
-                axes.set_ylabel(f"change of the {words}, 10⁻³ nats")
+                axes.set_ylabel("change, 10⁻³ nats")
         panels[0][0].set_title("detection", fontsize=10)
-        for axes in panels[0][1:]:
-            axes.set_title("training without the tenth ranked lowest by", fontsize=10)
+        for axes, words in zip(panels[0][1:], PARTS.values(), strict=True):
+            axes.set_title(f"{words} without the tenth ranked lowest by", fontsize=10)

@@ -103,7 +103,7 @@ def tables(states: Sequence[State]) -> str:
     for name, some in (("2 layers", small), ("4 layers, full vocabulary", large)):
         if not some:
             continue
-        for measured in ("removal", "shapley"):
+        for measured in ("removal", "shapley", "integral"):
             parts.append(f"{name}, against {measured}")
             parts.append(table(some, measured, group_of, ("optimizer", "gradient", "step")))
         parts.append(f"{name}: sum of the exact values against that of the Shapley values: {sums(some)}")

@@ -49,7 +49,7 @@ ROWS, VALIDATION = 480, 16
 STOPS = (2, 5, 10)  # epochs
 GROUPS = 40  # of each size
 # By name: the share of the rows that a group leaves out, and the epochs after which the loss is measured
-SIZES = {"half": (0.5, STOPS), "tenth": (0.1, STOPS[:2])}
+SIZES = {"half": (0.5, STOPS), "tenth": (0.1, STOPS[:1])}
 STEPS = ROWS // N  # of an epoch
 
 

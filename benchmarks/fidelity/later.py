@@ -36,9 +36,9 @@ def losses_later(state: State, corpus: Corpus, left_out: int | None) -> list[flo
     for age in range(1, max(AGES) + 1):
         t = state.t + age - 1
         set_rate(optimizer, state.setting, t)
-        losses = model(*corpus.train_rows(state.setting, t))
         kept = [row for row in range(N) if age > 1 or row != left_out]
-        (losses[kept].sum() / N).backward()
+        losses = model(*(each[kept] for each in corpus.train_rows(state.setting, t)))
+        (losses.mean() * (len(kept) / N)).backward()
         clip(model, state.setting.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -7,6 +7,8 @@ Train small GPT-2s on real text, stop before some steps, and measure in float64 
 removal   L(the step without row i) - L(the step with all rows), where the other rows keep their weights
 shapley   the mean of row i's effect over random orders in which the rows are added, each order also in reverse and,
           for the small models, with all its cyclic shifts, so that each row has each place equally often
+integral  the Aumann-Shapley share, which a value is by definition: the derivative of the fall by row i's weight,
+          integrated numerically while all weights grow together from 0 to 1; shapley is its like for few rows
 
 The methods are compared with both by Pearson's correlation within the batch and by the slope of a regression of the
 measured on the predicted:
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,7 @@ LARGE = [
     for optimizer, rates in RATES.items()
 ]
 MEASURED_BY_SHAPLEY = {6e-4, 6e-2}  # learning rates
+NODES = 8  # of the quadrature, below and above the weight at which clipping sets in
 
 
 class Step:
@@ -142,6 +146,27 @@ def shapley(
     return np.mean(of_blocks, axis=0).tolist(), errors.tolist()
 
 
+def integral(step: Step, clip_factor: float) -> list[float]:
+    """Return Aumann-Shapley shares, in nats, by Gauss-Legendre quadrature and central differences.
+
+    Args:
+        clip_factor: the weight of all rows at which clipping sets in, where the derivative jumps.
+    """
+    shares, delta = np.zeros(N), 1e-5
+    nodes, sizes = np.polynomial.legendre.leggauss(NODES)
+    bounds = [0.0, clip_factor, 1.0] if clip_factor < 1 else [0.0, 0.5, 1.0]
+    for low, high in pairwise(bounds):
+        for node, size in zip(nodes, sizes, strict=True):
+            weight = low + (high - low) * (node + 1) / 2
+            for row in range(N):
+                losses = [
+                    step.loss_after([weight + sign * delta * (row == other) for other in range(N)])
+                    for sign in (-1, 1)
+                ]
+                shares[row] += (losses[0] - losses[1]) / (2 * delta) * size * (high - low) / 2
+    return shares.tolist()
+
+
 def predictions(step: Step) -> dict[str, list[float]]:
     """Return each method's values of the rows, in nats; "in_pass-5" is of a direction that is 5 steps old."""
     state = step.state
@@ -177,6 +202,7 @@ def measure(state: State, orders: Orders | None, advance: Callable[[], None]) ->
     step = Step(state)
     values: dict[str, Any] = {"removal": removals(step), **predictions(step)}
     if orders is not None:
+        values["integral"] = integral(step, values["clip_factor"][0])
         values["shapley"], values["shapley_error"] = shapley(step, orders, state.t, advance)
     return {"setting": asdict(state.setting), "t": state.t, **values}
 
@@ -201,7 +227,9 @@ def run(
         for state in train(setting, corpus, wanted, bar.update):
             path = paths[state.t]
             if again:
-                found = json.loads(path.read_text()) | predictions(Step(state))
+                found = json.loads(path.read_text()) | predictions(step := Step(state))
+                if "shapley" in found:
+                    found["integral"] = integral(step, found["clip_factor"][0])
             else:
                 found = measure(state, orders, bar.update)
             write_text(path, json.dumps(found))
