@@ -68,7 +68,9 @@ def _stream(raw: BufferedReader, kind: Compression) -> BufferedIOBase:
 
 def _zstd() -> Any:
     """Return the module, which is in the standard library from Python 3.14 on."""
-    return optional("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "train")
+    if sys.version_info >= (3, 14):
+        return optional("compression.zstd", "train")
+    return optional("backports.zstd", "train")
 
 
 def _check_beginning(start: bytes, source: InputFile) -> None:

@@ -591,6 +591,10 @@ def imported(paths: Iterable[Path]) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
                 names.add(node.module.partition(".")[0])
+            elif (
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "optional"
+            ):
+                names.add(ast.literal_eval(node.args[0]).partition(".")[0])
     names = {"pillow" if name == "PIL" else name for name in names}
     own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
     standard = sys.stdlib_module_names | {"compression"}  # which is new in Python 3.14
