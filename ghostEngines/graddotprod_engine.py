@@ -463,9 +463,8 @@ class GradDotProdEngine:
             RuntimeError: `prepare_gradients` was not called.
         """
         pass_ = self._current.pass_
-        first = (
-            self._micro_batches.first
-        )  # None: the micro-batches are forgotten, or another direction is given
+        # None: the micro-batches are forgotten, or another direction is given.
+        first = self._micro_batches.first
         if pass_ is None or not pass_.prepared or first is None:
             raise RuntimeError("call prepare_gradients() after the backward pass, then dot_products()")
         dots = pass_.probed_dots(first)
