@@ -112,6 +112,10 @@ def exact_values(
     with autocast_as(model, autocast):
         derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
     values = [each * (clip_factor / global_rows) for each in derivatives]
+    if (rows := sum(map(len, values))) > global_rows:
+        raise ValueError(
+            f"exact values of {rows} train rows of this process alone, and global_rows={global_rows}"
+        )
     if whole_batch:
         dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         lowest = autocast or min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
