@@ -130,9 +130,7 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         for buffer, copy in copies:
-            if not torch.equal(
-                buffer, copy
-            ):  # the version of one that is changed through .data does not move
+            if not torch.equal(buffer, copy):  # versions do not tell: .data changes without one
                 buffer.detach().copy_(copy)
 
 

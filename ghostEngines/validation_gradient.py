@@ -94,8 +94,11 @@ class _Measured:
         self.squares.append(torch.dot(gradient.flatten(), gradient.flatten()).double())
         if self._combine is None:
             return None
-        with torch.no_grad():
-            return self._combine(name, before, gradient).sub_(before)
+        with (
+            torch.no_grad()
+        ):  # not by a difference that autograd adds: it would cost small results their digits
+            before.copy_(self._combine(name, before, gradient))
+            return torch.zeros_like(gradient)
 
 
 def entries(member: Member, gradient: Tensor | None) -> Iterator[tuple[slice, Tensor, Member]]:

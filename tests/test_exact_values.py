@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from allocations import Allocations
-from cases import CASES, D, V
+from cases import BY_NAME, CASES, D, V
 from coming_steps import ADAM, LR, WARM, M, N, State, prepared
 from torch import Tensor, nn
 from torch.nn import functional
@@ -156,6 +156,25 @@ def test_look_ahead_is_the_step_without_gradients() -> None:
     state.optimizer.step()
     for name, parameter in state.model.named_parameters():
         assert torch.allclose(parameter, after[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-8])
+def test_small_learning_rates_keep_their_digits(lr: float) -> None:
+    """In float32, where the tangent is far smaller than the gradients that it is made of."""
+    case, values = BY_NAME["gpt2-untied"], []
+    for dtype in (torch.float64, torch.float32):
+        model = case.model().to(dtype)
+        optimizer, (x, y) = torch.optim.SGD(model.parameters(), lr=lr), case.data(N + M, seed=1)
+        engine = GradDotProdEngine(model, M)
+        engine.attach(optimizer)
+        engine.joint_loss(case.losses(model, x, y)).backward()
+        engine.prepare_gradients()
+        train, validation = (
+            partial(case.losses, model, x[some], y[some]) for some in (slice(N), slice(N, None))
+        )
+        got = engine.exact_values([train], validation, clip_factor=1.0, global_rows=N)
+        values.append(got.values[0].double() / lr)
+    assert torch.allclose(values[1], values[0], rtol=0, atol=2e-5 * values[0].abs().max().item())
 
 
 class Expert(nn.Module):
