@@ -44,9 +44,9 @@ def check_rows_are_independent(modules: list[tuple[str, nn.Module]]) -> None:
             )
 
 
-def check_ties_by_layer(covered: Covered) -> None:
+def check_ties_by_layer(options: EngineOptions, covered: Covered) -> None:
     """Raise AttachError if tied weights need per-layer scores of several micro-batches."""
-    if covered.ties:
+    if options.granularity == "per_layer" and covered.ties:
         raise AttachError(
             f"per-layer scores of several micro-batches with tied weights ({', '.join(covered.ties)}): the "
             "validation gradient that is kept is the sum of both ends, so that their parts cannot be "
@@ -122,4 +122,4 @@ def check_given(options: EngineOptions, covered: Covered, count: int) -> None:
     if options.granularity == "per_layer":
         if count > 1:
             raise AttachError("several directions with granularity='per_layer': give one at a time")
-        check_ties_by_layer(covered)
+        check_ties_by_layer(options, covered)

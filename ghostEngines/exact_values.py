@@ -21,6 +21,7 @@ grow together from 0 to 1, and once ḡ is as long as clipping allows, which is 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,45 @@ class ExactValues:
         return self.measured - self.momentum - self.decay
 
 
+@dataclass(frozen=True)
+class RowWeights:
+    """The weights of the rows' losses in the update: all the same, or each its own."""
+
+    count: int | None  # rows of the update over all processes and micro-batches, if all weigh the same
+    each: Sequence[Tensor]  # (n,) for each micro-batch, if they do not
+
+    @classmethod
+    def of(cls, global_rows: int | None, row_weights: Sequence[Tensor] | None) -> Self:
+        """Raise ValueError unless one of the two is given."""
+        if (global_rows is None) == (row_weights is None):
+            raise ValueError(
+                "exact values need global_rows, if all rows of the update weigh the same, or row_weights: one of them"
+            )
+        return cls(global_rows, () if row_weights is None else row_weights)
+
+    def apply(self, derivatives: Sequence[Tensor], factor: float) -> list[Tensor]:
+        """Return the rows' derivatives (n,), by micro-batch, times their weights and a factor.
+
+        Raises:
+            ValueError: not as many weights as rows, or a weight that is negative or not finite.
+        """
+        if self.count is not None:
+            if (rows := sum(map(len, derivatives))) > self.count:
+                raise ValueError(
+                    f"exact values of {rows} train rows of this process alone, and global_rows={self.count}"
+                )
+            return [each * (factor / self.count) for each in derivatives]
+        weights, rows = [tuple(each.shape) for each in self.each], [tuple(each.shape) for each in derivatives]
+        if weights != rows:
+            raise ValueError(f"row_weights of shapes {weights}, by micro-batch, and losses of shapes {rows}")
+        if not all(((each >= 0) & each.isfinite()).all() for each in self.each):
+            raise ValueError("row_weights must be finite and not negative")
+        return [
+            derivative * weight.to(derivative) * factor
+            for derivative, weight in zip(derivatives, self.each, strict=True)
+        ]
+
+
 def exact_values(
     model: nn.Module,
     updates: Updates,
@@ -68,7 +108,7 @@ def exact_values(
     validation: Losses,
     *,
     clip_factor: float,
-    global_rows: int,
+    weights: RowWeights,
     autocast: torch.dtype | None,
     whole_batch: bool,
 ) -> ExactValues:
@@ -82,7 +122,7 @@ def exact_values(
         train: for each micro-batch of this process, calls the model on its train rows.
         validation: calls the model on the validation rows.
         clip_factor: c, by which clipping multiplied the gradients; 1 if it did not.
-        global_rows: train rows of the update, over all processes and micro-batches, which all weigh the same.
+        weights: of the rows' losses in the update.
         autocast: its dtype in the passes that made the gradients, in which these are made, too; None: none.
             Losses are never under autocast: their falls would be lost in its rounding.
         whole_batch: `train` is on all rows of the update, so that their values must add up.
@@ -111,15 +151,11 @@ def exact_values(
         raise ValueError("the gradient (.grad) or the validation rows' is not finite: leave such a step out")
     with autocast_as(model, autocast):
         derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
-    values = [each * (clip_factor / global_rows) for each in derivatives]
-    if (rows := sum(map(len, values))) > global_rows:
-        raise ValueError(
-            f"exact values of {rows} train rows of this process alone, and global_rows={global_rows}"
-        )
+    values = weights.apply(derivatives, clip_factor)
     if whole_batch:
         dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         lowest = autocast or min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-        check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
+        check_sum(values, of_batch, weights.count, TOLERANCE[lowest])
     return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
 
 
@@ -139,10 +175,11 @@ def _loss_and_gradient(
         return mean_loss(direction.model, losses, at)
 
 
-def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, tolerance: float) -> None:
+def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int | None, tolerance: float) -> None:
     """Check that the values add up to what `.grad`, which they do not know, does in the update.
 
     Args:
+        global_rows: train rows over all processes and micro-batches; None: their weights are given instead.
         tolerance: largest distance, relative to the sum of the values' sizes.
 
     Raises:
@@ -153,7 +190,7 @@ def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, toler
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
     total, size, rows = sums.tolist()
-    if rows != global_rows:
+    if global_rows is not None and rows != global_rows:
         raise ValueError(
             f"exact values of {rows:.0f} train rows, over all processes of the process group, and "
             f"global_rows={global_rows}: the update's own rows are needed, all of them, and no validation rows"
@@ -161,8 +198,8 @@ def check_sum(values: Sequence[Tensor], of_batch: float, global_rows: int, toler
     if not abs(total - of_batch) <= tolerance * max(size, abs(of_batch)):
         raise ValueError(
             f"the exact values of the batch add up to {total:.6g} nats, and its gradient makes the loss fall by "
-            f"{of_batch:.6g}: `.grad` is not the gradient of these rows' mean loss, times clip_factor. Were other rows "
-            "given, another clip_factor, or was the gradient changed after clipping?"
+            f"{of_batch:.6g}: `.grad` is not the gradient of these rows' losses, weighted, times clip_factor. Were "
+            "other rows or weights given, another clip_factor, or was the gradient changed after clipping?"
         )
 
 

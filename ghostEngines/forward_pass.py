@@ -53,6 +53,7 @@ class ForwardHooks:
         self._current, self._micro_batches = current, micro_batches
         self._updates, self._guard_plan = updates, guard_plan
         self.given: Directions | None = None  # None: the validation rows make the direction
+        self.coming_weights: Tensor | None = None  # (n,) of the next pass's train rows; None: not announced
         # By id: FSDP puts other tensors into their places during a forward pass.
         self._owner_of = covered.owner_of
         self._mixing = mixing_modules(model)
@@ -74,6 +75,8 @@ class ForwardHooks:
         except BaseException:
             self._open.close()  # `end` closes it only for a pass that has begun
             raise
+        finally:
+            self.coming_weights = None
         weight = self._weight()
         self._current.autocast = autocast_of(weight)
         pass_.random_states = random_states(weight.device) if self._guard_plan.enabled else []
@@ -101,7 +104,7 @@ class ForwardHooks:
         samples = samples_of(options.samples, args, kwargs, shape)
         what = "rows" if options.samples is None else "samples"
         versions = [parameter._version for parameter in self._model.parameters() if parameter.requires_grad]
-        self._micro_batches.begin(samples.count, what, versions)
+        self._micro_batches.begin(versions)
         if self.given is not None:
             return joint_batch(samples, what, 0, False, shape, given=self.given.count)
         m = options.val_batch_size if self._micro_batches.number == 0 else 0
@@ -136,7 +139,11 @@ class ForwardHooks:
             self._micro_batches.kept,
             preconditioners,
             guard,
+            first=self._micro_batches.first if self._micro_batches.number > 0 else None,
         )
+        if self.coming_weights is not None:
+            pass_.weigh(self.coming_weights)
+            pass_.announced = True
         self._current.phase = "forward"
         for index, tapped in enumerate(self._layers):
             tapped.calls, tapped.probe = 0, pass_.probes[index % count]

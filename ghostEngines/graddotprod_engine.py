@@ -12,6 +12,7 @@ clipping, accumulation and checkpointing see an ordinary model.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,7 @@ from .bypass import find_bypass, raise_bypassed
 from .compiled_code import check_samples_in_uncompiled_code, check_whole_model, eager
 from .covered_layers import Covered, cover
 from .directions import Direction, Directions, by_name
-from .exact_values import ExactValues, exact_values
+from .exact_values import ExactValues, RowWeights, exact_values
 from .forward_pass import ForwardHooks
 from .graph import Graph, is_reentrant
 from .guard import GuardPlan
@@ -72,10 +73,11 @@ class GradDotProdEngine:
         direction: "gradient", or "auto" for <∇ℓ_i, P∘∇L_val>, with P what the optimizer given to `attach`
             multiplies a gradient with (update_rules.py): the same as "gradient" for plain SGD.
         strategy: the contraction strategy (strategies/) that every matrix must use; None: chosen by shape.
-        micro_batches: G, how many forward and backward passes make one optimizer step. The first takes a
-            joint batch. The others take n train rows alone and use its validation gradient, which is kept
-            (one model's size). Then `.grad` is the gradient of the mean loss of all n·G train rows, and
-            `dot_products` returns those of the last pass's own rows.
+        micro_batches: G, how many forward and backward passes make one optimizer step, unless `begin_update` says
+            another number. The first takes a joint batch. The others take train rows alone and use its validation
+            gradient, which is kept (one model's size). Then `.grad` is the gradient of the mean loss of all n·G
+            train rows, or of the sum that `joint_loss` is told, and `dot_products` returns those of the last
+            pass's own rows.
         rows: the name of the model's input whose first dimension is the row; None: found by model_inputs.py.
         samples: for samples that are not the model's rows, such as documents packed into a row, or pairs of
             rows. A function that takes the model's arguments and returns the sample of each row (R,) or
@@ -156,8 +158,8 @@ class GradDotProdEngine:
             check_samples_in_uncompiled_code(self.model)
         check_rows_are_independent(mixing_modules(self.model))
         covered = cover(self.model)
-        if options.micro_batches > 1 and options.granularity == "per_layer":
-            check_ties_by_layer(covered)
+        if options.micro_batches > 1:
+            check_ties_by_layer(options, covered)
         check_row_maps(covered, row_maps)
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
@@ -187,7 +189,6 @@ class GradDotProdEngine:
             inner = unwrapped(optimizer)
             if isinstance(inner, torch.optim.Optimizer):  # exact values refuse any other
                 hooks.append(inner.register_step_post_hook(self._micro_batches.stepped))
-            if options.micro_batches > 1:
                 hooks.append(inner.register_step_pre_hook(self._micro_batches.check_complete))
         self._restore = [hook.remove for hook in hooks]
         for tapped in self._layers:
@@ -205,6 +206,35 @@ class GradDotProdEngine:
         self._restore, self._layers, self._forward = [], [], None
         self._current.pass_, self._current.phase = None, "idle"
         self.forget_micro_batches()
+
+    def begin_update(self, micro_batches: int) -> None:
+        """Say how many micro-batches make the coming update, such as the short last one of an epoch.
+
+        Those after it have the number that the engine was made with.
+
+        Raises:
+            RuntimeError: the engine is not attached; an update has begun and is not complete.
+            AttachError: as the engine itself, of several micro-batches.
+        """
+        options = replace(self._options, micro_batches=micro_batches)
+        if self._forward is None:
+            raise RuntimeError("attach the engine first, then begin an update")
+        if micro_batches > 1:
+            check_ties_by_layer(options, self._covered)
+        self._micro_batches.begin_update(micro_batches)
+
+    def begin_pass(self, row_weights: Tensor) -> None:
+        """Give the next pass's `row_weights` of `joint_loss` before the model is called, as a fused head needs them.
+
+        Args:
+            row_weights: (n,), of its train rows.
+
+        Raises:
+            RuntimeError: the engine is not attached.
+        """
+        if self._forward is None:
+            raise RuntimeError("attach the engine first, then begin a pass")
+        self._forward.coming_weights = row_weights
 
     def use_direction(self, direction: Direction | Mapping[str, Direction] | None) -> None:
         """Score rows against a direction that is given, from the next pass on.
@@ -283,7 +313,8 @@ class GradDotProdEngine:
         validation: Losses,
         *,
         clip_factor: float,
-        global_rows: int,
+        global_rows: int | None = None,
+        row_weights: Sequence[Tensor] | None = None,
         whole_batch: bool = True,
     ) -> ExactValues:
         """Return each train row's share of what the coming update does for the validation loss.
@@ -297,14 +328,17 @@ class GradDotProdEngine:
                 losses, without autocast: the engine chooses that.
             validation: likewise, on the validation rows.
             clip_factor: what clipping multiplied the gradients by; 1 if it did not.
-            global_rows: train rows in the update, over all processes and micro-batches.
+            global_rows: train rows in the update, over all processes and micro-batches, if all weigh the same.
+            row_weights: for each micro-batch, the weights of its rows' losses (n,) in the update, if they do not;
+                with several processes those of `joint_loss` divided by their number.
             whole_batch: False: `train` is on some of the rows only, whose values cannot be checked by their sum.
 
         Raises:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
             RuntimeError: the engine was not attached with an optimizer; the optimizer has stepped already, or
                 micro-batches are missing; an operation of the model has no forward-mode derivative.
-            ValueError: other rows than the update's; their values do not add up to what `.grad` does.
+            ValueError: other rows or weights than the update's; their values do not add up to what `.grad` does;
+                not one of global_rows and row_weights.
         """
         updates = self._all_updates()
         self._micro_batches.check_before_step()
@@ -315,7 +349,7 @@ class GradDotProdEngine:
                 train,
                 validation,
                 clip_factor=clip_factor,
-                global_rows=global_rows,
+                weights=RowWeights.of(global_rows, row_weights),
                 autocast=self._current.gradients_autocast,
                 whole_batch=whole_batch,
             )
@@ -357,23 +391,29 @@ class GradDotProdEngine:
             )
         return self._current.pass_
 
-    def joint_loss(self, losses: Tensor) -> Tensor:
-        """Return the mean loss of the n train rows plus the mean loss of the m validation rows.
+    def joint_loss(self, losses: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        """Return the weighted sum of the n train rows' losses plus the mean loss of the m validation rows.
 
-        With G micro-batches the first mean is divided by G, and only the first micro-batch has the second
-        one. Multiply the result by any factor before `backward()`; with several micro-batches, by the
-        `loss_scale` given to `attach`.
+        Only the first micro-batch has the validation rows. Multiply the result by any factor before
+        `backward()`; with several micro-batches, by the `loss_scale` given to `attach`.
 
         Args:
             losses: per sample, (n+m,), train samples first.
+            row_weights: (n,) w_i ≥ 0, so that `.grad` is the gradient of Σ w_i ℓ_i over all micro-batches of the
+                update. None: those given to `begin_pass`; if none were, 1/(n·G), the mean over the update. Under
+                DDP, which averages the processes' gradients, a row's weight in the update is w_i divided by their
+                number.
 
         Raises:
-            ValueError: losses of another shape.
+            ValueError: losses or weights of another shape; weights that are negative, or given twice; micro-batches
+                of unequal size without weights; a fused head, which needs them in `begin_pass`.
             RowsError: the guard finds rows that depend on each other.
             RuntimeError: reentrant activation checkpointing, or a parameter whose use by each sample is
                 unknown.
         """
         pass_ = self._pass()
+        if row_weights is not None:
+            self._weigh(pass_, row_weights)
         weights = pass_.row_weights()
         if losses.shape != weights.shape:
             raise ValueError(
@@ -394,6 +434,16 @@ class GradDotProdEngine:
                     check_on_step(pass_.guard, self._current, losses * weights)
             pass_.watched = losses.register_hook(self._begin_backward)
         return loss
+
+    def _weigh(self, pass_: Pass, row_weights: Tensor) -> None:
+        if pass_.announced:
+            raise ValueError("the weights of this pass's rows are known from begin_pass(): do not give them again")
+        if has_fused_head(self._layers):
+            raise ValueError(
+                "the fused head makes its gradients in the model's forward: give the weights of the rows before, "
+                "engine.begin_pass(row_weights), then the losses alone, engine.joint_loss(losses)"
+            )
+        pass_.weigh(row_weights)
 
     def _begin_backward(self, grad_losses: Tensor) -> None:
         """Record the gradient of the losses (n+m,), the first one that the backward pass computes."""
@@ -426,7 +476,8 @@ class GradDotProdEngine:
         check_calls(self._layers, pass_.uses)
         if pass_.guard is not None:
             pass_.guard.check_joint(pass_.scale_probe.grad)
-            self.guard_plan.checked.add(pass_.batch.size)
+            if pass_.weights is None or pass_.weights.any():  # else no row's loss was differentiated
+                self.guard_plan.checked.add(pass_.batch.size)
             pass_.guard = None
         pass_.prepared, self._current.gradients_autocast = True, self._current.autocast
         self._micro_batches.end(pass_)
@@ -447,7 +498,8 @@ class GradDotProdEngine:
     def dot_products(self) -> Tensor:
         """Return the dot products of the last pass's n train rows.
 
-        There is no learning rate, batch size or loss scale in them. With direction "auto" the validation rows'
+        There is no learning rate, row weight or loss scale in them. A row of weight zero has NaN: its gradient is not
+        computed. With direction "auto" the validation rows'
         ∇ below is P∘∇; where the optimizer's groups have different learning rates, P contains each one's over
         the largest. The values are NaN if the step is not `scored`.
 

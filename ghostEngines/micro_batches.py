@@ -16,7 +16,8 @@ class MicroBatches:
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count  # G
+        self._usual = count  # of an update that `begin_update` says nothing about
+        self.count = count  # G, of this update
         self.number = 0  # of the next micro-batch, from 0
         self.kept: dict[str, Any] = {}  # validation gradients, by parameter
         self.first: Pass | None = None  # the pass of the step's first micro-batch
@@ -24,30 +25,25 @@ class MicroBatches:
         # The gradients that the optimizer has used since the last pass, and their versions.
         self._used: list[tuple[weakref.ref[Tensor], int]] = []
 
-    def begin(self, samples: int, what: str, versions: list[int]) -> None:
+    def begin_update(self, count: int) -> None:
+        """Set the number of micro-batches of the coming update. Raises RuntimeError in the midst of another."""
+        if self.number != 0:
+            raise RuntimeError(self._incomplete("another update begins"))
+        self.count = count
+
+    def begin(self, versions: list[int]) -> None:
         """Check that a pass can be the next micro-batch.
 
         Args:
-            samples: number of samples in the pass: n+m in the first micro-batch, n in the others.
-            what: "rows" or "samples", for the messages.
             versions: of the parameters, which must not change within a step.
 
         Raises:
-            ValueError: a number of samples other than the first micro-batch's n.
-            RuntimeError: the parameters changed within the step.
+            RuntimeError: they did.
         """
         if self.number == 0:
             self._versions = versions if self.count > 1 else []
             self._used = []
-            return
-        assert self.first is not None
-        if samples != self.first.split.n:
-            raise ValueError(
-                f"micro-batch {self.number + 1} of {self.count} has {samples} {what}, the first had "
-                f"{self.first.split.n} train {what}: all need the same number, and only the first is followed "
-                f"by the validation {what}"
-            )
-        if self._versions != versions:
+        elif self._versions != versions:
             raise RuntimeError(self._incomplete("the parameters were changed"))
 
     def end(self, pass_: Pass) -> None:
@@ -57,10 +53,11 @@ class MicroBatches:
         self.number = (self.number + 1) % self.count
         if self.number == 0:
             self.kept.clear()  # in place: the graph still holds the dictionary
+            self.count = self._usual
 
     def forget(self) -> None:
         """Make the next pass the first of its step."""
-        self.number, self.first = 0, None
+        self.number, self.first, self.count = 0, None, self._usual
         self.kept.clear()
 
     def check_complete(self, *_: Any) -> None:

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contraction import Split, accumulation_dtype
+from .losses import require
 from .memory import Keep
 from .preconditioner import Preconditioner
 from .row_maps import Samples
@@ -57,8 +58,8 @@ class Probes:
     times the s of the step's first micro-batch.
     """
 
-    # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times
-    # s²/(n·G), or s²/(n·m) if pairwise. There is one probe for all layers, or with per_layer one for each, in
+    # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times s² and
+    # the row's weight, 1/(n·G) unless given, and divided by m if pairwise. There is one probe for all layers, or with per_layer one for each, in
     # their order. They are separate tensors: indexing one tensor by a number would give every compiled block
     # its own graph.
     dots: list[Tensor]
@@ -89,6 +90,9 @@ class Pass:
     kept: dict[str, Any]  # directions for the other micro-batches, by parameter
     preconditioners: dict[str, Preconditioner] | None  # by parameter, as `kept`; None: not known yet
     guard: "Guard | None" = None  # at the first step
+    weights: Tensor | None = None  # (n,) of the train rows' losses in the loss; None: 1/(n·G) each
+    announced: bool = False  # the weights were known before the forward pass
+    first: "Pass | None" = None  # of the step's first micro-batch; None: it is this one
 
     # Recorded in the forward pass.
     uses: dict[int, "Uses"] = field(default_factory=dict)  # by group of layers that share weights
@@ -128,13 +132,44 @@ class Pass:
     def row_weights(self) -> Tensor:
         """Return the weight of each row's loss in the joint loss, (n+m,).
 
-        It is 1/(n·G) for train rows and 1/m for validation rows.
+        It is the given one, or 1/(n·G), for train rows and 1/m for validation rows.
+
+        Raises:
+            ValueError: no weights were given, and another number of rows than in the first micro-batch.
         """
         n, m = self.split.n, self.split.m
-        weights = self.scale_probe.detach().new_full((n + m,), 1 / (n * self.micro_batches))
+        weights = self.scale_probe.detach().new_empty(n + m)
+        if self.weights is not None:
+            weights[:n] = self.weights
+        elif self.first is None or self.first.split.n == n:
+            weights[:n] = 1 / (n * self.micro_batches)
+        else:
+            raise ValueError(
+                f"a micro-batch of {n} rows, where the first of its update had {self.first.split.n} train rows: only "
+                "the first has the validation rows, too; and rows of micro-batches of unequal size weigh what you say: "
+                "give their weights, joint_loss(losses, row_weights)"
+            )
         if m > 0:
             weights[n:] = 1 / m
         return weights
+
+    def weigh(self, weights: Tensor) -> None:
+        """Set the weights (n,) of the train rows' losses.
+
+        Raises:
+            ValueError: another number of weights, or one that is negative or not finite.
+        """
+        if weights.shape != (self.split.n,):
+            raise ValueError(
+                f"row_weights needs one weight for each of the pass's {self.split.n} train rows, "
+                f"({self.split.n},); got {tuple(weights.shape)}"
+            )
+        require(
+            ((weights >= 0) & weights.isfinite()).all(),
+            "row_weights must be finite and not negative: a row with a negative weight would be unlearned, and its "
+            "value would not be that of training on it.",
+        )
+        self.weights = weights.detach().to(self.scale_probe)
 
     def probed_dots(self, first: "Pass") -> Tensor:
         """Return the dot products that the backward pass left in the probes, without the factors on the loss.
@@ -143,14 +178,18 @@ class Pass:
             first: the pass of the step's first micro-batch.
 
         Returns:
-            (n, k), or (n, L) per layer; divided by m if pairwise.
+            (n, k), or (n, L) per layer; divided by m if pairwise. NaN for a row of weight zero, whose gradient the
+            pass does not have.
         """
         scale, first_scale = self.scale_probe.grad, first.scale_probe.grad
         assert scale is not None and first_scale is not None
         if self.split.given:
             first_scale = torch.ones_like(scale)
         columns = [torch.zeros_like(probe) if probe.grad is None else probe.grad for probe in self.probes]
-        return torch.cat(columns, dim=1) * (self.split.n * self.micro_batches) / (scale * first_scale)
+        dots, scales = torch.cat(columns, dim=1), scale * first_scale
+        if self.weights is None:
+            return dots * (self.split.n * self.micro_batches) / scales
+        return dots / (self.weights[:, None] * scales)
 
     def end_forward(self) -> None:
         """Drop the links between uses, which would form a reference cycle with the graph."""

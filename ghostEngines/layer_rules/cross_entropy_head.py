@@ -5,8 +5,8 @@ computes them part by part and computes its own gradients from each part at once
 for the backward pass. A part is several rows, or a piece of one row, since losses and dot products are sums
 over positions.
 
-So the head must know the weights of the rows' losses in its forward pass. They are uniform without an engine,
-and 1/n and 1/m with one. The backward pass accepts only a common factor on them.
+So the head must know the weights of the rows' losses in its forward pass. They are uniform without an engine;
+with one they are those of its joint loss. The backward pass accepts only a common factor on them.
 """
 
 from collections.abc import Iterator
@@ -163,8 +163,8 @@ class FusedHead(torch.autograd.Function):
 
     A part's residuals (g, t, V) are softmax minus one-hot, zero where there is no target. They are not
     multiplied by the row weights: in float16 nearly all of them would underflow to zero. The row's number of
-    targets, relative to the smallest one of the batch, goes into the other factor of the product, and all
-    other factors into the float32 result.
+    targets, relative to the smallest one of the batch, and a train row's weight, relative to the largest one,
+    go into the other factor of the product, and all other factors into the float32 result.
     """
 
     @staticmethod
@@ -184,7 +184,11 @@ class FusedHead(torch.autograd.Function):
         with without_autocast(hidden):
             matrix, rows = weight.to(dtype), hidden.to(dtype)  # (V, d), (N, T, d)
             fewest = counts.min().to(wide)
-            share = (fewest / counts).to(dtype)[:, None, None]  # (N, 1, 1), at most 1
+            n = len(rows) if plan is None else plan.split.n
+            largest = row_weights[:n].max()
+            relative = torch.ones_like(row_weights)
+            relative[:n] = (row_weights[:n] / largest).nan_to_num(nan=0.0)  # NaN: all are zero
+            share = (fewest / counts * relative).to(dtype)[:, None, None]  # (N, 1, 1), at most 1
             position_weights = (row_weights / counts)[:, None, None]
             losses = row_weights.new_zeros(len(rows))
             grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
@@ -198,16 +202,17 @@ class FusedHead(torch.autograd.Function):
                 gradient.seal()
             ctx.grad_hidden, ctx.gradient = grad_hidden, gradient
             ctx.hidden_dtype, ctx.spent = hidden.dtype, False
-            ctx.save_for_backward(row_weights, row_weights / fewest)
+            ctx.save_for_backward(row_weights, largest / fewest, row_weights[-1] / fewest)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        row_weights, scales = ctx.saved_tensors
-        # A row with a weight, found without waiting for the device.
+        row_weights, train_scale, val_scale = ctx.saved_tensors
+        # A row with a weight, found without waiting for the device. If there is none, all gradients are zero.
         some = (row_weights != 0).int().argmax(0, keepdim=True)
         common = (grad_losses.take(some) / row_weights.take(some)).squeeze()
+        common = torch.where(row_weights.any(), common, 1.0)
         require(
             torch.isclose(grad_losses, common * row_weights, rtol=1e-4, atol=0).all(),
             "the fused head made its gradients for the row weights of the joint loss, but another "
@@ -224,7 +229,7 @@ class FusedHead(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(common).to(ctx.hidden_dtype)
         grad_weight = dots = None
         if gradient is not None:
-            grad_weight, dots = gradient.finish(common * scales[0], common * scales[-1])
+            grad_weight, dots = gradient.finish(common * train_scale, common * val_scale)
         return grad_hidden, grad_weight, dots, *(None,) * 4
 
 

@@ -35,7 +35,7 @@ Part = tuple[slice, slice]  # rows and positions: tensor[part] is (g, t, ...)
 class HeadGradient:
     """Sum the gradient of the head's weight, part by part, validation rows first.
 
-    Everything here lacks the factor row weight / fewest targets, which `finish` applies.
+    Everything here lacks the factor largest row weight / fewest targets, which `finish` applies.
     """
 
     def __init__(self, total: Tensor) -> None:
