@@ -29,7 +29,7 @@ def states(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     folder = tmp_path_factory.mktemp("states")
     for optimizer, lr in RATES.items():
         setting = Setting(optimizer, lr, 0.25, seed=0, layers=1, width=32, vocabulary=64)
-        run(setting, data, folder, stops=(T,), orders=Orders(blocks=2, shifts=N), again=False)
+        run(setting, data, folder, stops=(T,), orders=Orders(blocks=2, shifts=N, integral=True), again=False)
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 

@@ -116,6 +116,7 @@ class Orders:
 
     blocks: int
     shifts: int
+    integral: bool  # compute the integral, too, in 4 · NODES · N more steps
 
     @property
     def pairs(self) -> int:
@@ -202,7 +203,8 @@ def measure(state: State, orders: Orders | None, advance: Callable[[], None]) ->
     step = Step(state)
     values: dict[str, Any] = {"removal": removals(step), **predictions(step)}
     if orders is not None:
-        values["integral"] = integral(step, values["clip_factor"][0])
+        if orders.integral:
+            values["integral"] = integral(step, values["clip_factor"][0])
         values["shapley"], values["shapley_error"] = shapley(step, orders, state.t, advance)
     return {"setting": asdict(state.setting), "t": state.t, **values}
 
@@ -228,7 +230,7 @@ def run(
             path = paths[state.t]
             if again:
                 found = json.loads(path.read_text()) | predictions(step := Step(state))
-                if "shapley" in found:
+                if orders is not None and orders.integral:
                     found["integral"] = integral(step, found["clip_factor"][0])
             else:
                 found = measure(state, orders, bar.update)
@@ -238,7 +240,7 @@ def run(
 def settings_of(size: str) -> Iterator[tuple[Setting, tuple[int, ...], Orders | None]]:
     """Yield each setting, the steps at which it is measured, and the orders for Shapley values."""
     for setting in SMALL if size == "small" else LARGE:
-        orders = Orders(blocks=3, shifts=N) if size == "small" else Orders(blocks=5, shifts=1)
+        orders = Orders(3, shifts=N, integral=True) if size == "small" else Orders(5, shifts=1, integral=False)
         stops = STOPS if size == "small" else (100, 300)
         yield setting, stops, orders if setting.lr in MEASURED_BY_SHAPLEY else None
 
