@@ -242,7 +242,7 @@ class Trainer:
         manager = self.manager
         inputs = batch.to(self.precision.device)
         manager.attach_train_batch(
-            *inputs, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks
+            inputs, sample_ids=batch.sample_ids, domains=batch.domains, blocks=batch.blocks
         )
         inputs = manager.prepare_forward_input()  # (n+m, ...) each
         with self.precision.autocast():

@@ -1,6 +1,6 @@
 """GhostEngineManager: the calls that a training loop makes, the same for every method.
 
-    manager.attach_train_batch(x, y, sample_ids=ids, domains=domains, blocks=blocks)
+    manager.attach_train_batch((x, y), sample_ids=ids, domains=domains, blocks=blocks)
     losses = model(*manager.prepare_forward_input())
     manager.joint_loss(losses).backward()
     manager.prepare_gradients(losses)         # .grad is the training gradient
@@ -9,7 +9,8 @@
     ...                                       # optimizer.step()
 
 With several micro-batches the loop makes the first four calls for each of them. After the last one `.grad` is
-the training gradient. `begin_step(step)` comes before the first one.
+the training gradient. `begin_step(step)` comes before the first one. Batches are tuples of tensors, or whatever else
+the loop has an object for that knows what to do with them (batches.py).
 """
 
 import math
@@ -28,6 +29,7 @@ from foundation.granularity import total_of
 from score_store.writer import ExactRows, ScoreWriter
 
 from .backward_checks import LossScale
+from .batches import Batches, TensorBatches
 from .graddotprod_engine import GradDotProdEngine
 from .scoring import Scoring
 
@@ -36,10 +38,13 @@ from .scoring import Scoring
 class TrainRows:
     """The n train rows of a pass."""
 
-    inputs: tuple[Tensor, ...]  # (n, ...) each, what the model is called with
+    inputs: Any  # a batch
     sample_ids: npt.NDArray[np.int64]  # (n,) permanent
     domains: Sequence[str]
     blocks: npt.NDArray[np.int64]  # (n,)
+    weights: Tensor | None = (
+        None  # (n,) of their losses in this process's loss; None: all of the update weigh the same
+    )
 
 
 class GhostEngineManager:
@@ -53,25 +58,30 @@ class GhostEngineManager:
 
     def attach_train_batch(
         self,
-        *inputs: Tensor,
+        inputs: Any,
+        *,
         sample_ids: npt.NDArray[np.int64],
         domains: Sequence[str],
         blocks: npt.NDArray[np.int64],
+        weights: Tensor | None = None,
     ) -> None:
         """Set the train rows of the next pass.
 
         Args:
-            inputs: (n, ...) each, what the model is called with: token ids and targets (n, T), and what else it
-                takes of each row; on the model's device.
+            inputs: a batch on the model's device, such as token ids and targets (n, T).
+            weights: (n,) of the rows' losses in this process's loss, as in `GradDotProdEngine.joint_loss`; None: the
+                loss is the mean over the update.
         """
-        self.rows = TrainRows(inputs, sample_ids, domains, blocks)
+        self.rows = TrainRows(inputs, sample_ids, domains, blocks, weights)
 
-    def prepare_forward_input(self) -> tuple[Tensor, ...]:
-        """Return the model's inputs: of the n train rows, and of m validation rows if the method needs them."""
+    def prepare_forward_input(self) -> Any:
+        """Return the batch to call the model on: the n train rows, and m validation rows if the method needs them."""
         return self.rows.inputs
 
     def joint_loss(self, losses: Tensor) -> Tensor:
         """Return the loss to call backward() on, given the model's per-sample losses."""
+        if self.rows.weights is not None:
+            return (losses * self.rows.weights).sum()
         return losses.mean() / self.micro_batches
 
     def prepare_gradients(self, losses: Tensor) -> None:
@@ -116,8 +126,12 @@ class GhostEngineManager:
         """Detach the engine while the block runs, for an evaluation."""
         yield
 
-    def begin_step(self, step: int) -> None:
-        """Prepare a step, with the learning rate set; forget the micro-batches of one that was not finished."""
+    def begin_step(self, step: int, micro_batches: int | None = None) -> None:
+        """Prepare a step, with the learning rate set; forget the micro-batches of one that was not finished.
+
+        Args:
+            micro_batches: how many this step has; None: as many as the manager was made with.
+        """
 
     def waits(self, step: int) -> bool:
         """Return whether the step reads values from the device."""
@@ -148,9 +162,11 @@ class GradDotProdManager(GhostEngineManager):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        validation: tuple[Tensor, ...],
+        validation: Any,
         scores: ScoreWriter,
         scoring: Scoring,
+        batches: Batches | None = None,
+        processes: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         micro_batches: int = 1,
         loss_scale: LossScale | None = None,
@@ -159,7 +175,10 @@ class GradDotProdManager(GhostEngineManager):
         """Attach an engine to the model.
 
         Args:
-            validation: (m, ...) each, the inputs of every step's validation rows, on the model's device.
+            validation: every step's validation rows, a batch on the model's device.
+            batches: what to do with batches; None: they are tuples of tensors (N, ...), what the model is called with.
+            processes: over which gradients are averaged, so that a row's weight in the update is that in the loss of
+                its process, divided by their number.
             autocast: the context of the passes that the manager makes itself.
             micro_batches: G.
             loss_scale: of GradDotProdEngine.attach.
@@ -172,20 +191,21 @@ class GradDotProdManager(GhostEngineManager):
         self._loss_scale = loss_scale
         self._recorded: list[tuple[TrainRows, Tensor, Tensor]] = []  # rows, dot products, train losses
         self._model, self._optimizer, self._autocast = model, optimizer, autocast
-        self._validation = validation
+        self._batches = TensorBatches(model) if batches is None else batches
+        self._validation, self._processes = validation, processes
         self._scores, self._scoring = scores, scoring
         self._gradient: dict[str, Tensor] | None = None  # the validation gradient, if it is from its own pass
-        self._engine = GradDotProdEngine(model, len(validation[0]), micro_batches=micro_batches, **options)
+        m = self._batches.rows(validation)
+        self._engine = GradDotProdEngine(model, m, micro_batches=micro_batches, **options)
         self._engine.attach(optimizer, loss_scale=loss_scale)
 
-    def prepare_forward_input(self) -> tuple[Tensor, ...]:
+    def prepare_forward_input(self) -> Any:
         if self._scoring.own_passes or self._recorded:  # the validation rows go with the first micro-batch
             return self.rows.inputs
-        pairs = zip(self.rows.inputs, self._validation, strict=True)
-        return tuple(torch.cat([train, validation]) for train, validation in pairs)
+        return self._batches.joined(self.rows.inputs, self._validation)
 
     def joint_loss(self, losses: Tensor) -> Tensor:
-        return self._engine.joint_loss(losses)
+        return self._engine.joint_loss(losses, self.rows.weights)
 
     def prepare_gradients(self, losses: Tensor) -> None:
         self._engine.prepare_gradients()
@@ -193,9 +213,11 @@ class GradDotProdManager(GhostEngineManager):
             self.val_loss = losses[len(self.rows.sample_ids) :].detach().mean()
         self._recorded.append((self.rows, self._engine.dot_products(), self.train_losses(losses)))
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, micro_batches: int | None = None) -> None:
         self._recorded.clear()
         self._engine.forget_micro_batches()
+        if micro_batches is not None:
+            self._engine.begin_update(micro_batches)
         if not self._scoring.own_passes:
             return
         self.val_loss = None
@@ -211,8 +233,7 @@ class GradDotProdManager(GhostEngineManager):
 
     def _autocast_losses(self) -> Tensor:
         with self._autocast():
-            result: Tensor = self._model(*self._validation)
-            return result
+            return self._batches.losses(self._validation)
 
     def waits(self, step: int) -> bool:
         return self._scoring.exact(step)
@@ -222,8 +243,8 @@ class GradDotProdManager(GhostEngineManager):
         return {} if kept is None else dict(kept)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        device = self._validation[0].device
-        self._gradient = {name: value.to(device) for name, value in state.items()} or None
+        parameters = dict(self._model.named_parameters())
+        self._gradient = {name: value.to(parameters[name].device) for name, value in state.items()} or None
 
     def dot_products(self) -> Tensor | None:
         if not self._engine.scored:
@@ -284,17 +305,27 @@ class GradDotProdManager(GhostEngineManager):
 
     def _exact_rows(self, step: int, clip_factor: float, global_rows: int) -> Iterator[ExactRows]:
         """Yield the exact values of each micro-batch's rows."""
-        rows = len(self._recorded[0][0].sample_ids)
-        some = self._scoring.exact_rows(step, rows)
+        micros = [micro for micro, _, _ in self._recorded]
+        sizes = [len(micro.sample_ids) for micro in micros]
+        some = [self._scoring.exact_rows(step, rows) for rows in sizes]
+        weights = [
+            micro.weights[:first] / self._processes
+            for micro, first in zip(micros, some, strict=True)
+            if micro.weights is not None
+        ]
+        batches = [
+            self._batches.first(micro.inputs, first) for micro, first in zip(micros, some, strict=True)
+        ]
         found = self._engine.exact_values(
-            [partial(self._model, *(each[:some] for each in micro.inputs)) for micro, _, _ in self._recorded],
-            partial(self._model, *self._validation),
+            [partial(self._batches.losses, batch) for batch in batches],
+            partial(self._batches.losses, self._validation),
             clip_factor=clip_factor,
-            global_rows=global_rows,
-            whole_batch=some == rows,
+            global_rows=None if weights else global_rows,
+            row_weights=weights or None,
+            whole_batch=some == sizes,
         )
-        for values in found.values:
-            padded = nn.functional.pad(values, (0, rows - some), value=torch.nan)
+        for values, rows in zip(found.values, sizes, strict=True):
+            padded = nn.functional.pad(values, (0, rows - len(values)), value=torch.nan)
             yield ExactRows(padded, found.of_batch, found.momentum, found.decay, found.measured, found.cosine)
 
     @contextmanager

@@ -85,9 +85,9 @@ class RowWeights:
             ValueError: not as many weights as rows, or a weight that is negative or not finite.
         """
         if self.count is not None:
-            if (rows := sum(map(len, derivatives))) > self.count:
+            if (found := sum(map(len, derivatives))) > self.count:
                 raise ValueError(
-                    f"exact values of {rows} train rows of this process alone, and global_rows={self.count}"
+                    f"exact values of {found} train rows of this process alone, and global_rows={self.count}"
                 )
             return [each * (factor / self.count) for each in derivatives]
         weights, rows = [tuple(each.shape) for each in self.each], [tuple(each.shape) for each in derivatives]

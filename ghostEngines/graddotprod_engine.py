@@ -437,7 +437,9 @@ class GradDotProdEngine:
 
     def _weigh(self, pass_: Pass, row_weights: Tensor) -> None:
         if pass_.announced:
-            raise ValueError("the weights of this pass's rows are known from begin_pass(): do not give them again")
+            raise ValueError(
+                "the weights of this pass's rows are known from begin_pass(): do not give them again"
+            )
         if has_fused_head(self._layers):
             raise ValueError(
                 "the fused head makes its gradients in the model's forward: give the weights of the rows before, "

@@ -44,7 +44,7 @@ def manager_of(
     )
     manager.begin_step(0)
     ids = np.arange(rows)
-    manager.attach_train_batch(x[:rows], y[:rows], sample_ids=ids, domains=["a"] * rows, blocks=ids)
+    manager.attach_train_batch((x[:rows], y[:rows]), sample_ids=ids, domains=["a"] * rows, blocks=ids)
     losses = model(*manager.prepare_forward_input())
     manager.joint_loss(losses).backward()
     manager.prepare_gradients(losses)

@@ -127,7 +127,9 @@ def test_another_number_of_rows_is_refused() -> None:
     x, y = case.data(5)
     engine.joint_loss(per_sample_losses(model, x[:3], y[:3])).backward()
     engine.prepare_gradients()
-    with pytest.raises(ValueError, match="a micro-batch of 3 rows, where the first of its update had 2 train rows"):
+    with pytest.raises(
+        ValueError, match="a micro-batch of 3 rows, where the first of its update had 2 train rows"
+    ):
         engine.joint_loss(per_sample_losses(model, x[:3], y[:3]))
     engine.joint_loss(per_sample_losses(model, x[3:], y[3:])).backward()  # and the right one goes on
     engine.prepare_gradients()

@@ -65,7 +65,9 @@ def test_gradients_are_weighted_and_scores_are_not(case: Case) -> None:
         assert weighted_gradient_error(truth, model, torch.tensor([0.25, 0.5])) < 1e-10
 
 
-@pytest.mark.parametrize("options", [{"granularity": "pairwise"}, {"strategy": "gram"}, {"strategy": "project"}])
+@pytest.mark.parametrize(
+    "options", [{"granularity": "pairwise"}, {"strategy": "gram"}, {"strategy": "project"}]
+)
 @pytest.mark.parametrize("case", [FUSED, PLAIN], ids=lambda case: case.name)
 def test_other_scores(case: Case, options: dict[str, Any]) -> None:
     model, truth = case.model(), case.truth(3, M)

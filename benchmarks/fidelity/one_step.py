@@ -240,7 +240,9 @@ def run(
 def settings_of(size: str) -> Iterator[tuple[Setting, tuple[int, ...], Orders | None]]:
     """Yield each setting, the steps at which it is measured, and the orders for Shapley values."""
     for setting in SMALL if size == "small" else LARGE:
-        orders = Orders(3, shifts=N, integral=True) if size == "small" else Orders(5, shifts=1, integral=False)
+        orders = (
+            Orders(3, shifts=N, integral=True) if size == "small" else Orders(5, shifts=1, integral=False)
+        )
         stops = STOPS if size == "small" else (100, 300)
         yield setting, stops, orders if setting.lr in MEASURED_BY_SHAPLEY else None
 
