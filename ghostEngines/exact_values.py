@@ -49,6 +49,9 @@ class ExactValues:
     decay: float  # what weight decay does, to first order
     measured: float  # the fall of the validation rows' mean loss over the step
     cosine: float  # between the validation gradients at the ends of the batch's way
+    by_target: list[Tensor] | None = (
+        None  # (n, T) for each micro-batch, Σ over T = values; None: not asked for
+    )
 
     @property
     def predicted(self) -> float:
@@ -71,6 +74,7 @@ def exact_values(
     global_rows: int,
     autocast: torch.dtype | None,
     whole_batch: bool,
+    by_target: bool = False,
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
@@ -86,6 +90,8 @@ def exact_values(
         autocast: its dtype in the passes that made the gradients, in which these are made, too; None: none.
             Losses are never under autocast: their falls would be lost in its rounding.
         whole_batch: `train` is on all rows of the update, so that their values must add up.
+        by_target: also split each value by the targets in the row's loss: `train` then returns losses by target
+            (own_passes.per_target). A target's part is lr·w_i·c·<z, gradient of its part of ℓ_i>.
 
     Raises:
         ValueError: clip_factor is not between 0 and 1; the rows are not all of the update's; the values do not
@@ -110,8 +116,9 @@ def exact_values(
     if not math.isfinite(of_batch):
         raise ValueError("the gradient (.grad) or the validation rows' is not finite: leave such a step out")
     with autocast_as(model, autocast):
-        derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
-    values = [each * (clip_factor / global_rows) for each in derivatives]
+        found = [directional_derivatives(model, tangent, each, by_target=by_target)[1] for each in train]
+    shares = [each * (clip_factor / global_rows) for each in found]
+    values = [each.sum(1) for each in shares] if by_target else shares
     if (rows := sum(map(len, values))) > global_rows:
         raise ValueError(
             f"exact values of {rows} train rows of this process alone, and global_rows={global_rows}"
@@ -120,7 +127,10 @@ def exact_values(
         dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         lowest = autocast or min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         check_sum(values, of_batch, global_rows, TOLERANCE[lowest])
-    return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
+    parts_of_values = shares if by_target else None
+    return ExactValues(
+        values, of_batch, before - between - decay, decay, before - after, cosine, parts_of_values
+    )
 
 
 def _loss_and_gradient(
