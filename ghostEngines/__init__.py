@@ -4,7 +4,7 @@ from .errors import AttachError, RowsError
 from .exact_values import ExactValues
 from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule, register_unit
-from .losses import per_sample_losses
+from .losses import are_by_target, losses_by_target, per_sample_losses
 from .row_maps import packed_documents
 from .update_rules import Update, UpdateRule, register_update_rule
 from .verification import Report, verify
@@ -21,6 +21,8 @@ __all__ = [
     "RowsError",
     "Update",
     "UpdateRule",
+    "are_by_target",
+    "losses_by_target",
     "packed_documents",
     "per_sample_losses",
     "register_rule",

@@ -39,6 +39,24 @@ def _check_like(name: str, given: Tensor, parameter: Tensor) -> None:
             raise ValueError(f"the direction of '{name}' has {what} {of_given}, the parameter {of_parameter}")
 
 
+def check_direction(model: nn.Module, direction: Direction) -> dict[str, nn.Parameter]:
+    """Check a direction and return the parameters that train, by name.
+
+    Raises:
+        ValueError: a parameter is missing or unknown, or a tensor is of another shape, dtype or device.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if wrong := sorted(direction.keys() ^ trained.keys()):
+        what = "lacks" if wrong[0] in trained else "has an unknown"
+        raise ValueError(
+            f"the direction {what} '{wrong[0]}': it needs a tensor for each parameter that trains, by its "
+            "name in model.named_parameters()"
+        )
+    for name, parameter in trained.items():
+        _check_like(name, direction[name], parameter)
+    return trained
+
+
 @dataclass(frozen=True)
 class Directions:
     """k directions by parameter, under the names by which the engine keeps them."""
@@ -53,16 +71,7 @@ class Directions:
         Raises:
             ValueError: a parameter is missing or unknown, or a tensor is of another shape, dtype or device.
         """
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for direction in directions:
-            if wrong := sorted(direction.keys() ^ trained.keys()):
-                what = "lacks" if wrong[0] in trained else "has an unknown"
-                raise ValueError(
-                    f"the direction {what} '{wrong[0]}': it needs a tensor for each parameter that trains, by its "
-                    "name in model.named_parameters()"
-                )
-            for name, parameter in trained.items():
-                _check_like(name, direction[name], parameter)
+        (trained, *_) = [check_direction(model, direction) for direction in directions]
         return cls(
             {owner_of[id(p)]: tuple(each[name] for each in directions) for name, p in trained.items()},
             len(directions),

@@ -50,6 +50,9 @@ class ExactValues:
     decay: float  # what weight decay does, to first order
     measured: float  # the fall of the validation rows' mean loss over the step
     cosine: float  # between the validation gradients at the ends of the batch's way
+    by_target: list[Tensor] | None = (
+        None  # (n, T) for each micro-batch, Σ over T = values; None: not asked for
+    )
 
     @property
     def predicted(self) -> float:
@@ -79,7 +82,7 @@ class RowWeights:
         return cls(global_rows, () if row_weights is None else row_weights)
 
     def apply(self, derivatives: Sequence[Tensor], factor: float) -> list[Tensor]:
-        """Return the rows' derivatives (n,), by micro-batch, times their weights and a factor.
+        """Return the rows' derivatives (n, ...), by micro-batch, times their weights and a factor.
 
         Raises:
             ValueError: not as many weights as rows, or a weight that is negative or not finite.
@@ -90,13 +93,14 @@ class RowWeights:
                     f"exact values of {found} train rows of this process alone, and global_rows={self.count}"
                 )
             return [each * (factor / self.count) for each in derivatives]
-        weights, rows = [tuple(each.shape) for each in self.each], [tuple(each.shape) for each in derivatives]
+        weights = [tuple(each.shape) for each in self.each]
+        rows = [tuple(each.shape[:1]) for each in derivatives]
         if weights != rows:
             raise ValueError(f"row_weights of shapes {weights}, by micro-batch, and losses of shapes {rows}")
         if not all(((each >= 0) & each.isfinite()).all() for each in self.each):
             raise ValueError("row_weights must be finite and not negative")
         return [
-            derivative * weight.to(derivative) * factor
+            derivative * (weight.to(derivative) * factor).view(-1, *[1] * (derivative.dim() - 1))
             for derivative, weight in zip(derivatives, self.each, strict=True)
         ]
 
@@ -111,6 +115,7 @@ def exact_values(
     weights: RowWeights,
     autocast: torch.dtype | None,
     whole_batch: bool,
+    by_target: bool = False,
 ) -> ExactValues:
     """Compute the values of the coming update, between the clipping of the gradients and `optimizer.step()`.
 
@@ -126,6 +131,8 @@ def exact_values(
         autocast: its dtype in the passes that made the gradients, in which these are made, too; None: none.
             Losses are never under autocast: their falls would be lost in its rounding.
         whole_batch: `train` is on all rows of the update, so that their values must add up.
+        by_target: also split each value by the targets in the row's loss: `train` then returns losses by target
+            (own_passes.per_target). A target's part is lr·w_i·c·<z, gradient of its part of ℓ_i>.
 
     Raises:
         ValueError: clip_factor is not between 0 and 1; the rows are not all of the update's; the values do not
@@ -150,13 +157,17 @@ def exact_values(
     if not math.isfinite(of_batch):
         raise ValueError("the gradient (.grad) or the validation rows' is not finite: leave such a step out")
     with autocast_as(model, autocast):
-        derivatives = [directional_derivatives(model, tangent, each)[1] for each in train]
-    values = weights.apply(derivatives, clip_factor)
+        found = [directional_derivatives(model, tangent, each, by_target=by_target)[1] for each in train]
+    shares = weights.apply(found, clip_factor)
+    values = [each.sum(1) for each in shares] if by_target else shares
     if whole_batch:
         dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         lowest = autocast or min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         check_sum(values, of_batch, weights.count, TOLERANCE[lowest])
-    return ExactValues(values, of_batch, before - between - decay, decay, before - after, cosine)
+    parts_of_values = shares if by_target else None
+    return ExactValues(
+        values, of_batch, before - between - decay, decay, before - after, cosine, parts_of_values
+    )
 
 
 def _loss_and_gradient(

@@ -19,15 +19,15 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .own_passes import NO_DERIVATIVE, Losses, own_pass, per_sample, widened
+from .own_passes import NO_DERIVATIVE, Losses, own_pass, per_sample, per_target, widened
 
 ATTENTION_NUMEL = 1 << 22  # about how many attention weights are in memory at a time
 
 
 def directional_derivatives(
-    model: nn.Module, tangents: Mapping[str, Tensor], losses: Losses
+    model: nn.Module, tangents: Mapping[str, Tensor], losses: Losses, *, by_target: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the per-sample losses (n,) and their derivatives <z, ∇ℓ_i> (n,).
+    """Return the per-sample losses (n,) and their derivatives <z, ∇ℓ_i> (n,); or both by target (n, T).
 
     Parameters in half precision are widened for the pass. Parameters without a tangent have the tangent zero.
 
@@ -35,11 +35,12 @@ def directional_derivatives(
         model: it is as it was before, afterwards.
         tangents: z, by name of the parameter, of its shape.
         losses: calls the model and returns its per-sample losses.
+        by_target: True for the parts of each loss (own_passes.per_target), each with its own derivative.
 
     Raises:
         RuntimeError: the losses do not depend on the parameters, or an operation of the model has no forward-mode
             derivative; the message names it.
-        ValueError: the losses are not one for each sample.
+        ValueError: the losses are not one for each sample, or not by target.
     """
     # With gradients enabled a model runs as in training. No graph is made, because no parameter requires one.
     with ExitStack() as stack:
@@ -55,7 +56,7 @@ def directional_derivatives(
             duals[name] = forward_ad.make_dual(duals[name], tangent.to(duals[name].dtype))
         stack.enter_context(own_pass(model, duals))
         try:
-            result = forward_ad.unpack_dual(per_sample(losses))
+            result = forward_ad.unpack_dual((per_target if by_target else per_sample)(losses))
         except NotImplementedError as error:
             raise RuntimeError(
                 f"exact values need a forward-mode derivative of each operation of the model: {error}"

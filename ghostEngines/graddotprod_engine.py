@@ -34,8 +34,9 @@ from .backward_checks import LossScale, check_autocast, check_backward, check_ca
 from .bypass import find_bypass, raise_bypassed
 from .compiled_code import check_samples_in_uncompiled_code, check_whole_model, eager
 from .covered_layers import Covered, cover
-from .directions import Direction, Directions, by_name
+from .directions import Direction, Directions, by_name, check_direction
 from .exact_values import ExactValues, RowWeights, exact_values
+from .forward_mode import directional_derivatives
 from .forward_pass import ForwardHooks
 from .graph import Graph, is_reentrant
 from .guard import GuardPlan
@@ -43,7 +44,7 @@ from .guard_passes import check_on_step, has_fused_head
 from .joins import hook_joins
 from .micro_batches import MicroBatches
 from .options import EngineOptions
-from .own_passes import Losses
+from .own_passes import Losses, check_undivided
 from .passes import CurrentPass, DirectionKind, Pass
 from .tap import REENTRANT
 from .tapped import RowMapMaker, TappedLayer
@@ -316,6 +317,7 @@ class GradDotProdEngine:
         global_rows: int | None = None,
         row_weights: Sequence[Tensor] | None = None,
         whole_batch: bool = True,
+        by_target: bool = False,
     ) -> ExactValues:
         """Return each train row's share of what the coming update does for the validation loss.
 
@@ -332,13 +334,16 @@ class GradDotProdEngine:
             row_weights: for each micro-batch, the weights of its rows' losses (n,) in the update, if they do not;
                 with several processes those of `joint_loss` divided by their number.
             whole_batch: False: `train` is on some of the rows only, whose values cannot be checked by their sum.
+            by_target: True: `ExactValues.by_target` has each value's parts by the targets in the row's loss, at no
+                cost. The model's losses must come from per_sample_losses or CrossEntropyHead, or `train` itself returns
+                them by target, (n, T).
 
         Raises:
             AttachError: parameters that are divided among processes; no update rule for the optimizer.
             RuntimeError: the engine was not attached with an optimizer; the optimizer has stepped already, or
                 micro-batches are missing; an operation of the model has no forward-mode derivative.
             ValueError: other rows or weights than the update's; their values do not add up to what `.grad` does;
-                not one of global_rows and row_weights.
+                not one of global_rows and row_weights; losses that are not by target.
         """
         updates = self._all_updates()
         self._micro_batches.check_before_step()
@@ -352,7 +357,33 @@ class GradDotProdEngine:
                 weights=RowWeights.of(global_rows, row_weights),
                 autocast=self._current.gradients_autocast,
                 whole_batch=whole_batch,
+                by_target=by_target,
             )
+
+    def by_target(self, losses: Losses, direction: Direction) -> Tensor:
+        """Return <gradient of each target's part of ℓ_i, direction>, whose sum over the targets is <∇ℓ_i, direction>.
+
+        One forward-mode pass of the rows, with neither `.grad` nor the state of the engine's own passes changed. The
+        direction is taken as it is, also with direction "auto".
+
+        Args:
+            losses: calls the model on any rows and returns their losses, by target where that is asked for
+                (per_sample_losses and CrossEntropyHead do so by themselves).
+            direction: a tensor of the parameter's shape for each parameter that trains, by its name in the model.
+
+        Returns:
+            (n, T), 0 where there is no target.
+
+        Raises:
+            ValueError: losses that are not by target; a parameter is missing or unknown in the direction, or a tensor
+                is of another shape, dtype or device.
+            AttachError: parameters that are divided among processes.
+            RuntimeError: an operation of the model has no forward-mode derivative.
+        """
+        check_undivided(self.model, "a split by target")
+        check_direction(self.model, direction)
+        with self.paused():
+            return directional_derivatives(self.model, direction, losses, by_target=True)[1]
 
     def _all_updates(self) -> Updates:
         if self._optimizer is None:

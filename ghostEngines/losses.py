@@ -1,6 +1,8 @@
 """Per-sample losses of a model that returns logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,6 +11,36 @@ from torch import Tensor, nn
 from .row_maps import Indexed
 
 IGNORE_INDEX = -100
+_BY_TARGET = ContextVar("losses by target", default=False)
+
+
+@contextmanager
+def losses_by_target() -> Iterator[None]:
+    """Let `per_sample_losses` and CrossEntropyHead return each row's loss in its parts (N, T) during the block.
+
+    A part is what one target adds to the loss: its cross entropy over the row's number of targets, 0 where there is
+    no target. Their sum over T is the row's loss. The head returns parts in passes without gradients alone.
+    """
+    token = _BY_TARGET.set(True)
+    try:
+        yield
+    finally:
+        _BY_TARGET.reset(token)
+
+
+def are_by_target() -> bool:
+    """Return whether losses are asked for by target: a loss function of one's own must follow `losses_by_target`."""
+    return _BY_TARGET.get()
+
+
+def losses_of(cross_entropies: Tensor, counts: Tensor) -> Tensor:
+    """Return the losses of rows (N,), or by target (N, T) in `losses_by_target`.
+
+    Args:
+        cross_entropies: (N, T), 0 where there is no target.
+        counts: (N,), the number of targets of each row.
+    """
+    return cross_entropies / counts[:, None] if are_by_target() else cross_entropies.sum(1) / counts
 
 
 def per_sample_losses(
@@ -25,7 +57,8 @@ def per_sample_losses(
             samples.
 
     Returns:
-        (N,) in float32 (float64 for a float64 model).
+        (N,) in float32 (float64 for a float64 model); in `losses_by_target` (N, T), with all positions of a sample in
+        one dimension.
 
     Raises:
         TypeError: the model returns a tuple or a list.
@@ -52,7 +85,7 @@ def per_sample_losses(
         by_sample = Indexed(samples, int(samples.max()) + 1)
         # to_rows pads short samples with zeros, and -100 must be the padding of the targets.
         losses, targets = by_sample.to_rows(losses), by_sample.to_rows(targets - IGNORE_INDEX) + IGNORE_INDEX
-    return losses.sum(1) / count_targets(targets)
+    return losses_of(losses, count_targets(targets))
 
 
 def count_targets(targets: Tensor) -> Tensor:

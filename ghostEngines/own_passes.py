@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .contraction import accumulation_dtype
+from .errors import AttachError
+from .losses import losses_by_target
 from .parameters import replaced
 from .precision import autocast_of
 
@@ -17,6 +20,12 @@ Losses = Callable[[], Tensor]
 NO_DERIVATIVE = (
     "they must call the model that the engine is attached to, and not a copy, and must not be detached"
 )
+
+
+def check_undivided(model: nn.Module, what: str) -> None:
+    """Raise AttachError if parameters that train are divided among processes, which `what` cannot do with."""
+    if any(isinstance(each, DTensor) for each in model.parameters() if each.requires_grad):
+        raise AttachError(f"{what} needs whole parameters, and these are divided among processes (FSDP)")
 
 
 def widened(model: nn.Module, at: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -99,6 +108,20 @@ def per_sample(losses: Losses) -> Tensor:
     found = losses()
     if found.dim() != 1 or len(found) == 0:
         raise ValueError(f"`losses` must return one loss per sample, (n,); got shape {tuple(found.shape)}")
+    return found
+
+
+def per_target(losses: Losses) -> Tensor:
+    """Return the losses by target (n, T); raise ValueError if they are of another shape."""
+    with losses_by_target():
+        found = losses()
+    if found.dim() != 2 or found.numel() == 0:
+        raise ValueError(
+            f"losses by target: `losses` must return the parts of each sample's loss, (n, T), whose sum over T is its "
+            f"loss; got shape {tuple(found.shape)}. per_sample_losses and CrossEntropyHead return them where they are "
+            "asked for (ghostEngines.losses_by_target): return what they return; or do the same in a loss of your own, "
+            "where ghostEngines.are_by_target() is True"
+        )
     return found
 
 

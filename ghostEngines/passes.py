@@ -59,9 +59,9 @@ class Probes:
     """
 
     # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times s² and
-    # the row's weight, 1/(n·G) unless given, and divided by m if pairwise. There is one probe for all layers, or with per_layer one for each, in
-    # their order. They are separate tensors: indexing one tensor by a number would give every compiled block
-    # its own graph.
+    # the row's weight, 1/(n·G) unless given, and divided by m if pairwise. There is one probe for all layers, or
+    # with per_layer one for each, in their order. They are separate tensors: indexing one tensor by a number would
+    # give every compiled block its own graph.
     dots: list[Tensor]
     scale: Tensor  # (scalar); its gradient is s
 

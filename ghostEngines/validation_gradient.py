@@ -5,11 +5,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .contraction import accumulation_dtype
-from .errors import AttachError
-from .own_passes import NO_DERIVATIVE, Losses, own_pass, per_sample, widened
+from .own_passes import NO_DERIVATIVE, Losses, check_undivided, own_pass, per_sample, widened
 from .updates import Member, Updates
 
 # Entries of a parameter that are in work at a time: few, so that they stay in a CPU's cache, and that PyTorch does not
@@ -34,11 +32,8 @@ class ValidationGradient:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        check_undivided(model, "a validation gradient of its own")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if any(isinstance(parameter, DTensor) for parameter in trained.values()):
-            raise AttachError(
-                "a validation gradient of its own needs whole parameters, and these are divided among processes (FSDP)"
-            )
         self.total = {
             name: p.new_zeros(p.shape, dtype=accumulation_dtype(p.dtype)) for name, p in trained.items()
         }

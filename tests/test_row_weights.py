@@ -51,7 +51,7 @@ def step(
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_gradients_are_weighted_and_scores_are_not(case: Case) -> None:
-    model, weights = case.model(), torch.tensor(sum(WEIGHTS, []), dtype=torch.float64)
+    model, weights = case.model(), torch.tensor([w for each in WEIGHTS for w in each], dtype=torch.float64)
     truth = case.truth(len(weights), M)
     with GradDotProdEngine(model, M) as engine:
         engine.begin_update(len(WEIGHTS))

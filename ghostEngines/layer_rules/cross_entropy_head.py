@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..contraction import Split, accumulation_dtype
 from ..descriptions import Description
-from ..losses import IGNORE_INDEX, count_targets, require
+from ..losses import IGNORE_INDEX, are_by_target, count_targets, losses_of, require
 from ..precision import compute_dtype, without_autocast
 from ..row_maps import Identity
 from ..sinks import Site
@@ -59,10 +59,11 @@ class CrossEntropyHead(nn.Module):
             targets: (N, T), the token ids that follow; -100 for positions without a target.
 
         Returns:
-            (N,) in float32 (float64 for float64 inputs).
+            (N,) in float32 (float64 for float64 inputs); in `losses_by_target` (N, T).
 
         Raises:
             ValueError: a row without a target, or other shapes.
+            RuntimeError: in `losses_by_target` with gradients.
         """
         rows = len(hidden)
         weights = hidden.new_full((rows,), 1 / rows, dtype=accumulation_dtype(hidden.dtype))
@@ -143,6 +144,11 @@ def run_head(
     no_gradients = not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
     if plan is None and no_gradients:  # as in an evaluation and in a forward-mode pass
         return _losses_only(hidden, weight, targets, counts, dtype)
+    if are_by_target():
+        raise RuntimeError(
+            "the fused head's losses by target are for passes without gradients, such as exact_values(by_target=True): "
+            "its backward pass is that of the rows' losses; leave losses_by_target out of training"
+        )
     probe, link = (None, None) if plan is None else (plan.probe, plan.uses.link)
     return FusedHead.apply(
         hidden, weight, probe, link, HeadTargets(targets, counts, row_weights), plan, dtype
@@ -193,7 +199,8 @@ class FusedHead(torch.autograd.Function):
             losses = row_weights.new_zeros(len(rows))
             grad_hidden = hidden.new_empty(hidden.shape, dtype=wide) if needs_hidden else None
             gradient = HeadGradient.make(weight, wide, plan) if needs_weight else None
-            for part, residuals in _residual_parts(rows, matrix, targets.tokens, counts, losses, plan):
+            for part, residuals, own in _residual_parts(rows, matrix, targets.tokens, plan):
+                losses[part[0]] += own.sum(1) / counts[part[0]]
                 if grad_hidden is not None:
                     torch.mul(residuals @ matrix, position_weights[part[0]], out=grad_hidden[part])
                 if gradient is not None:
@@ -248,12 +255,10 @@ def _parts(rows: int, positions: int, split: Split | None, largest: int) -> Iter
 
 
 def _residual_parts(
-    rows: Tensor, matrix: Tensor, targets: Tensor, counts: Tensor, losses: Tensor, plan: HeadPlan | None
-) -> Iterator[tuple[Part, Tensor]]:
-    """Yield each part with its residuals (g, t, V), in a buffer that the next part overwrites.
-
-    Adds to losses (N,), which must be zero at first.
-    """
+    rows: Tensor, matrix: Tensor, targets: Tensor, plan: HeadPlan | None
+) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Yield each part with its residuals (g, t, V), in a buffer that the next part overwrites, and its cross entropies
+    (g, t), 0 where there is no target."""
     (n_rows, positions, _), vocabulary = rows.shape, len(matrix)
     largest = PART_POSITIONS if rows.device.type == "cpu" else GPU_POSITIONS
     parts = list(_parts(n_rows, positions, None if plan is None else plan.split, largest))
@@ -262,9 +267,8 @@ def _residual_parts(
         part_targets = targets[part]  # (g, t)
         residuals = buffer[: part_targets.numel()]
         torch.mm(rows[part].flatten(0, 1), matrix.mT, out=residuals)
-        position_losses = residuals_from_logits(residuals, part_targets.flatten(), losses.dtype)
-        losses[part[0]] += position_losses.view(part_targets.shape).sum(1) / counts[part[0]]
-        yield part, residuals.view(*part_targets.shape, vocabulary)
+        own = residuals_from_logits(residuals, part_targets.flatten(), accumulation_dtype(rows.dtype))
+        yield part, residuals.view(*part_targets.shape, vocabulary), own.view(part_targets.shape)
 
 
 def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
@@ -298,21 +302,27 @@ def residuals_from_logits(logits: Tensor, targets: Tensor, wide: torch.dtype) ->
 def _losses_only(
     hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return the losses (N,) without a backward pass: for an evaluation, and for forward-mode differentiation.
+    """Return the losses without a backward pass: for an evaluation, and for forward-mode differentiation.
+
+    They are those of rows (N,), or by target (N, T) in `losses_by_target`.
 
     The derivative of a position's loss is <residuals, W h' + W' h>, with h' and W' the tangents.
     """
     (hidden, hidden_tangent), (weight, weight_tangent) = map(forward_ad.unpack_dual, (hidden, weight))
+    by_target = are_by_target()
     with without_autocast(hidden):
-        losses = hidden.new_zeros(len(hidden), dtype=accumulation_dtype(dtype))
+        wide = accumulation_dtype(dtype)
+        losses = hidden.new_zeros(targets.shape if by_target else len(hidden), dtype=wide)
         rows, matrix, derivatives = hidden.to(dtype), weight.to(dtype), torch.zeros_like(losses)
-        for part, residuals in _residual_parts(rows, matrix, targets, counts, losses, None):
+        for part, residuals, own in _residual_parts(rows, matrix, targets, None):
+            place, of_part = part if by_target else part[0], counts[part[0]]
+            losses[place] += losses_of(own, of_part)
             if hidden_tangent is not None:
-                change = (residuals @ matrix * hidden_tangent[part]).sum((1, 2), dtype=losses.dtype)
-                derivatives[part[0]] += change / counts[part[0]]
+                change = (residuals @ matrix * hidden_tangent[part]).sum(2, dtype=wide)  # (g, t)
+                derivatives[place] += losses_of(change, of_part)
             if weight_tangent is not None:
-                change = (residuals @ weight_tangent.to(dtype) * rows[part]).sum((1, 2), dtype=losses.dtype)
-                derivatives[part[0]] += change / counts[part[0]]
+                change = (residuals @ weight_tangent.to(dtype) * rows[part]).sum(2, dtype=wide)
+                derivatives[place] += losses_of(change, of_part)
     if hidden_tangent is None and weight_tangent is None:
         return losses
     dual: Tensor = forward_ad.make_dual(losses, derivatives)
