@@ -126,6 +126,11 @@ class GhostEngineManager:
         """Detach the engine while the block runs, for an evaluation."""
         yield
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Let the model run as without an engine while the block runs."""
+        yield
+
     def begin_step(self, step: int, micro_batches: int | None = None) -> None:
         """Prepare a step, with the learning rate set; forget the micro-batches of one that was not finished.
 
@@ -335,6 +340,9 @@ class GradDotProdManager(GhostEngineManager):
             yield
         finally:
             self._engine.attach(self._optimizer, loss_scale=self._loss_scale)
+
+    def plain(self) -> AbstractContextManager[None]:
+        return self._engine.paused()
 
     def flush(self) -> None:
         self._scores.flush()

@@ -1,0 +1,51 @@
+"""What a scored Trainer refuses, by name."""
+
+from typing import Any
+
+from foundation.errors import UserError
+
+PROCESSES = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names of what gradients are averaged over
+DROPOUT = ("dropout", "pdrop", "drop_rate", "layerdrop")
+
+
+def check_trainer(trainer: Any, name: str) -> None:
+    """Raise UserError for options under which scores would not be those of the plain training."""
+    args, accelerator = trainer.args, trainer.accelerator
+    refused = {
+        "label_smoothing_factor: the loss is then not a mean over targets": args.label_smoothing_factor > 0,
+        "neftune_noise_alpha: noise on the embeddings would differ with validation rows": (
+            args.neftune_noise_alpha is not None
+        ),
+        "compute_loss_func: a loss of one's own is not known to be a weighted sum over the rows": (
+            trainer.compute_loss_func is not None
+        ),
+        "reentrant checkpointing (gradient_checkpointing_kwargs={'use_reentrant': True})": (
+            args.gradient_checkpointing
+            and bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+        ),
+        "torch_compile: a compiled model hides its layers": args.torch_compile,
+        "use_liger_kernel: its fused head makes no gradient of single rows": args.use_liger_kernel,
+        "auto_find_batch_size: it begins the training again": args.auto_find_batch_size,
+        "several GPUs in one process (DataParallel): use torchrun": args.n_gpu > 1,
+        f"training under {accelerator.distributed_type}": str(accelerator.distributed_type.value)
+        not in PROCESSES,
+        "loss_type='dft': its weights depend on the model": args.to_dict().get("loss_type", "nll") == "dft",
+        "packing_strategy='wrapped': its rows hold parts of samples that see each other": (
+            bool(args.to_dict().get("packing")) and args.to_dict()["packing_strategy"] == "wrapped"
+        ),
+        "a router's auxiliary loss (router_aux_loss_coef): it is no row's": (
+            bool(trainer.model.config.to_dict().get("output_router_logits"))
+        ),
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise UserError(f"a scored {name} refuses {what}")
+    config = trainer.model.config.get_text_config().to_dict()
+    for name, value in config.items():
+        if isinstance(value, float) and value > 0 and any(word in name for word in DROPOUT):
+            raise UserError(
+                f"the model's {name} is {value}: dropout makes each row's loss random, and another one with validation "
+                f"rows; load the model with {name}=0"
+            )
+    if trainer.processing_class is None:
+        raise UserError("give processing_class=tokenizer: the texts of samples are kept with the scores")

@@ -1,0 +1,326 @@
+"""A Trainer that scores its training samples: any subclass of Hugging Face's Trainer, made by `scored`."""
+
+import inspect
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from score_store.run_writer import write_run
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from foundation.errors import UserError
+from score_store.samples import Sample
+
+from ...covered_layers import cover
+from ...engine_manager import GradDotProdManager
+from ...row_maps import packed_documents
+from ...scoring import Scoring
+from ...updates import unwrapped
+from .batches import CausalBatches, PackedBatches
+from .joint_forward import JointForward, Loss
+from .losses import Batch
+from .packing import packed_with_rows
+from .refusals import check_trainer
+from .run import RunOfTrainer
+from .sample_ids import ROW, Identities, NumberedCollator, numbered
+
+GRADIENT = "gradient.pt"
+"""In a checkpoint: a validation gradient that is used for several steps."""
+
+
+@cache
+def scored(base: type[Any]) -> type[Any]:
+    """Return a subclass of a Trainer class, whose training also scores each training sample.
+
+    Its constructor takes what `base` takes, and:
+
+        score_against: the dataset of the validation rows, in the form of train_dataset. All of them go with each step,
+            and m rows cost about as much as m train rows: choose few, such as `dataset.select(range(8))`.
+        scores: the folder of the scores, which attribution.values, report, query and curate take.
+        sample_id: the column of train_dataset with integer ids; None: a sample's id is its place in the dataset.
+        group: the column with the samples' groups, such as their source; None: all are in one group.
+        scoring: a `Scoring`; None: the audit at every 100th step, in-pass values.
+        direction, granularity: of GradDotProdEngine.
+
+    Training is what it would have been with `base`, and so are evaluation, checkpoints and logs. Each update's scores
+    are of the rows that it was made of, and are replaced when the training resumes from a checkpoint before them.
+
+    Raises:
+        UserError: options under which scores would not be those of the training (refusals.py).
+    """
+    if not (isinstance(base, type) and issubclass(base, Trainer)):
+        raise UserError(f"scored() takes a subclass of transformers.Trainer, not {base!r}")
+    return type(f"Scored{base.__name__}", (_Scored, base), {"__doc__": scored.__doc__, "base": base})
+
+
+class _Scoring(TrainerCallback):
+    """What a scored Trainer does when its training begins, steps and ends."""
+
+    def __init__(self, trainer: "_Scored") -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.begin_scoring()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.record_scores()
+
+
+class _Scored(Trainer):
+    """The methods of a Trainer that scoring changes; `scored` puts them before those of a base class."""
+
+    base: type[Trainer]
+
+    def __init__(
+        self,
+        *args: Any,
+        score_against: Any,
+        scores: str | Path,
+        sample_id: str | None = None,
+        group: str | None = None,
+        scoring: Scoring | None = None,
+        direction: str = "auto",
+        granularity: str = "total",
+        **kwargs: Any,
+    ) -> None:
+        bound = inspect.signature(self.base.__init__).bind_partial(self, *args, **kwargs).arguments
+        dataset = bound.get("train_dataset")
+        if dataset is None:
+            raise UserError("give train_dataset: its rows are what is scored")
+        given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
+        given |= bound.get("kwargs", {}) | {"train_dataset": numbered(dataset)}
+        self._identities = Identities.of(dataset, sample_id, group)
+        super().__init__(**given)
+        check_trainer(self, self.base.__name__)
+        self._scoring = Scoring(audit_interval=100) if scoring is None else scoring
+        self._engine_options = {"direction": direction, "granularity": granularity}
+        self._validation_rows, self._folder = self._prepared(score_against), Path(scores)
+        # What the base says of its loss; this class itself divides it where that is necessary.
+        self._base_is_scaled, self.loss_is_scaled_for_ga = self.loss_is_scaled_for_ga, True
+        self._coming: deque[Tensor] = deque()  # for each micro-batch to come, its rows' places in the dataset
+        self._rows_of_update, self._norm = 0, None
+        self._batches: CausalBatches
+        self._run: RunOfTrainer
+        self._losses: Tensor | None = None  # (N,) of the last pass
+        self._manager: GradDotProdManager | None = None
+        self._checked = False  # the loss was compared with that of `base`
+        self.add_callback(_Scoring(self))
+
+    def _prepared(self, dataset: Any) -> list[dict[str, Any]]:
+        """Return the rows of a dataset as the collator takes them."""
+        if not hasattr(dataset, "__len__"):
+            raise UserError(f"score_against is a {type(dataset).__name__} without a length; give a few rows")
+        if hasattr(self, "_prepare_dataset") and not self._skip_prepare_dataset:  # TRL's
+            dataset = self._prepare_dataset(
+                dataset, self.processing_class, self.args, False, self._formatting_func, "score_against"
+            )
+        rows = [dict(dataset[row]) for row in range(len(dataset))]
+        if not rows:
+            raise UserError("score_against is empty: give the rows whose loss the values are about")
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            rows = [
+                {k: v for k, v in row.items() if k in self._signature_columns and k != ROW} for row in rows
+            ]
+        return rows
+
+    # The dataset and its batches
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, ROW]
+
+    def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, packing: Any, *more: Any) -> Any:
+        """Return TRL's tokenised dataset, whose rows know the samples that are packed into them."""
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        if packing and ROW in dataset.column_names:
+            return packed_with_rows(prepare, dataset, processing, args, *more)
+        return prepare(dataset, processing, args, packing, *more)
+
+    def get_train_dataloader(self) -> Any:
+        own, self.data_collator = self.data_collator, NumberedCollator(self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = own
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """Begin an update: take the ids out of its batches, and tell the engine how many these are."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._coming = deque(batch.pop(ROW) for batch in batches)
+        rows = torch.tensor([sum(map(len, self._coming))], device=device)
+        self._rows_of_update = int(self.accelerator.gather(rows).sum())
+        if batches:
+            self._scores.begin_step(self.state.global_step, len(batches))
+        return batches, items
+
+    # A micro-batch
+
+    @property
+    def _scores(self) -> GradDotProdManager:
+        if self._manager is None:
+            raise RuntimeError("scoring begins with train(): single training steps are not scored")
+        return self._manager
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        assert self._losses is not None
+        self._scores.prepare_gradients(self._losses)
+        self._losses = None
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of the base class, whose gradient is that of the joint batch's loss."""
+        if not (self.is_in_train and self.model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._coming:
+            raise RuntimeError("compute_loss() was called more often than get_batch_samples() gave batches")
+        rows = self._coming.popleft().cpu().numpy()
+        joint = JointForward(
+            model,
+            self._scores,
+            self._batches,
+            Loss(num_items_in_batch, self._factor(num_items_in_batch)),
+            lambda train, weights: self._attach(train, weights, rows),
+            self.accelerator.autocast,
+            check=not self._checked,
+        )
+        result = super().compute_loss(joint, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        loss = joint.differentiable(loss.detach() / self._divisor(num_items_in_batch))
+        self._losses, self._checked = joint.losses, True
+        return (loss, outputs) if return_outputs else loss
+
+    def _divisor(self, num_items_in_batch: Any) -> int:
+        """Return what the base class divides a micro-batch's loss by, after compute_loss."""
+        scaled = self._base_is_scaled
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return 1 if scaled else self.current_gradient_accumulation_steps
+
+    def _factor(self, num_items_in_batch: Any) -> float:
+        """Return what the sum over a micro-batch's targets, divided by their number, is multiplied by."""
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        return (self.accelerator.num_processes if averaged else 1) / self._divisor(num_items_in_batch)
+
+    def _attach(self, train: Batch, weights: Tensor, rows: npt.NDArray[np.int64]) -> None:
+        """Tell the manager of a micro-batch, and write the texts of samples that are new."""
+        if (found := self._batches.rows(train)) != len(rows):
+            raise UserError(
+                f"a batch of {found} samples was made of {len(rows)} rows of the dataset: the collator must keep them "
+                "one to one, and in order"
+            )
+        ids, groups = self._identities.ids[rows], [self._identities.group(row) for row in rows]
+        self._scores.attach_train_batch(train, sample_ids=ids, domains=groups, blocks=ids, weights=weights)
+        new = self._run.unseen(rows)
+        if len(new):
+            tokens = self._batches.tokens(train)
+            self._run.keep([self._sample(ids[i], groups[i], tokens[i]) for i in new])
+
+    def _sample(self, number: int, group: str, tokens: list[int]) -> Sample:
+        decoded = self.processing_class.decode(tokens, skip_special_tokens=False)
+        return Sample(int(number), decoded, tokens, group=group)
+
+    # An update
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._norm
+
+    def record_scores(self) -> None:
+        """Record the scores of an update, before the optimizer's step."""
+        norm = torch.as_tensor(self._norm, device=self.args.device)
+        factor = torch.ones_like(norm)
+        if self.args.max_grad_norm > 0:
+            factor = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
+        skipped = ~norm.isfinite()
+        self._scores.aggregate_and_log(
+            step=self.state.global_step,
+            lr=max(float(group["lr"]) for group in self.optimizer.param_groups),
+            clip_factor=torch.where(skipped, 1.0, factor),
+            skipped=skipped,
+            global_batch_size=self._rows_of_update,
+        )
+
+    # A training
+
+    def begin_scoring(self) -> None:
+        """Attach the engine, and make the folder of the scores or go on with it."""
+        accelerator, model = self.accelerator, self.accelerator.unwrap_model(self.model_wrapped)
+        batch = self._prepare_inputs(self.data_collator(self._validation_rows))
+        packed = "position_ids" in batch and "attention_mask" not in batch
+        kind = PackedBatches if packed else CausalBatches
+        self._batches = kind(model, self._pad_token())
+        if not self._batches.counts(batch).all():
+            raise UserError(
+                "score_against has a row without a target (all of its labels are -100): leave it out"
+            )
+        resumed = self.state.global_step or None
+        self._run = RunOfTrainer(
+            write_run(
+                self._folder,
+                optimizer=type(unwrapped(self.optimizer)).__name__,
+                direction=self._engine_options["direction"],
+                granularity=self._engine_options["granularity"],
+                layers=list(cover(model).layers),
+                values="exact" if self._scoring.every_exact else "in_pass",
+                validation=[
+                    self._sample(number, "score_against", tokens)
+                    for number, tokens in enumerate(self._batches.tokens(batch))
+                ],
+                settings={"trainer": self.base.__name__, "seed": self.args.seed},
+                resume_from=resumed,
+            ),
+            len(self._identities.ids),
+        )
+        self._manager = GradDotProdManager(
+            model,
+            self.optimizer,
+            validation=batch,
+            scores=self._run,
+            scoring=self._scoring,
+            batches=self._batches,
+            processes=accelerator.num_processes,
+            autocast=accelerator.autocast,
+            loss_scale=self._loss_scale,
+            samples=packed_documents if packed else None,
+            **self._engine_options,
+        )
+        if resumed is not None and self._scoring.refresh_interval > 1:
+            self._manager.load_state(torch.load(self._checkpoint(resumed) / GRADIENT, weights_only=True))
+
+    def _pad_token(self) -> int:
+        token = self.processing_class.pad_token_id
+        return self.processing_class.eos_token_id if token is None else token
+
+    def _loss_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return (1.0 if scaler is None else scaler.get_scale()) / self.accelerator.gradient_accumulation_steps
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, once all scores before it are on the disk of every process."""
+        self._scores.merge()
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and (state := self._scores.state()):
+            torch.save(state, self._checkpoint(self.state.global_step) / GRADIENT)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            manager, self._manager = self._manager, None
+            if manager is not None:
+                manager.close()
