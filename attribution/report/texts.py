@@ -37,7 +37,6 @@ def describe_runs(
     return {
         "runs": [{"name": run.folder.resolve().name, "folder": str(run.folder)} for run in runs],
         "title": ", ".join(run.folder.resolve().name for run in runs),
-        "block_size": runs[0].block_size,
         "rows_shown": _rows_shown(runs),
         "unit_sentence": VALUE_UNIT_SENTENCES[normalise],
         "steps_shown": _steps_shown(windows),
