@@ -243,7 +243,10 @@ def without_audit(run: ScoredRun) -> str:
         return (
             "an older version of this program wrote these scores, without what exact values are compared with"
         )
-    return "no step was audited (--audit_interval 0), so it is unknown how far its values can be trusted"
+    return (
+        "no step was audited (--audit_interval 0, or a loop without exact values), so it is unknown how far its values "
+        "can be trusted"
+    )
 
 
 def audit_lines(runs: Sequence[ScoredRun], table: pa.Table) -> list[str]:

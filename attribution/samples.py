@@ -56,7 +56,6 @@ class Samples(ABC):
 
     documents: Documents | None = None  # None: the samples have no documents in them
     noun = "block"  # a sample is shown as "DOMAIN, block NUMBER"
-    has_images = False
     described: str  # after "a batch of samples, "
     example: str  # of what --sample takes
     used: Collection[str] | None = None  # the domains that the run trained on; None: not listed
@@ -147,7 +146,6 @@ class StoredSamples(Samples):
 
     def __init__(self, rows: StoredRows, images: Path | None) -> None:
         self.rows, self.images = rows, images
-        self.has_images = images is not None
 
     @property
     def example(self) -> str:  # type: ignore[override]

@@ -273,7 +273,8 @@ def samples_of(runs: Sequence[ScoredRun], data_dir: Path | None = None) -> Sampl
     """Return what the tools show of the training samples of runs of the same data.
 
     Args:
-        data_dir: the folder of the splits, of the records or of the images; None: the one that the first run used.
+        data_dir: the folder of the splits or of the records, or the one that has the folder of images; None: the one
+            that the first run used.
 
     Raises:
         ScoreError: the runs' own samples are missing, damaged, or contradict each other.
@@ -295,7 +296,9 @@ def _own_samples_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples
     rows = open_samples(
         *(RunFolder(run.folder).samples for run in runs)
     )  # a run may lack those that another used
-    images = runs[0].config["images"] if data_dir is None else data_dir
+    images = runs[0].config["images"]
+    if images is not None and data_dir is not None:
+        images = data_dir / Path(images).name
     return StoredSamples(rows, None if images is None else Path(images))
 
 

@@ -135,8 +135,10 @@ class RunWriter:
 
     def close(self) -> None:
         """Write what is buffered to the disk, in few files."""
-        self.samples.close()
-        self._scores.close()
+        try:
+            self.samples.close()
+        finally:
+            self._scores.close()
 
     def __enter__(self) -> Self:
         return self

@@ -64,6 +64,8 @@ def _validation_loss(steps: pa.Table) -> str:
     run, loss = steps["run"].to_numpy(), steps["val_loss"].to_numpy(zero_copy_only=False)
     of_runs = [loss[run == number] for number in np.unique(run)]
     first, last = (np.mean([losses[place] for losses in of_runs]) for place in (0, -1))
+    if not np.isfinite(loss).any():
+        return "not known"
     return f"{first:.3f}" if max(map(len, of_runs)) == 1 else f"{first:.3f} → {last:.3f}"
 
 
