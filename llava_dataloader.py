@@ -212,9 +212,9 @@ class LlavaDataset:
             end = int(np.flatnonzero(y != IGNORED)[-1])
             yield Sample(
                 self.sample_id(record.group, record.number),
-                record.group,
                 text_of(record),
                 [*x[: end + 1].tolist(), int(y[end])],
+                record.group,
                 {"image": record.image.as_posix(), "record": record.number, "id": record.name},
             )
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from attribution.database import ScoreDatabase
 from attribution.scored_run import ScoredRun
+from score_store.schema import IN_PASS
 
 PHASES = (100, 1_000, 10_000)  # the steps, counted from 0, at which a new phase of training begins
 FEW_ROWS = 30  # fewer say too little
@@ -23,7 +24,7 @@ ROUNDING = 2e-6  # nats, of a fall that is measured in float32
 AUDITED = """
     SELECT
         run, step, CASE {phases} END AS phase, exact_value, of_batch, momentum, decay, measured_fall, cosine,
-        lr * clip_factor * dot_product / global_batch_size AS in_pass
+        {in_pass} AS in_pass
     FROM scores WHERE of_batch IS NOT NULL
 """
 OF_ROWS = """
@@ -228,7 +229,7 @@ def phase_name(phase: int) -> str:
 
 def _audited() -> str:
     bounds = " ".join(f"WHEN step < {bound} THEN {number}" for number, bound in enumerate(PHASES))
-    return AUDITED.format(phases=f"{bounds} ELSE {len(PHASES)}")
+    return AUDITED.format(phases=f"{bounds} ELSE {len(PHASES)}", in_pass=IN_PASS)
 
 
 def read_audits(table: pa.Table) -> list[Audit]:
@@ -238,11 +239,14 @@ def read_audits(table: pa.Table) -> list[Audit]:
 
 def without_audit(run: ScoredRun) -> str:
     """Return, in words, why a run has no audit."""
-    if run.lacks:
+    if "of_batch" in run.lacks:
         return (
             "an older version of this program wrote these scores, without what exact values are compared with"
         )
-    return "no step was audited (--audit_interval 0), so it is unknown how far its values can be trusted"
+    return (
+        "no step was audited (--audit_interval 0, or a loop without exact values), so it is unknown how far its values "
+        "can be trusted"
+    )
 
 
 def audit_lines(runs: Sequence[ScoredRun], table: pa.Table) -> list[str]:

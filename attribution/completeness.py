@@ -4,7 +4,8 @@ import re
 
 import duckdb
 
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.errors import AttributionError
+from attribution.scored_run import ScoredRun
 from score_store.files import FILE_NAME
 
 Window = tuple[int | None, int | None]  # first and last step, both included; None: the run's first or last
@@ -86,7 +87,7 @@ def check_steps(
     damaged = database.execute(DAMAGED, {"run": number}).fetchone()
     if damaged is not None:
         raise AttributionError(
-            f"{run.folder} has a value in step {damaged[0]} that is not lr · clip_factor · dot_product / "
-            "global_batch_size, or not the exact value: a score file is damaged; copy the folder again, or repeat "
+            f"{run.folder} has a value in step {damaged[0]} that is not lr · clip_factor · row_weight · "
+            "dot_product, or not the exact value: a score file is damaged; copy the folder again, or repeat "
             "the run"
         )

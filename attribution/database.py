@@ -23,9 +23,10 @@ import duckdb
 import pyarrow as pa
 
 from attribution.completeness import Window, check_steps, check_window
-from attribution.scored_run import AttributionError, ScoredRun, same_samples
-from data_processing.blocks import BLOCK_BITS
+from attribution.errors import AttributionError
+from attribution.scored_run import ScoredRun, same_samples
 from foundation.progress import progress_bar
+from score_store.schema import EQUAL_WEIGHT, IN_PASS
 
 Normalise = Literal["none", "absolute", "predicted"]
 
@@ -45,8 +46,8 @@ class ScoreDatabase:
 
     scores: the score rows of the window
         run             number of the run, in the order given, from 0
-        ...             all columns of the score files; null in runs without the column
-        domain_number   the high bits of the sample id
+        ...             all columns of the score files; null in runs without the column. domain is an ENUM, which
+                        takes a few bytes in a sum where its name would take many: write domain::VARCHAR to a file
         weighted_value  the value times its step's weight
     steps: one row per run and step of the window
         run, step, lr, clip_factor, val_loss
@@ -150,7 +151,11 @@ class ScoreDatabase:
         rows = " UNION ALL BY NAME ".join(self._rows_of(number) for number in range(len(self.runs)))
         self.connection.execute(f"CREATE VIEW all_rows AS {rows}")
         self.create("steps", _steps_sql(self._normalise), "reading steps")
-        columns = f"r.* EXCLUDE (in_window, expected_value), r.sample_id >> {BLOCK_BITS} AS domain_number"
+        domains = "SELECT DISTINCT domain::VARCHAR FROM all_rows ORDER BY ALL"
+        self._run(
+            lambda: self.connection.execute(f"CREATE TYPE domains AS ENUM ({domains})"), "reading domains"
+        )
+        columns = "r.* EXCLUDE (in_window, expected_value) REPLACE (r.domain::domains AS domain)"
         source = "all_rows r"
         if self._normalise == "none":  # every weight is 1, so the join is not needed
             columns += ", r.value AS weighted_value"
@@ -162,12 +167,14 @@ class ScoreDatabase:
     def _rows_of(self, number: int) -> str:
         """Return SQL for a run's rows in the window and in the next step, whose val_loss `measured` needs."""
         run, (first, last) = self.runs[number], self.windows[number]
-        added = "".join(f", NULL::DOUBLE AS {name}" for name in run.lacks)
-        in_pass = "lr * clip_factor * dot_product / global_batch_size"
-        want = "exact_value" if run.exact else in_pass
+        filled = dict.fromkeys(run.lacks, "NULL::DOUBLE") | (
+            {"row_weight": EQUAL_WEIGHT} if "row_weight" in run.lacks else {}
+        )
+        added = "".join(f", {sql} AS {name}" for name, sql in filled.items())
+        want = "exact_value" if run.exact else IN_PASS
         return f"""
-            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value, *{added}
-            FROM {parquet(*run.files)} WHERE step BETWEEN {first} AND {last + 1}
+            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value, *
+            FROM (SELECT *{added} FROM {parquet(*run.files)} WHERE step BETWEEN {first} AND {last + 1})
         """
 
 

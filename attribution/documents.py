@@ -33,6 +33,11 @@ DOCUMENT_SCHEMA = pa.schema(
 )
 
 
+def write_no_documents(target: Path) -> None:
+    """Write the table of samples that have no documents in them."""
+    pq.write_table(DOCUMENT_SCHEMA.empty_table(), target)
+
+
 def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, target: Path) -> None:
     """Write the values of all documents that a sample touches, sorted by domain and document.
 
@@ -40,12 +45,9 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
 
     Args:
         samples: a Parquet file with domain, block and value, sorted by domain and block.
-        shards: whose documents they are; none where samples have no documents, and the file is empty.
+        shards: whose documents they are.
         target: the Parquet file to write, with DOCUMENT_SCHEMA.
     """
-    if not shards:
-        pq.write_table(DOCUMENT_SCHEMA.empty_table(), target)
-        return
     by_name = {shard.domain: shard for shard in shards}
     with (
         pq.ParquetWriter(target, DOCUMENT_SCHEMA, compression="zstd", use_dictionary=["domain"]) as writer,

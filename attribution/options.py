@@ -13,7 +13,8 @@ from typing import get_args
 
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.errors import AttributionError
+from attribution.scored_run import ScoredRun
 from attribution.screen import printable
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError

@@ -1,4 +1,4 @@
-"""Open a run that wrote scores: its settings, its score files and its training shards."""
+"""Open a run that wrote scores: its settings, its score files, and where its samples are."""
 
 import json
 from collections.abc import Sequence
@@ -8,33 +8,46 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from attribution.samples import BlockSamples, Samples, StoredSamples
+from attribution.errors import AttributionError
+from attribution.samples import BlockSamples, RecordSamples, Samples, StoredSamples
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import Selection
 from data_processing.shards import Shard, list_shards
-from foundation.errors import UserError, file_errors
+from foundation.errors import file_errors
 from score_store.run_folder import RunFolder
-from score_store.samples import IMAGES, KEPT, open_samples
+from score_store.samples import IMAGES, KEPT, OWN, open_samples
 from score_store.schema import LACKING
 from score_store.writer import open_scores
 
-# Keys that the metadata of the score files must have.
-METADATA = (
-    "run_configuration",
-    "validation_sha256",
-    "block_size",
-    "split",
-    "shard_sha256",
-    "domains",
-    "granularity",
-)
 OTHER_VERSION = "another version of this program wrote it; use that version"
 
 
-class AttributionError(UserError):
-    """The runs cannot give what was asked for; the message names what was seen and what to do."""
+@dataclass(frozen=True)
+class SampleKind:
+    """What is needed to find the samples of a run, by the kind of its samples ("samples" in the scores' metadata).
+
+    identity: keys of the metadata that say of which data the run is.
+    config: keys of config.json.
+    """
+
+    identity: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+
+
+OF_SHARDS = ("block_size", "split", "domains", "shard_sha256")
+KINDS = {
+    None: SampleKind(OF_SHARDS, ("pile_data_dir",)),  # blocks of shards
+    KEPT: SampleKind(OF_SHARDS, ("pile_data_dir", "llava_data_dir")),
+    OWN: SampleKind(config=("images",)),
+}
+METADATA = (
+    "run_configuration",
+    "validation_sha256",
+    "granularity",
+)  # what the metadata of all score files have
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,16 @@ class ScoredRun:
                 )
             scores = open_scores(RunFolder(folder).scores)
         metadata = {key.decode(): value.decode() for key, value in scores.schema.metadata.items()}
-        needed = METADATA if metadata["format_version"] == "2" else (*METADATA, "values")
-        if missing := [key for key in needed if key not in metadata]:
-            raise AttributionError(f"{scores.files[0]} lacks {', '.join(missing)}: {OTHER_VERSION}")
+        kind = KINDS.get(metadata.get("samples"))
+        if kind is None:
+            raise AttributionError(f"{scores.files[0]} has samples {metadata['samples']!r}: {OTHER_VERSION}")
+        needed = (*METADATA, *kind.identity, *(() if metadata["format_version"] == "2" else ("values",)))
+        for path, has, keys in (
+            (scores.files[0], metadata, needed),
+            (folder / "config.json", config, kind.config),
+        ):
+            if missing := [key for key in keys if key not in has]:
+                raise AttributionError(f"{path} lacks {', '.join(missing)}: {OTHER_VERSION}")
         return cls(folder, config, metadata, tuple(map(Path, scores.files)))
 
     @property
@@ -74,8 +94,10 @@ class ScoredRun:
         return self.metadata["granularity"]
 
     @property
-    def block_size(self) -> int:
-        return int(self.metadata["block_size"])
+    def data(self) -> dict[str, Any]:
+        """Return of which data the run is: what the metadata say of it, decoded."""
+        keys = KINDS[self.metadata.get("samples")].identity
+        return {key: self.metadata[key] if key == "split" else json.loads(self.metadata[key]) for key in keys}
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -126,18 +148,24 @@ class ScoredRun:
         return configuration[name]
 
     @property
+    def block_size(self) -> int:
+        """T, of the blocks of a run on shards."""
+        return int(self.metadata["block_size"])
+
+    @property
     def split(self) -> str:
-        """The name of the folder with the training shards."""
+        """The name of the folder with the training shards, of a run on shards or records."""
         return self.metadata["split"].partition(":")[0]
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
-        """All domains of the split. A domain's index here is in the high bits of its samples' ids."""
+        """All domains of the split, of a run on shards or records. A domain's index here is in the high bits of its
+        samples' ids."""
         return tuple(json.loads(self.metadata["domains"]))
 
     @cached_property
     def checksums(self) -> dict[str, str]:
-        """The SHA-256 of the shard of each domain that the run trained on."""
+        """The SHA-256 of the shard of each domain that the run trained on; of records, of each domain."""
         checksums: dict[str, str] = json.loads(self.metadata["shard_sha256"])
         return checksums
 
@@ -173,25 +201,13 @@ class ScoredRun:
         used = Selection("--train_set", self.metadata["split"], self.split, tuple(self.checksums))
         return BlockDataset(self.shards(pile_data_dir), self.block_size, used)
 
-    @property
-    def keeps_samples(self) -> bool:
-        """Whether the run keeps its samples in its folder; if not, they are blocks of shards."""
-        return self.metadata.get("samples") == KEPT
+    def scores(self) -> ds.Dataset:
+        """Return the scores, to be read in pieces. Raises as `open`."""
+        return open_scores(RunFolder(self.folder).scores)
 
     def samples(self, data_dir: Path | None = None) -> Samples:
-        """Return what the tools show of the training samples.
-
-        Args:
-            data_dir: the folder of the splits; None: the one that the run used.
-
-        Raises:
-            ScoreError: the run's own samples are missing or damaged.
-            AttributionError, ShardError: as `shards`.
-        """
-        if self.keeps_samples:
-            folder = open_samples(RunFolder(self.folder).samples)
-            return StoredSamples(folder, self.domains, self.records_folder(data_dir) / IMAGES)
-        return BlockSamples(self.blocks(data_dir), self.shards(data_dir))
+        """Return what the tools show of the training samples. Args and errors as of `samples_of`."""
+        return samples_of([self], data_dir)
 
     def records_folder(self, data_dir: Path | None = None) -> Path:
         """Return the folder of the records and images that a run with samples of its own was trained on."""
@@ -215,10 +231,14 @@ class ScoredRun:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl, in order, without an unfinished last line.
 
+        A loop of one's own need not write them: then there are none.
+
         Raises:
             AttributionError: the file is missing or damaged.
         """
         path = RunFolder(self.folder).metrics
+        if self.metadata.get("samples") == OWN and not path.exists():
+            return []
         with file_errors(path, AttributionError):
             if not path.is_file():
                 raise AttributionError(f"{path} is missing: copy the run's folder again")
@@ -241,9 +261,48 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AttributionError(f"{path} is not JSON ({error}): name the folder of a run") from error
     if not isinstance(config, dict) or not {"method", "run_name"} <= config.keys():
         raise AttributionError(f"{path} is not of a run (a saved model has one, too); name a result_dir")
-    if "pile_data_dir" not in config:
-        raise AttributionError(f"{path} lacks pile_data_dir: {OTHER_VERSION}")
     return config
+
+
+def read_run(folder: str | Path) -> ScoredRun:
+    """Open the folder of a run: of main.py, or what `score_store.write_run` wrote. Raises as `ScoredRun.open`."""
+    return ScoredRun.open(folder)
+
+
+def samples_of(runs: Sequence[ScoredRun], data_dir: Path | None = None) -> Samples:
+    """Return what the tools show of the training samples of runs of the same data.
+
+    Args:
+        data_dir: the folder of the splits or of the records, or the one that has the folder of images; None: the one
+            that the first run used.
+
+    Raises:
+        ScoreError: the runs' own samples are missing, damaged, or contradict each other.
+        AttributionError, ShardError: as `ScoredRun.shards`.
+    """
+    return SAMPLES[runs[0].metadata.get("samples")](runs, data_dir)
+
+
+def _blocks_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
+    return BlockSamples(runs[0].blocks(data_dir), runs[0].shards(data_dir))
+
+
+def _records_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
+    rows = open_samples(RunFolder(runs[0].folder).samples)
+    return RecordSamples(rows, runs[0].domains, runs[0].checksums, runs[0].records_folder(data_dir) / IMAGES)
+
+
+def _own_samples_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
+    rows = open_samples(
+        *(RunFolder(run.folder).samples for run in runs)
+    )  # a run may lack those that another used
+    images = runs[0].config["images"]
+    if images is not None and data_dir is not None:
+        images = data_dir / Path(images).name
+    return StoredSamples(rows, None if images is None else Path(images))
+
+
+SAMPLES = {None: _blocks_of, KEPT: _records_of, OWN: _own_samples_of}
 
 
 def same_samples(runs: Sequence[ScoredRun]) -> None:
@@ -256,11 +315,12 @@ def same_samples(runs: Sequence[ScoredRun]) -> None:
     for number, run in enumerate(runs[1:], 1):
         if run.folder.resolve() in [other.folder.resolve() for other in runs[:number]]:
             raise AttributionError(f"{run.folder} is named twice; name each run once")
-        for key in ("block_size", "split", "domains", "shard_sha256"):
-            if run.metadata[key] != runs[0].metadata[key]:
+        for key in ("samples", *KINDS[runs[0].metadata.get("samples")].identity):
+            own, first = run.metadata.get(key), runs[0].metadata.get(key)
+            if own != first:
                 raise AttributionError(
                     f"{run.folder} and {runs[0].folder} are runs of different data: their {key} is "
-                    f"{run.metadata[key]:.200} and {runs[0].metadata[key]:.200}; give runs of the same data"
+                    f"{own!s:.200} and {first!s:.200}; give runs of the same data"
                 )
         if run.kind != runs[0].kind:
             raise AttributionError(

@@ -40,7 +40,9 @@ def print_samples(screen: Console, extremes: Mapping[str, pa.Table], samples: Sa
             text = samples.excerpt(row["domain"], row["block"], FIRST_TOKENS).text
             words = Text(first_words(text), no_wrap=True)
             words.overflow = "ellipsis"
-            table.add_row(f"{row['value']:+.3e}", f"{printable(row['domain'])}, block {row['block']}", words)
+            table.add_row(
+                f"{row['value']:+.3e}", f"{printable(row['domain'])}, {samples.noun} {row['block']}", words
+            )
         screen.print(title if len(rows) else f"{title}: none", soft_wrap=True)
         screen.print(table)
 

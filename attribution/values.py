@@ -20,13 +20,12 @@ import pyarrow.parquet as pq
 
 from attribution.audit import audit_lines, audit_sql
 from attribution.completeness import Window
-from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet, quoted
-from attribution.documents import write_documents
+from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet
+from attribution.errors import AttributionError
 from attribution.options import make_argument_parser, read_options, run_command
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.scored_run import ScoredRun, samples_of
 from attribution.screen import plain_console, print_domains, print_samples
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
-from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import write_json_atomically
 from foundation.paths import path_argument
 from score_store.run_folder import RunFolder
@@ -54,16 +53,14 @@ def write_values(
             and holds something else, or another process writes it.
         ShardError: as `ScoredRun.shards`.
     """
-    shards = runs[0].samples(pile_data_dir).shards
+    samples = samples_of(runs, pile_data_dir)
     with being_written(folder) as unfinished:
         with ScoreDatabase(
             runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
         ) as database:
             write_tables(database, unfinished)
             windows = database.windows
-        write_documents(
-            unfinished / "samples.parquet", shards, runs[0].block_size, unfinished / "documents.parquet"
-        )
+        samples.write_documents(unfinished / "samples.parquet", unfinished / "documents.parquet")
         manifest = {
             **FORMAT,
             "normalise": normalise,
@@ -81,7 +78,7 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
         runs, pile_data_dir: those that the values were computed from.
     """
     screen = plain_console()
-    samples = runs[0].samples(pile_data_dir)
+    samples = samples_of(runs, pile_data_dir)
     normalise = values.manifest["normalise"]
     unit = "fall of the validation loss, in nats" if normalise == "none" else f"normalised: {normalise}"
     screen.print(f"Value by domain ({unit})")
@@ -113,45 +110,65 @@ def describe_run(run: ScoredRun, window: tuple[int, int]) -> dict[str, Any]:
     return {
         "folder": str(run.folder.resolve()),
         "steps": window,
-        "block_size": run.block_size,
-        "split": run.metadata["split"],
-        "domains": run.domains,
-        "shard_sha256": run.checksums,
+        **run.data,
         "validation_sha256": run.metadata["validation_sha256"],
     }
 
 
 def sample_sums(database: ScoreDatabase) -> str:
-    """Return SQL for sample_id, value, steps, first_step, last_step of each sample, in no order."""
+    """Return SQL for sample_id, domain, block, value, steps, first_step, last_step of each sample, in no order.
+
+    A sample whose rows have two domains is there twice: see `check_domains`.
+    """
     return f"""
         SELECT
-            sample_id, fsum(weighted_value) / {len(database.runs)} AS value,
+            sample_id, domain, block, fsum(weighted_value) / {len(database.runs)} AS value,
             count(weighted_value)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step
-        FROM scores GROUP BY sample_id
+        FROM scores GROUP BY sample_id, domain, block
     """
 
 
-def samples_sql(database: ScoreDatabase, sums: str) -> str:
+def samples_sql(sums: str) -> str:
     """Return SQL for the columns of "samples", for the rows of `sums` in their order."""
-    domains = ", ".join(map(quoted, database.runs[0].domains))
-    return f"""
-        SELECT
-            sample_id, [{domains}][(sample_id >> {BLOCK_BITS}) + 1] AS domain,
-            sample_id & {(1 << BLOCK_BITS) - 1} AS block, value, steps, first_step, last_step
-        FROM ({sums})
+    return f"SELECT {', '.join(FILES['samples'])} FROM (SELECT * REPLACE (domain::VARCHAR AS domain) FROM ({sums}))"
+
+
+def check_domains(samples: Path) -> None:
+    """Check that each sample has one domain, in a file of samples that is sorted by their ids.
+
+    Raises:
+        AttributionError: one has two.
     """
+    columns, last = ["sample_id", "domain", "block"], None
+    with pq.ParquetFile(samples) as file:
+        for batch in file.iter_batches(1 << 16, columns=columns):
+            ids = batch["sample_id"].to_numpy()
+            again = np.flatnonzero(
+                np.diff(ids, prepend=ids[0] - 1 if last is None else last["sample_id"]) == 0
+            )
+            if len(again):
+                place = int(again[0])
+                first = last if place == 0 else batch.slice(place - 1, 1).to_pylist()[0]
+                second = batch.slice(place, 1).to_pylist()[0]
+                assert first is not None
+                raise AttributionError(
+                    f"sample {second['sample_id']} has scores in two groups, {first['domain']!r} and "
+                    f"{second['domain']!r}: a sample has one group; give it the same one in every step and run"
+                )
+            last = batch.slice(len(batch) - 1, 1).to_pylist()[0]
 
 
 def write_tables(database: ScoreDatabase, folder: Path) -> None:
     """Write all tables of a folder of values but the documents.
 
     Raises:
-        AttributionError: a value is not finite.
+        AttributionError: a value is not finite; a sample has two domains.
     """
     check_finite(database)
     sums = f"{sample_sums(database)} ORDER BY sample_id"
     samples = folder / "samples.parquet"
-    database.write(samples_sql(database, sums), samples, "summing samples")
+    database.write(samples_sql(sums), samples, "summing samples")
+    check_domains(samples)
     domains = f"""
         SELECT
             domain, count(*) AS samples, sum(steps)::BIGINT AS uses, fsum(value) AS value,

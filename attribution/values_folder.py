@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from attribution.audit import COLUMNS
 from attribution.database import parquet
 from attribution.documents import DOCUMENT_SCHEMA
-from attribution.scored_run import AttributionError
+from attribution.errors import AttributionError
 from foundation.errors import file_errors
 from foundation.files import lock
 

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     found = []
     with ScoreDatabase([run]) as database:
         for number, row in enumerate(run.validation_rows().to_pylist()):
-            samples = database.query(samples_sql(database, pair_sums(number)), "ranking").to_pandas()
+            samples = database.query(samples_sql(pair_sums(number)), "ranking").to_pandas()
             ranks = samples.value.rank(ascending=False, pct=True).to_numpy()
             colour, shape = row["domain"].split("_")
             kinds = samples.domain.str.split("_", expand=True)

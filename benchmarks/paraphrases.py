@@ -95,7 +95,7 @@ def run_one_seed(work_dir: Path, max_steps: int, seed: int) -> pd.DataFrame:
     )  # fmt: skip
     with ScoreDatabase([ScoredRun.open(run)], steps=(epoch, None), normalise="absolute") as database:
         rows = ", ".join(
-            f"sum(weight * lr * clip_factor * pairwise[{row + 1}] / global_batch_size) AS row{row}"
+            f"sum(weight * lr * clip_factor * row_weight * pairwise[{row + 1}]) AS row{row}"
             for row in range(ROWS)
         )
         samples = database.query(

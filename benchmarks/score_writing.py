@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from score_store.writer import ScoreWriter, open_scores
+from score_store.writer import ScoredStep, ScoreWriter, open_scores
 
 DOMAINS = tuple(f"Domain {number:02d}" for number in range(22))
 
@@ -29,17 +29,12 @@ def time_append(writer: ScoreWriter, step: int, n: int, random: np.random.Genera
     val_loss, clip_factor, null = torch.rand(()), torch.rand(()), torch.tensor(False)
     start = time.perf_counter()
     writer.append(
-        step=step,
+        ScoredStep(step, lr=1e-4, clip_factor=clip_factor, val_loss=val_loss, global_batch_size=n, null=null),
         sample_ids=numbers << 40 | blocks,
         domains=domains,
         blocks=blocks,
         dot_products=dot_products,
         train_losses=train_losses,
-        val_loss=val_loss,
-        lr=1e-4,
-        clip_factor=clip_factor,
-        global_batch_size=n,
-        null=null,
     )
     return time.perf_counter() - start
 

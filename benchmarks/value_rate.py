@@ -137,6 +137,7 @@ def make_score_table(
         "lr": lr,
         "clip_factor": clip,
         "global_batch_size": np.full(len(samples), batch_size, np.int32),
+        "row_weight": np.full(len(samples), 1 / batch_size),
         "value": lr * clip * dots / batch_size,
     }
     return pa.table(columns)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.granularity import total_of
-from score_store.writer import ExactRows, ScoreWriter
+from score_store.writer import ExactRows, ScoredStep, ScoreWriter
 
 from .backward_checks import LossScale
 from .batches import Batches, TensorBatches
@@ -271,19 +271,22 @@ class GradDotProdManager(GhostEngineManager):
         exact: list[ExactRows | None] = [None] * len(self._recorded)
         if self._scoring.exact(step) and not skipped:
             exact = [*self._exact_rows(step, clip_factor.item(), global_batch_size)]
+        of_step = ScoredStep(
+            step=step,
+            lr=lr,
+            clip_factor=clip_factor,
+            val_loss=self.val_loss,
+            global_batch_size=global_batch_size,
+            null=skipped if self._engine.scored else True,
+        )
         for (rows, dots, train_losses), of_rows in zip(self._recorded, exact, strict=True):
             self._scores.append(
-                step=step,
+                of_step,
                 sample_ids=rows.sample_ids,
                 domains=rows.domains,
                 blocks=rows.blocks,
                 dot_products=dots,
                 train_losses=train_losses,
-                val_loss=self.val_loss,
-                lr=lr,
-                clip_factor=clip_factor,
-                global_batch_size=global_batch_size,
-                null=skipped if self._engine.scored else True,
                 exact=of_rows,
             )
         if (step + 1) % self._scoring.save_interval == 0:

@@ -69,7 +69,7 @@ def print_scores(console: Console, config: "TrainingConfig") -> None:
     """Print the samples with the highest and the lowest summed value, with their first words, and the audit."""
     run = ScoredRun.open(config.result_dir)
     with ScoreDatabase([run]) as database:
-        database.create("sums", samples_sql(database, sample_sums(database)), "summing samples")
+        database.create("sums", samples_sql(sample_sums(database)), "summing samples")
         highest, lowest = highest_and_lowest(database.connection, "sums", "sample_id", EXTREMES)
         audit = measure_audit(database)
     of_what = "summed value so far: fall of the validation loss, in nats"

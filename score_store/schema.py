@@ -13,10 +13,16 @@ DICTIONARY_COLUMNS = [
     "step", "domain", "rank", "val_loss", "lr", "clip_factor", "global_batch_size", *OF_STEP
 ]  # fmt: skip
 
-FORMAT = {"format": "ghostEngines scores", "format_version": "4"}  # in the schema metadata of every file
+FORMAT = {"format": "ghostEngines scores", "format_version": "5"}  # in the schema metadata of every file
 # What files of older versions lack, which can be read all the same; `value` in those of version 2 is of another kind
 # (attribution.scored_run).
-LACKING = {"2": ("exact_value", *OF_STEP), "3": ("of_batch",)}
+LACKING = {
+    "2": ("row_weight", "exact_value", *OF_STEP),
+    "3": ("row_weight", "of_batch"),
+    "4": ("row_weight",),
+}
+EQUAL_WEIGHT = "1.0 / global_batch_size"  # SQL for the row_weight of scores that lack it
+IN_PASS = "lr * clip_factor * row_weight * dot_product"  # SQL for a row's value in pass
 
 ValueKind = Literal["in_pass", "exact"]
 """What `value` is: of the backward pass that training makes, or the exact share of the optimizer's step."""
@@ -47,8 +53,9 @@ def score_schema(granularity: str = "total") -> pa.Schema:
         "lr": pa.float64(),
         "clip_factor": pa.float64(),
         "global_batch_size": pa.int32(),
+        "row_weight": pa.float64(),  # of the row's loss in the step's; 1 / global_batch_size if all rows count the same
         # The fall of the validation loss, in nats, that the row makes in the step: positive helps. In pass it is
-        # lr · clip_factor · dot_product / global_batch_size, null with dot_product; exact, it is exact_value.
+        # lr · clip_factor · row_weight · dot_product, null with dot_product; exact, it is exact_value.
         "value": pa.float64(),
         "exact_value": pa.float64(),  # null in steps that are not audited, and for rows that an audit leaves out
         # What makes the loss fall in an audited step: the whole batch, earlier gradients, and weight decay; the fall

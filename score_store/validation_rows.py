@@ -2,16 +2,20 @@
 scores."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from data_processing.blocks import Batch
 from foundation.errors import file_errors
+from score_store.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,41 @@ def hash_of_rows(batch: Batch) -> str:
 def save_validation_rows(batch: Batch, shown: Sequence[Shown], path: Path) -> None:
     """Write rows.parquet, one row each with sample_id, domain, block, its tokens, their text, and a small copy of its
     image where rows have one."""
-    tokens = tokens_of(batch)
-    kind = pa.uint16() if tokens.max() < 1 << 16 else pa.uint32()
+    write_rows(path, batch.sample_ids, batch.domains, batch.blocks, tokens_of(batch).tolist(), shown)
+
+
+def hash_of_samples(samples: Sequence[Sample]) -> str:
+    """Return the SHA-256 of validation rows of a loop of one's own."""
+    return hashlib.sha256(json.dumps([row.columns for row in samples]).encode()).hexdigest()
+
+
+def save_validation_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Write rows.parquet of a loop of one's own."""
+    ids = [row.sample_id for row in samples]
+    tokens = [row.columns["tokens"] for row in samples]
+    write_rows(path, ids, [row.group for row in samples], ids, tokens, [Shown(row.text) for row in samples])
+
+
+def write_rows(
+    path: Path,
+    sample_ids: npt.ArrayLike,
+    domains: Sequence[str],
+    blocks: npt.ArrayLike,
+    tokens: Sequence[Sequence[int]],
+    shown: Sequence[Shown],
+) -> None:
+    """Write rows.parquet, in a new folder. All arguments are of the m rows. Raises UserError if it cannot be
+    written."""
+    most = max((max(row, default=0) for row in tokens), default=0)
     columns = {
-        "sample_id": pa.array(batch.sample_ids),
-        "domain": list(batch.domains),
-        "block": pa.array(batch.blocks),
-        "tokens": pa.array(tokens.tolist(), pa.list_(kind)),
+        "sample_id": pa.array(np.asarray(sample_ids, np.int64)),
+        "domain": list(domains),
+        "block": pa.array(np.asarray(blocks, np.int64)),
+        "tokens": pa.array(tokens, pa.list_(pa.uint16() if most < 1 << 16 else pa.uint32())),
         "text": [row.text for row in shown],
     }
-    if batch.images is not None:
+    if any(row.image is not None for row in shown):
         columns["image"] = pa.array([row.image for row in shown], pa.binary())
-    table = pa.table(columns)
     with file_errors(path.parent):
         path.parent.mkdir()
-        pq.write_table(table, path)
+        pq.write_table(pa.table(columns), path)

@@ -37,7 +37,15 @@ from score_store.files import (
 )
 from score_store.schema import FORMAT, LACKING, OF_STEP, SCORE_SCHEMA, ScoreError, ValueKind, score_schema
 
-__all__ = ["SCORE_SCHEMA", "ExactRows", "ScoreError", "ScoreWriter", "drop_rows_from", "open_scores"]
+__all__ = [
+    "SCORE_SCHEMA",
+    "ExactRows",
+    "ScoreError",
+    "ScoreWriter",
+    "ScoredStep",
+    "drop_rows_from",
+    "open_scores",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,20 @@ class ExactRows:
 
 
 @dataclass(frozen=True)
+class ScoredStep:
+    """What the scores of all rows of an optimizer step share."""
+
+    step: int  # its number, from 0
+    lr: float
+    clip_factor: Tensor | float  # what clipping multiplied the gradient by, at most 1
+    val_loss: (
+        Tensor | float | None
+    )  # L_val, the mean loss of the validation rows before the step; None: not known
+    global_batch_size: int  # samples in the update, over all processes and micro-batches
+    null: Tensor | bool = False  # the optimizer does not step, so there is no dot product and no value
+
+
+@dataclass(frozen=True)
 class _Rows:
     """The n rows of one append(), on the device they came from."""
 
@@ -62,6 +84,7 @@ class _Rows:
     blocks: npt.NDArray[np.int64]  # (n,)
     dot_products: Tensor  # (n,)
     train_losses: Tensor  # (n,)
+    row_weights: Tensor  # (n,)
     val_loss: Tensor  # NaN if it is not known
     lr: float
     clip_factor: Tensor
@@ -114,44 +137,43 @@ class ScoreWriter:
 
     def append(
         self,
+        of_step: ScoredStep,
         *,
-        step: int,
         sample_ids: npt.ArrayLike,
         domains: Sequence[str],
         blocks: npt.ArrayLike,
         dot_products: Tensor,
         train_losses: Tensor,
-        val_loss: Tensor | float | None,
-        lr: float,
-        clip_factor: Tensor | float,
-        global_batch_size: int,
-        null: Tensor | bool = False,
+        row_weights: Tensor | npt.ArrayLike | None = None,
         exact: ExactRows | None = None,
     ) -> None:
-        """Buffer the n rows of a step. Tensors are copied on their device, and not waited for until flush().
+        """Buffer n rows of a step. Tensors are copied on their device, and not waited for until flush().
 
         Args:
-            step: not before the last one appended, and after the last one written.
+            of_step: its step is not before the last one appended, and after the last one written.
             sample_ids, domains, blocks: (n,) which samples.
             dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
-            val_loss: L_val, the mean loss of the validation rows before the step (0-d); None: not known.
-            clip_factor: what clipping multiplied the gradient by, at most 1.
-            global_batch_size: samples in this step's update, over all processes and micro-batches.
-            null: the optimizer does not step, so there is no dot product and no value (bool or 0-d tensor).
+            row_weights: (n,) w_i, with Σ w_i ℓ_i over the global batch the loss that is minimised; None: it is the
+                mean, 1 / global_batch_size each.
             exact: the exact values, in a step that has them.
 
         Raises:
             ValueError: arguments of different length, or a step that is not in order.
         """
+        step = of_step.step
         ids, places = np.asarray(sample_ids), np.asarray(blocks)
         assert ids.dtype.kind == places.dtype.kind == "i", f"integers, not {ids.dtype} and {places.dtype}"
         per_row = dot_products.shape if self.granularity == "total" else dot_products.shape[:1]
-        shapes = [ids.shape, (len(domains),), places.shape, per_row, train_losses.shape]
+        equal = [1 / of_step.global_batch_size] * len(domains)
+        weights = torch.as_tensor(
+            equal if row_weights is None else row_weights, dtype=torch.float64, device=train_losses.device
+        )
+        shapes = [ids.shape, (len(domains),), places.shape, per_row, train_losses.shape, weights.shape]
         if any(tuple(shape) != (len(domains),) for shape in shapes):
             raise ValueError(
-                "sample_ids, domains, blocks, dot_products and train_losses need one entry per sample each, "
-                f"got shapes {', '.join(str(tuple(shape)) for shape in shapes)}"
+                "sample_ids, domains, blocks, dot_products, train_losses and row_weights need one entry per sample "
+                f"each, got shapes {', '.join(str(tuple(shape)) for shape in shapes)}"
             )
         latest = self._buffer[-1].step if self._buffer else self._last_step
         if step < latest or (step == latest and not self._buffer):
@@ -166,11 +188,16 @@ class ScoreWriter:
             blocks=places.astype(np.int64),
             dot_products=_copy(dot_products),
             train_losses=_copy(train_losses),
-            val_loss=_copy(torch.as_tensor(math.nan if val_loss is None else val_loss, dtype=torch.float64)),
-            lr=lr,
-            clip_factor=_copy(torch.as_tensor(clip_factor, dtype=torch.float64)),
-            global_batch_size=global_batch_size,
-            null=_copy(torch.as_tensor(null)),
+            row_weights=_copy(weights),
+            val_loss=_copy(
+                torch.as_tensor(
+                    math.nan if of_step.val_loss is None else of_step.val_loss, dtype=torch.float64
+                )
+            ),
+            lr=of_step.lr,
+            clip_factor=_copy(torch.as_tensor(of_step.clip_factor, dtype=torch.float64)),
+            global_batch_size=of_step.global_batch_size,
+            null=_copy(torch.as_tensor(of_step.null)),
             exact=exact,
         )
         self._buffer.append(row)
@@ -261,7 +288,8 @@ class ScoreWriter:
         )
         global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
         null = np.repeat(_numbers([step.null[None] for step in steps]) != 0, counts)
-        in_pass = pa.array(lr * clip * dots / global_batch_size, mask=null)
+        row_weight = _numbers([step.row_weights for step in steps])
+        in_pass = pa.array(lr * clip * row_weight * dots, mask=null)
         exact = _exact_columns(steps, counts)
         columns = {
             "step": np.repeat([step.step for step in steps], counts),
@@ -275,6 +303,7 @@ class ScoreWriter:
             "lr": lr,
             "clip_factor": clip,
             "global_batch_size": global_batch_size,
+            "row_weight": row_weight,
             "value": exact["exact_value"] if self.values == "exact" else in_pass,
             **exact,
         }
@@ -337,6 +366,8 @@ def _lists(scores: npt.NDArray[np.float64], null: npt.NDArray[np.bool_]) -> pa.A
 def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
     """Open the scores of a run for reading; `.schema.metadata` describes the run.
 
+    Scores of version 4 and older have no column row_weight: all rows of a step count the same there.
+
     Raises:
         ScoreError: there are none, another version of this program wrote them, or they are of several runs.
     """
@@ -357,6 +388,9 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
         raise ScoreError(f"{files[0].path} has no granularity in its metadata: this program did not write it")
     doubled = superseded(files)
     paths = [str(file.path) for file in files if file not in doubled]
-    return ds.dataset(
-        paths, schema=score_schema(origin["granularity"]).with_metadata(origin), format="parquet"
-    )
+    columns = [
+        field
+        for field in score_schema(origin["granularity"])
+        if field.nullable or field.name not in LACKING.get(str(version), ())
+    ]
+    return ds.dataset(paths, schema=pa.schema(columns, metadata=origin), format="parquet")

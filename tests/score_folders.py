@@ -12,7 +12,7 @@ from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from foundation.granularity import Granularity
 from score_store.schema import ValueKind
-from score_store.writer import ExactRows, ScoreWriter
+from score_store.writer import ExactRows, ScoredStep, ScoreWriter
 
 T = 8  # block size
 
@@ -75,17 +75,19 @@ def write_run(
                     both[2] = torch.nan
                 exact = ExactRows(both, 0.2 + 0.1 * val_losses[step], 0.3, 0.1, float(val_losses[step]), 0.9)
             writer.append(
-                step=step,
+                ScoredStep(
+                    step,
+                    lr=lr,
+                    clip_factor=0.5,
+                    val_loss=val_losses[step],
+                    global_batch_size=3 * ranks,
+                    null=step in null_steps,
+                ),
                 sample_ids=[blocks.sample_id(*place) for place in zip(domains, places, strict=True)],
                 domains=domains,
                 blocks=places,
                 dot_products=torch.tensor(scores if granularity != "total" else scores.sum(1)),
                 train_losses=torch.tensor(random.random(3)),
-                val_loss=val_losses[step],
-                lr=lr,
-                clip_factor=0.5,
-                global_batch_size=3 * ranks,
-                null=step in null_steps,
                 exact=exact,
             )
             if (step + 1) % flush_every == 0:

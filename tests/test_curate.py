@@ -21,8 +21,9 @@ from attribution.curate.curated_folder import CutShard
 from attribution.curate.cut_shards import cut_shard
 from attribution.curate.drop_rule import DropRule, choose
 from attribution.database import ScoreDatabase
+from attribution.errors import AttributionError
 from attribution.options import run_command
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.scored_run import ScoredRun
 from data_processing.shards import (
     GPT2_BYTES_IDS,
     GPT2_IDS,
@@ -303,11 +304,10 @@ def test_equal_values_are_chosen_in_the_order_of_their_ids(
     units = {"domain": ["A", *["B"] * 6], "sample_id": range(7), "block": range(7), "value": values}
     pq.write_table(pa.table({name: pa.array(column) for name, column in units.items()}), tmp_path / "units")
     with ScoreDatabase([run]) as database:
-        choice = choose(database, tmp_path / "units", "samples", DropRule.parse(rule), T, tmp_path / "chosen")
+        choice = choose(database, tmp_path / "units", "samples", DropRule.parse(rule), tmp_path / "chosen")
     assert pq.read_table(tmp_path / "chosen")["sample_id"].to_pylist() == expected
     assert choice.with_value == {"A": 1, "B": 5}
     assert choice.dropped == {"A": 1, "B": len(expected) - 1}
-    assert choice.dropped_tokens["A"] == T
     assert choice.highest_dropped == max(values[number].as_py() for number in expected)
     assert DropRule.parse("bottom:0.29").count(100) == 29
 
@@ -334,7 +334,7 @@ def test_what_cannot_be_done_is_an_error_and_leaves_nothing(
         assert (tree(data.parent), tree(tmp_path)) == before
 
     fails("is there already", output=data)
-    fails("lies in the shards' own folder", output=data / "new")
+    fails("lies in the folder of its own source", output=data / "new")
     (tmp_path / "file").touch()
     fails("cannot make .*Not a directory", output=tmp_path / "file" / "new")
     damaged = data / "test" / f"{domain_file_name(DOMAINS[0])}.bin"

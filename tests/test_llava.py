@@ -19,9 +19,10 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from attribution.curate.command import main as curate
 from attribution.curate.curated_records import describe_domains
 from attribution.curate.drop_rule import Choice
+from attribution.errors import AttributionError
 from attribution.query.command import main as query
 from attribution.report.command import write_report
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from benchmarks.kill_and_resume import differences
 from benchmarks.oracle import per_loss, row_loss

@@ -10,6 +10,7 @@ from torch import nn
 
 from ghostEngines.engine_manager import GradDotProdManager
 from ghostEngines.scoring import Scoring
+from score_store.writer import ScoredStep
 
 
 class Recorder:
@@ -18,8 +19,8 @@ class Recorder:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def append(self, **columns: Any) -> None:
-        self.rows.append(columns)
+    def append(self, of_step: ScoredStep, **columns: Any) -> None:
+        self.rows.append(vars(of_step) | columns)
 
     def flush(self) -> None:
         pass

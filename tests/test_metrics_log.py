@@ -19,7 +19,7 @@ from torch import Tensor
 from foundation.granularity import Granularity
 from score_store.files import FILE_NAME, recover
 from score_store.schema import SCORE_SCHEMA, ScoreError, score_schema
-from score_store.writer import ScoreWriter, open_scores
+from score_store.writer import ScoredStep, ScoreWriter, open_scores
 
 RUN = {"run": "a", "block_size": "8"}
 DOMAINS = ("ArXiv", "Wikipedia (en)", "Pile-CC")
@@ -34,19 +34,19 @@ def open_writer(
 def append(writer: ScoreWriter, step: int, n: int = 2, **changes: Any) -> None:
     """Rows that can be told apart: the dot product of row i of a step is step + i / 10."""
     blocks = np.arange(n) + step % 3
+    of_step: dict[str, Any] = {
+        "val_loss": torch.tensor(step + 0.25), "lr": 0.1, "clip_factor": 0.5, "global_batch_size": n, "null": False
+    }  # fmt: skip
     row: dict[str, Any] = {
-        "step": step,
         "sample_ids": blocks + 1000,
         "domains": [DOMAINS[block % 3] for block in blocks],
         "blocks": blocks,
         "dot_products": step + torch.arange(n) / 10,
         "train_losses": torch.arange(n) + 0.5,
-        "val_loss": torch.tensor(step + 0.25),
-        "lr": 0.1,
-        "clip_factor": 0.5,
-        "global_batch_size": n,
     }
-    writer.append(**(row | changes))
+    for name in changes:
+        (of_step if name in of_step else row)[name] = changes[name]
+    writer.append(ScoredStep(step, **of_step), **row)
 
 
 def write(folder: Path, steps: range, **options) -> None:
@@ -101,6 +101,7 @@ def test_rows_are_as_documented(folder: Path) -> None:
     assert first.dot_product.tolist() == dots.tolist()
     assert first.clip_factor.tolist() == [float(np.float32(0.3))] * 2
     np.testing.assert_allclose(first.value, 6e-4 * float(clip) * dots / 16, rtol=1e-15)
+    assert first.row_weight.tolist() == [1 / 16] * 2
     skipped = open_scores(folder).to_table().filter(pc.field("step") == 1)
     assert skipped["dot_product"].null_count == skipped["value"].null_count == 3
     assert skipped["train_loss"].to_pylist() == [0.5, 1.5, 2.5]
@@ -133,7 +134,7 @@ def test_the_schema_is_in_every_file_with_the_runs_metadata(folder: Path) -> Non
         schema = pq.read_schema(folder / name)
         assert schema.equals(SCORE_SCHEMA)
         want = RUN | {
-            "granularity": "total", "values": "in_pass", "format": "ghostEngines scores", "format_version": "4"
+            "granularity": "total", "values": "in_pass", "format": "ghostEngines scores", "format_version": "5"
         }  # fmt: skip
         assert schema.metadata == {key.encode(): value.encode() for key, value in want.items()}
     assert not SCORE_SCHEMA.field("step").nullable and SCORE_SCHEMA.field("value").nullable
@@ -152,9 +153,8 @@ def test_lists_of_scores(folder: Path, granularity: Granularity, total: list[flo
     with ScoreWriter(folder, rank=0, metadata={}, granularity=granularity) as writer:
         for step, null in enumerate((False, True, False)):
             writer.append(
-                step=step, sample_ids=[1, 2], domains=["a", "b"], blocks=[0, 1], dot_products=scores,
-                train_losses=torch.ones(2), val_loss=2.0, lr=0.5, clip_factor=1.0, global_batch_size=2,
-                null=null,
+                ScoredStep(step, lr=0.5, clip_factor=1.0, val_loss=2.0, global_batch_size=2, null=null),
+                sample_ids=[1, 2], domains=["a", "b"], blocks=[0, 1], dot_products=scores, train_losses=torch.ones(2),
             )  # fmt: skip
     table = pd.read_parquet(folder)
     assert table.dot_product.dropna().tolist() == total * 2
@@ -221,6 +221,7 @@ def test_append_copies_and_reads_nothing(folder: Path) -> None:
         {"blocks": [1, 2, 3]},
         {"dot_products": torch.ones(2, 1)},
         {"train_losses": torch.ones(3)},
+        {"row_weights": torch.ones(3)},
     ],
 )
 def test_arguments_of_different_length_are_an_error(folder: Path, changes: dict) -> None:
@@ -567,9 +568,9 @@ def test_another_version_of_the_format_is_an_error(folder: Path) -> None:
     write(folder, range(1))
     path = folder / names(folder)[0]
     table = pq.ParquetFile(path).read()
-    metadata = {**table.schema.metadata, b"format_version": b"5"}
+    metadata = {**table.schema.metadata, b"format_version": b"6"}
     pq.write_table(table.replace_schema_metadata(metadata), path)
-    with pytest.raises(ScoreError, match="has format_version '5', expected '4'"):
+    with pytest.raises(ScoreError, match="has format_version '6', expected '5'"):
         open_scores(folder)
     pq.write_table(pa.table({"step": [1]}), path)
     with pytest.raises(ScoreError, match="has format None"):

@@ -13,6 +13,7 @@ import run_helpers
 from run_helpers import DOMAINS, Run, start, write_shards
 
 from attribution.database import ScoreDatabase
+from attribution.errors import AttributionError
 from attribution.options import run_command
 from attribution.query import command as query
 from attribution.query import text_search
@@ -23,9 +24,9 @@ from attribution.query.history import (
     find_document_uses,
     find_standing,
 )
-from attribution.query.lookup import find_extreme_pairs, find_sample, find_text, find_validation_row
+from attribution.query.lookup import find_extreme_pairs, find_text, find_validation_row
 from attribution.query.text_search import Place, find_documents
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.scored_run import ScoredRun
 from attribution.units import write_units
 from data_processing.shard_files import ShardError
 from data_processing.shards import GPT2_BYTES_IDS, GPT2_IDS, Shard, ShardWriter, open_shard
@@ -155,10 +156,10 @@ def test_the_uses_of_a_sample_are_the_rows_of_the_scores(
 
 
 def test_a_sample_stands_where_pandas_ranks_it(
-    trained: Run, shards: list[Shard], database: ScoreDatabase, tmp_path: Path
+    trained: Run, run: ScoredRun, database: ScoreDatabase, tmp_path: Path
 ) -> None:
     values = trained.scores().groupby("block")["value"].sum()
-    units = write_units(database, shards, "samples", tmp_path)
+    units = write_units(database, run.samples(), "samples", tmp_path)
     for block in (values.idxmax(), values.idxmin(), values.index[5]):
         rank = int(values.rank(ascending=False, method="min")[block])
         found = find_standing(database, units, "samples", TRAINED, int(block))
@@ -170,20 +171,20 @@ def test_a_sample_stands_where_pandas_ranks_it(
 
 
 def test_a_document_has_its_part_of_each_block(
-    trained: Run, shards: list[Shard], database: ScoreDatabase, tmp_path: Path
+    trained: Run, run: ScoredRun, shards: list[Shard], database: ScoreDatabase, tmp_path: Path
 ) -> None:
     scores, shard = trained.scores(), shards[1]
     parts = {
         block: pd.Series(document_of(list(range(block * T + 1, block * T + T + 1)), shard)).value_counts() / T
         for block in range((shard.num_tokens - 1) // T)
     }
-    units = write_units(database, shards, "documents", tmp_path)
+    units = write_units(database, run.samples(), "documents", tmp_path)
     for document in range(shard.num_documents):
         expected = scores[[document in parts[block] for block in scores["block"]]].sort_values(
             ["step", "block"]
         )
         share = np.array([parts[block][document] for block in expected["block"]])
-        found = find_document_uses(database, shard, document).to_pandas()
+        found = find_document_uses(database, shard, document, T).to_pandas()
         assert found[["step", "block"]].to_numpy().tolist() == expected[["step", "block"]].to_numpy().tolist()
         np.testing.assert_allclose(found["share"], share, rtol=1e-12)
         np.testing.assert_allclose(found["value"], expected["value"] * share, rtol=1e-12)
@@ -266,7 +267,7 @@ def test_a_validation_row_is_told_of_with_its_samples(run: ScoredRun, ask: Calla
 def test_what_is_not_there_is_an_error(run: ScoredRun, shards: list[Shard], ask: Callable[..., str]) -> None:
     find = {
         "text": lambda text: find_text(shards, text, 10),
-        "sample": lambda sample: find_sample(run, run.samples(), sample),
+        "sample": lambda sample: run.samples().find(sample),
         "validation": lambda number: find_validation_row(run, int(number)),
     }
     nowhere = f"none of the 12 training documents in {shards[0].path.parent} contains it"

@@ -24,6 +24,7 @@ from score_folders import scores_of, write_run
 
 from attribution.audit import audit_lines, measure_audit
 from attribution.database import ScoreDatabase
+from attribution.errors import AttributionError
 from attribution.options import run_command
 from attribution.report.command import NEEDED_SETTINGS, main, write_report
 from attribution.report.page import format_scaled
@@ -36,7 +37,7 @@ from attribution.report.tables import (
     count_samples,
     sum_domains_by_step,
 )
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
 from data_processing.blocks import BLOCK_BITS

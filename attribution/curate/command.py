@@ -16,9 +16,11 @@ that target changes, and a document begins there without an END_OF_TEXT before i
 --unit documents: every document is kept or dropped as a whole, and blocks are cut anew.
 
 A domain with less than one block left is dropped as a whole.
+
+Of a run on LLaVA records the result is a folder of records; of a loop of one's own it is a data set in Parquet
+(curated_dataset.py), in which samples keep their ids.
 """
 
-import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,22 +30,17 @@ from rich.table import Table
 from rich.text import Text
 
 from attribution.completeness import Window
-from attribution.curate.curated_folder import (
-    check_output,
-    find_other_splits,
-    plan_cuts,
-    whole_folder,
-    write_splits,
-)
-from attribution.curate.curated_records import write_records
+from attribution.curate.curated_data import curated_data
+from attribution.curate.curated_folder import check_output, whole_folder
 from attribution.curate.drop_rule import Choice, DropRule, choose
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
 from attribution.options import make_argument_parser, read_options
+from attribution.samples import Samples
 from attribution.scored_run import ScoredRun
 from attribution.screen import first_words, plain_console
 from attribution.units import Unit, write_units
 from attribution.values import describe_run
-from data_processing.shards import Shard, list_shards, write_json_atomically
+from data_processing.shards import write_json_atomically
 from foundation.paths import path_argument
 
 FORMAT = {"format": "attribution curation", "format_version": 1}
@@ -74,29 +71,22 @@ def curate(
         ShardError: a shard of the source folder is damaged.
     """
     rule = DropRule.parse(drop)
-    if runs[0].keeps_samples:
-        return curate_records(runs, output, rule, unit, normalise, steps, memory_limit, pile_data_dir)
-    shards, block_size, split = runs[0].shards(pile_data_dir), runs[0].block_size, runs[0].split
-    source = shards[0].path.parent.parent
-    others = find_other_splits(source, split)
-    check_output(output, source)
+    data = curated_data(runs, pile_data_dir)
+    check_output(output, data.source)
     with whole_folder(output) as unfinished:
         with ScoreDatabase(
             runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
         ) as database:
-            choice = choose_units(database, shards, unit, rule, unfinished / DROPPED)
+            choice = choose_units(database, data.samples, unit, rule, unfinished / DROPPED)
             windows = database.windows
-        cuts = plan_cuts(shards, choice, unit, block_size)
-        write_splits(unfinished, others, cuts, unfinished / DROPPED)
-        tokens = {shard.domain: shard.num_tokens for shard in list_shards(unfinished, split)}
+        written = data.write(unfinished, unit, choice, unfinished / DROPPED)
         manifest = {
             **describe_choice(drop, unit, choice),
             "normalise": normalise,
             "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
-            "source": str(source.resolve()),
-            "split": split,
-            "block_size": block_size,
-            "domains": {each.shard.domain: each.describe(tokens.get(each.shard.domain, 0)) for each in cuts},
+            "source": str(data.source.resolve()),
+            "to_train": data.to_train(output),
+            **written,
         }
         write_json_atomically(unfinished / MANIFEST, manifest)
     return manifest
@@ -114,46 +104,13 @@ def describe_choice(drop: str, unit: Unit, choice: Choice) -> dict[str, Any]:
     }
 
 
-def curate_records(
-    runs: Sequence[ScoredRun],
-    output: Path,
-    rule: DropRule,
-    unit: Unit,
-    normalise: Normalise,
-    steps: Window,
-    memory_limit: str,
-    data_dir: Path | None,
-) -> dict[str, Any]:
-    """Write the data folder `output` of LLaVA records, as `curate` does of shards, and return its manifest."""
-    source, split = runs[0].records_folder(data_dir), runs[0].split
-    check_output(output, source)
-    with whole_folder(output) as unfinished:
-        with ScoreDatabase(
-            runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
-        ) as database:
-            choice = choose_units(database, (), unit, rule, unfinished / DROPPED)
-            windows = database.windows
-        domains = write_records(unfinished, source, split, choice, unfinished / DROPPED)
-        manifest = {
-            **describe_choice(rule.text, unit, choice),
-            "normalise": normalise,
-            "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
-            "source": str(source.resolve()),
-            "split": split,
-            "block_size": runs[0].block_size,
-            "domains": domains,
-        }
-        write_json_atomically(unfinished / MANIFEST, manifest)
-    return manifest
-
-
 def choose_units(
-    database: ScoreDatabase, shards: Sequence[Shard], unit: Unit, rule: DropRule, dropped: Path
+    database: ScoreDatabase, samples: Samples, unit: Unit, rule: DropRule, dropped: Path
 ) -> Choice:
     """Write the file `dropped`. The values for it go to a temporary folder beside it."""
     with tempfile.TemporaryDirectory(prefix=".values-", dir=dropped.parent) as folder:
-        units = write_units(database, shards, unit, Path(folder))
-        return choose(database, units, unit, rule, database.runs[0].block_size, dropped)
+        units = write_units(database, samples, unit, Path(folder))
+        return choose(database, units, unit, rule, dropped)
 
 
 def print_curation(output: Path, manifest: dict[str, Any]) -> None:
@@ -164,8 +121,9 @@ def print_curation(output: Path, manifest: dict[str, Any]) -> None:
     table.add_column("domain", overflow="fold")
     columns: tuple[str, ...] = ("units", "with_value", "dropped", "tokens_before", "tokens_after")
     names: tuple[str, ...] = (unit, "with a value", "left out", "tokens before", "after")
-    rows, records = manifest["domains"], "source_sha256" not in next(iter(manifest["domains"].values()))
-    if records:  # which are counted, not their tokens
+    rows = manifest["domains"]
+    in_tokens = all("tokens_after" in row for row in rows.values())
+    if not in_tokens:  # records and samples are counted, not their tokens
         columns, names = columns[:3], names[:3]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
@@ -175,18 +133,16 @@ def print_curation(output: Path, manifest: dict[str, Any]) -> None:
     totals = {column: sum(row[column] for row in rows.values()) for column in columns}
     table.add_row("all", *(f"{total:,}" for total in totals.values()))
     screen.print(table)
-    few = f"as a whole: fewer than the {manifest['block_size'] + 1} tokens of a block would stay"
+    few = "as a whole"
+    if in_tokens:
+        few += f": fewer than the {manifest['block_size'] + 1} tokens of a block would stay"
     gone = {name for name, row in rows.items() if row["state"] == "left out"}
     for name in gone:
         screen.print(f"domain {first_words(name)} is left out {few}", soft_wrap=True)
     valueless = sum(row["units"] - row["with_value"] for name, row in rows.items() if name not in gone)
     screen.print(f"{unit} that no step gave a value are kept: {valueless:,}", soft_wrap=True)
     screen.print(f"what was left out is listed in {output / DROPPED}", soft_wrap=True)
-    screen.print(
-        "to train on it: ./Scripts/train.sh "
-        f"{'--llava_data_dir' if records else '--pile_data_dir'} {shlex.quote(str(output))}",
-        soft_wrap=True,
-    )
+    screen.print(f"to train on it: {manifest['to_train']}", soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:

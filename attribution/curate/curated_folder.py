@@ -14,7 +14,7 @@ from tqdm import tqdm
 from attribution.curate.cut_shards import Ranges, cut_shard
 from attribution.curate.drop_rule import Choice, read_dropped_numbers
 from attribution.documents import locate_documents
-from attribution.scored_run import AttributionError
+from attribution.errors import AttributionError
 from attribution.units import Unit
 from attribution.values_folder import being_written
 from data_processing.shards import Shard, ShardWriter, list_shards, visible
@@ -85,7 +85,9 @@ def plan_cuts(shards: Sequence[Shard], choice: Choice, unit: Unit, block_size: i
             block_size,
             with_value=choice.with_value.get(shard.domain, 0),
             dropped=choice.dropped.get(shard.domain, 0),
-            dropped_tokens=choice.dropped_tokens.get(shard.domain, 0),
+            dropped_tokens=choice.dropped_tokens.get(shard.domain, 0)
+            if unit == "documents"
+            else choice.dropped.get(shard.domain, 0) * block_size,
         )
         for shard in shards
     ]
@@ -106,7 +108,9 @@ def check_output(output: Path, source: Path) -> None:
     if os.path.lexists(output):
         raise AttributionError(f"--output {output}: is there already; remove it, or name another folder")
     if output.resolve().is_relative_to(source.resolve()):
-        raise AttributionError(f"--output {output}: lies in the shards' own folder; name one beside {source}")
+        raise AttributionError(
+            f"--output {output}: lies in the folder of its own source; name one beside {source}"
+        )
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from attribution.curate.curated_folder import copy_file
-from attribution.curate.drop_rule import Choice, read_dropped_numbers
-from attribution.scored_run import AttributionError
+from attribution.curate.drop_rule import Choice, describe_domain, read_dropped_numbers
+from attribution.errors import AttributionError
 from data_processing.llava_records import group_of
 from foundation.errors import file_errors
 from foundation.progress import progress_bar
@@ -57,14 +57,4 @@ def describe_domains(records: list[Any], choice: Choice, stem: str) -> dict[str,
     """
     images = [record.get("image") for record in records if isinstance(record, dict)]
     units = Counter(group_of(Path(image), stem) for image in images if isinstance(image, str) and image)
-    found = {}
-    for domain, count in sorted(units.items()):
-        dropped = choice.dropped.get(domain, 0)
-        state = "unchanged" if dropped == 0 else ("left out" if dropped == count else "cut")
-        found[domain] = {
-            "state": state,
-            "units": count,
-            "with_value": choice.with_value.get(domain, 0),
-            "dropped": dropped,
-        }
-    return found
+    return {domain: describe_domain(choice, domain, count) for domain, count in sorted(units.items())}

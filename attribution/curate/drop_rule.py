@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from attribution.database import ScoreDatabase, parquet, quoted
-from attribution.scored_run import AttributionError
+from attribution.errors import AttributionError
 from attribution.units import NUMBER, Unit
 
 # The columns that order units of equal value.
@@ -72,15 +74,13 @@ class Choice:
 
     with_value: dict[str, int]  # domain -> number of units with a value
     dropped: dict[str, int]  # domain -> number of dropped units; none: not a key
-    dropped_tokens: dict[str, int]  # domain -> their tokens
+    dropped_tokens: dict[str, int]  # domain -> their tokens, of documents
     reason: str  # the rule in words
     highest_dropped: float | None  # value; None if nothing is dropped
     lowest_kept: float | None  # value; None if no unit with a value is kept
 
 
-def choose(
-    database: ScoreDatabase, units: Path, unit: Unit, rule: DropRule, block_size: int, target: Path
-) -> Choice:
+def choose(database: ScoreDatabase, units: Path, unit: Unit, rule: DropRule, target: Path) -> Choice:
     """Write the units that the rule drops, sorted.
 
     Args:
@@ -98,12 +98,12 @@ def choose(
         target,
         doing,
     )
-    tokens = f"count(*) * {block_size}" if unit == "samples" else "sum(tokens)::BIGINT"
+    tokens = f"SELECT domain, sum(tokens)::BIGINT FROM {chosen} GROUP BY domain"
     kept = f"SELECT min(value) FROM {table} WHERE NOT ({condition})"
     return Choice(
         with_value=with_value,
         dropped=_query_by_domain(database, f"SELECT domain, count(*) FROM {chosen} GROUP BY domain"),
-        dropped_tokens=_query_by_domain(database, f"SELECT domain, {tokens} FROM {chosen} GROUP BY domain"),
+        dropped_tokens=_query_by_domain(database, tokens) if unit == "documents" else {},
         reason=reason,
         highest_dropped=_query_number(database.query(f"SELECT max(value) FROM {chosen}", doing)),
         lowest_kept=_query_number(database.query(kept, doing)),
@@ -137,6 +137,23 @@ def _condition(database: ScoreDatabase, table: str, unit: Unit, rule: DropRule, 
         [f"{quoted(value)}::DOUBLE", *(quoted(key) if isinstance(key, str) else str(key) for key in order)]
     )
     return f"value IS NOT NULL AND ({keys}) <= ({shown})"
+
+
+def describe_domain(choice: Choice, domain: str, units: int) -> dict[str, Any]:
+    """Return a domain's entry in the manifest. units: how many it has, with a value or not."""
+    dropped = choice.dropped.get(domain, 0)
+    return {
+        "state": "unchanged" if dropped == 0 else ("left out" if dropped == units else "cut"),
+        "units": units,
+        "with_value": choice.with_value.get(domain, 0),
+        "dropped": dropped,
+    }
+
+
+def read_dropped_ids(target: Path) -> npt.NDArray[np.int64]:
+    """Return the ids of the dropped samples, ascending."""
+    ids: npt.NDArray[np.int64] = pq.read_table(target, columns=["sample_id"])["sample_id"].to_numpy()
+    return ids
 
 
 def read_dropped_numbers(target: Path, unit: Unit, domain: str) -> Iterator[npt.NDArray[np.int64]]:

@@ -28,7 +28,6 @@ from attribution.query.history import (
 )
 from attribution.query.lookup import (
     find_extreme_pairs,
-    find_sample,
     find_stored_text,
     find_text,
     find_validation_row,
@@ -38,7 +37,6 @@ from attribution.samples import Samples, StoredSamples
 from attribution.screen import plain_console, print_samples, printable
 from attribution.units import Unit, write_units
 from data_processing.shards import Shard
-from data_processing.tokenizer_files import tokenizer_of
 from data_processing.tokenizers import Tokenizer
 
 SHOWN_DOCUMENTS = 10
@@ -46,6 +44,7 @@ SHOWN_USES = 20  # of a document, or a sample
 SHOWN_SAMPLES = 10  # at either end
 CONTEXT_TOKENS = 30  # on either side of a text that was found
 FOUND_TOKENS = 100  # of the text itself
+SHOWN_TOKENS = 1 << 16  # of a sample
 
 
 def query_text(options: RunOptions, text: str) -> None:
@@ -58,28 +57,30 @@ def query_text(options: RunOptions, text: str) -> None:
     if isinstance(samples, StoredSamples):
         query_stored_text(options, samples, text)
         return
-    shards = samples.shards
-    by_name, tokenizer = (
-        {shard.domain: shard for shard in shards},
-        tokenizer_of(shards[0].ids, shards[0].data_dir),
-    )
-    places, count = find_text(shards, text, SHOWN_DOCUMENTS)
+    documents = samples.documents
+    assert documents is not None, "samples are stored, or blocks of documents"
+    by_name, tokenizer, size = documents.by_domain, documents.tokenizer, documents.block_size
+    places, count = find_text(documents.shards, text, SHOWN_DOCUMENTS)
     screen.print(
         f"{count:,} training documents contain the text"
         + f", of which the first {len(places)} are:" * (count > len(places))
     )
     screen.print("part: how much of a block's targets is the document's; value: that part of the block's")
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        histories = [find_document_uses(database, by_name[place.domain], place.document) for place in places]
-        units = write_units(database, shards, "documents", Path(folder)) if any(map(len, histories)) else None
+        histories = [
+            find_document_uses(database, by_name[place.domain], place.document, size) for place in places
+        ]
+        units = (
+            write_units(database, samples, "documents", Path(folder)) if any(map(len, histories)) else None
+        )
         for place, history in zip(places, histories, strict=True):
             shard = by_name[place.domain]
             screen.print()
-            print_place(screen, shard, place, find_blocks(shard, place.document, run.block_size), tokenizer)
+            print_place(screen, shard, place, find_blocks(shard, place.document, size), tokenizer)
             own = None
             if units is not None and len(history):
                 own = find_standing(database, units, "documents", place.domain, place.document)
-            print_history(screen, database, "documents", place.domain, history, own)
+            print_history(screen, database, samples, "documents", place.domain, history, own)
 
 
 def query_stored_text(options: RunOptions, samples: StoredSamples, text: str) -> None:
@@ -93,7 +94,7 @@ def query_stored_text(options: RunOptions, samples: StoredSamples, text: str) ->
         + f", of which the first {len(places)} are:" * (count > len(places))
     )
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        units = write_units(database, (), "samples", Path(folder))
+        units = write_units(database, samples, "samples", Path(folder))
         for domain, number in places:
             screen.print()
             print_sample(screen, database, samples, units, domain, number)
@@ -102,13 +103,13 @@ def query_stored_text(options: RunOptions, samples: StoredSamples, text: str) ->
 def query_sample(options: RunOptions, sample: str) -> None:
     """Print a training sample's text, value and uses.
 
-    Raises as `find_sample`, `ScoredRun.samples` and `ScoreDatabase`.
+    Raises as `Samples.find`, `ScoredRun.samples` and `ScoreDatabase`.
     """
     (run,), screen = options.runs, plain_console()
     samples = run.samples(options.pile_data_dir)
-    domain, number = find_sample(run, samples, sample)
+    domain, number = samples.find(sample)
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
-        units = write_units(database, samples.shards, "samples", Path(folder))
+        units = write_units(database, samples, "samples", Path(folder))
         print_sample(screen, database, samples, units, domain, number)
 
 
@@ -116,16 +117,13 @@ def print_sample(
     screen: Console, database: ScoreDatabase, samples: Samples, units: Path, domain: str, number: int
 ) -> None:
     """Print a sample's place, text, image, value and uses. units: the file of samples that `write_units` wrote."""
-    size = database.runs[0].block_size
-    first = number * size
-    place = f": tokens {first:,} to {first + size:,}" if samples.shards else ""
-    screen.print(f"{printable(domain)}, block {number}{place}")
-    screen.print(printable(samples.excerpt(domain, number, size + 1).text), soft_wrap=True)
+    screen.print(printable(samples.place(domain, number)), soft_wrap=True)
+    screen.print(printable(samples.excerpt(domain, number, SHOWN_TOKENS).text), soft_wrap=True)
     if (image := samples.image(domain, number)) is not None:
         screen.print(str(image), soft_wrap=True)
     history = find_block_uses(database, domain, range(number, number + 1))
     own = find_standing(database, units, "samples", domain, number)
-    print_history(screen, database, "samples", domain, history, own)
+    print_history(screen, database, samples, "samples", domain, history, own)
 
 
 def query_validation(options: RunOptions, number: int) -> None:
@@ -137,7 +135,7 @@ def query_validation(options: RunOptions, number: int) -> None:
     row, samples = find_validation_row(run, number), run.samples(options.pile_data_dir)
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
         helped, hurt = find_extreme_pairs(database, number, SHOWN_SAMPLES)
-    screen.print(f"validation row {number}: {printable(row['domain'])}, block {row['block']}")
+    screen.print(f"validation row {number}: {printable(row['domain'])}, {samples.noun} {row['block']}")
     screen.print(printable(row["text"]), soft_wrap=True)
     for title, rows in (("helped", helped), ("hurt", hurt)):
         heading = f"\nsamples that {title} it most: predicted fall of its loss, summed over the steps"
@@ -175,7 +173,13 @@ def print_place(screen: Console, shard: Shard, place: Place, blocks: range, toke
 
 
 def print_history(
-    screen: Console, database: ScoreDatabase, unit: Unit, domain: str, history: pa.Table, own: Standing | None
+    screen: Console,
+    database: ScoreDatabase,
+    samples: Samples,
+    unit: Unit,
+    domain: str,
+    history: pa.Table,
+    own: Standing | None,
 ) -> None:
     """Print a unit's value, its rank and its uses.
 
@@ -183,11 +187,11 @@ def print_history(
         history: its uses, by step.
         own: None if it has no value.
     """
-    run, (first, last) = database.runs[0], database.windows[0]
+    first, last = database.windows[0]
     if len(history) == 0:
-        elsewhere = (
-            "" if domain in run.checksums else f": it trained on {', '.join(map(printable, run.checksums))}"
-        )
+        elsewhere = ""
+        if samples.used is not None and domain not in samples.used:
+            elsewhere = f": it trained on {', '.join(map(printable, samples.used))}"
         screen.print(f"never trained on in steps {first} to {last}{elsewhere}", soft_wrap=True)
         return
     if own is None:

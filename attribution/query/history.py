@@ -8,7 +8,6 @@ import pyarrow as pa
 from attribution.database import ScoreDatabase, parquet
 from attribution.documents import divide_blocks, locate_document
 from attribution.units import NUMBER, Unit
-from data_processing.blocks import BLOCK_BITS
 from data_processing.shards import Shard
 
 
@@ -46,12 +45,11 @@ def find_block_uses(database: ScoreDatabase, domain: str, blocks: range) -> pa.T
 
     dot_product and value are null where the optimizer skipped the step.
     """
-    first = database.runs[0].domains.index(domain) << BLOCK_BITS
     return database.query(
         "SELECT step, block, train_loss, lr, dot_product, weighted_value AS value FROM scores "
-        "WHERE sample_id BETWEEN ? AND ? ORDER BY step, block",
+        "WHERE domain::VARCHAR = ? AND block BETWEEN ? AND ? ORDER BY step, block",
         "looking for uses",
-        [first + blocks.start, first + blocks.stop - 1],
+        [domain, blocks.start, blocks.stop - 1],
     )
 
 
@@ -66,12 +64,11 @@ def find_blocks(shard: Shard, document: int, block_size: int) -> range:
     return range(max(first - 1, 0) // block_size, min((stop - 2) // block_size + 1, blocks))
 
 
-def find_document_uses(database: ScoreDatabase, shard: Shard, document: int) -> pa.Table:
+def find_document_uses(database: ScoreDatabase, shard: Shard, document: int, block_size: int) -> pa.Table:
     """Return the uses of a document's blocks, as `find_block_uses`, with one more column.
 
     `share` is the document's share of the block's targets; `value` is that share of the block's value.
     """
-    block_size = database.runs[0].block_size
     found = find_block_uses(database, shard.domain, find_blocks(shard, document, block_size))
     _, documents, parts = divide_blocks(shard, block_size, found["block"].to_numpy())
     share = parts[documents == document]  # a block has one part in the document

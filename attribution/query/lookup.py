@@ -1,6 +1,5 @@
 """Find what a query names: a text, a training sample, or a validation row and the samples that helped it."""
 
-import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 from attribution.database import ScoreDatabase
+from attribution.errors import AttributionError
 from attribution.query.text_search import Place, find_documents
-from attribution.samples import Samples, StoredSamples
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.samples import StoredSamples
+from attribution.scored_run import ScoredRun
 from attribution.values import samples_sql
 from attribution.values_folder import highest_and_lowest
 from data_processing.shards import Shard
@@ -33,10 +33,10 @@ def find_stored_text(samples: StoredSamples, text: str, count: int) -> tuple[lis
     Raises AttributionError as `find_text`.
     """
     check_text(text)
-    found, total = samples.find(text, count)
+    found, total = samples.containing(text, count)
     if not found:
         raise AttributionError(
-            f"--text: none of the {samples.table.count_rows():,} training samples contains it; every letter counts, "
+            f"--text: none of the {len(samples.rows):,} training samples contains it; every letter counts, "
             "also spaces, line ends and capitals: try a shorter piece"
         )
     return found, total
@@ -60,32 +60,6 @@ def find_text(shards: Sequence[Shard], text: str, count: int) -> tuple[list[Plac
     return first, len(first) + sum(1 for _ in places)
 
 
-def find_sample(run: ScoredRun, samples: Samples, sample: str) -> tuple[str, int]:
-    """Return the domain and number of DOMAIN:BLOCK. Raises AttributionError if there is no such sample."""
-    domain, _, number = sample.rpartition(":")
-    if re.fullmatch(r"[0-9]+", number) is None:
-        raise AttributionError(f"--sample {sample!r}: give DOMAIN:BLOCK, as in '{run.domains[0]}:0'")
-    if isinstance(samples, StoredSamples):
-        try:
-            samples.excerpt(domain, int(number), 1)
-        except LookupError as error:
-            raise AttributionError(f"--sample {sample!r}: {error}") from error
-        return domain, int(number)
-    shards = samples.shards
-    by_name = {shard.domain: shard for shard in shards}
-    if domain not in by_name:
-        raise AttributionError(
-            f"--sample {sample!r}: there is no domain {domain!r} in {shards[0].path.parent}, but "
-            f"{', '.join(by_name)}"
-        )
-    blocks = (by_name[domain].num_tokens - 1) // run.block_size
-    if int(number) >= blocks:
-        raise AttributionError(
-            f"--sample {sample!r}: {domain!r} has {blocks} blocks of {run.block_size} tokens, counted from 0"
-        )
-    return domain, int(number)
-
-
 def find_validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
     """Return a row of `ScoredRun.validation_rows`.
 
@@ -107,12 +81,13 @@ def find_validation_row(run: ScoredRun, number: int) -> dict[str, Any]:
 
 
 def pair_sums(number: int) -> str:
-    """Return SQL for sample_id, value, steps, first_step, last_step of each sample, of one validation row alone."""
+    """Return SQL as `sample_sums`, of one validation row alone."""
     return f"""
         SELECT
-            sample_id, count(pairwise)::INTEGER AS steps, min(step) AS first_step, max(step) AS last_step,
-            fsum(r.lr * r.clip_factor * pairwise[{number + 1}] / global_batch_size * weight) AS value
-        FROM scores r JOIN steps USING (run, step) GROUP BY sample_id
+            sample_id, domain, block, count(pairwise)::INTEGER AS steps,
+            min(step) AS first_step, max(step) AS last_step,
+            fsum(r.lr * r.clip_factor * row_weight * pairwise[{number + 1}] * weight) AS value
+        FROM scores r JOIN steps USING (run, step) GROUP BY sample_id, domain, block
     """
 
 
@@ -120,10 +95,10 @@ def find_extreme_pairs(database: ScoreDatabase, number: int, count: int) -> tupl
     """Return the `count` samples that helped a validation row most, and the `count` that hurt it most.
 
     Both have the columns of "samples" in a folder of values. The value is the pair's: the sum over steps of
-    lr · clip factor · <∇ℓ_i, ∇ℓ_j> / global batch size. Its mean over the validation rows is the value of
+    lr · clip factor · row weight · <∇ℓ_i, ∇ℓ_j>. Its mean over the validation rows is the value of
     the sample.
     """
-    database.create("pairs", samples_sql(database, pair_sums(number)), "summing pairs")
+    database.create("pairs", samples_sql(pair_sums(number)), "summing pairs")
     helped = highest_and_lowest(database.connection, "(FROM pairs WHERE value > 0)", "sample_id", count)[0]
     hurt = highest_and_lowest(database.connection, "(FROM pairs WHERE value < 0)", "sample_id", count)[1]
     return helped, hurt

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase
+from attribution.errors import AttributionError
 from attribution.options import make_argument_parser, read_options
 from attribution.report import texts
 from attribution.report.audit_section import build_audit_section
@@ -38,7 +39,7 @@ from attribution.report.tables import (
     count_samples,
     sum_domains_by_step,
 )
-from attribution.scored_run import AttributionError, ScoredRun
+from attribution.scored_run import ScoredRun, samples_of
 from attribution.screen import plain_console
 from attribution.values import write_values
 from attribution.values_folder import Values
@@ -106,7 +107,7 @@ def collect_content(
             "update in any of them, as when float16 gradients overflow; there is nothing to report"
         )
     value_unit = texts.VALUE_UNITS[normalise]
-    samples = runs[0].samples(pile_data_dir)
+    samples = samples_of(runs, pile_data_dir)
     return {
         **texts.describe_runs(runs, database.windows, steps, normalise),
         "totals": count_samples(database, values),
@@ -117,8 +118,9 @@ def collect_content(
         **collect_documents(database, values, value_unit, samples),
         **build_audit_section(database, values.read("audit")),
         "validation": collect_validation_rows(runs),
-        "has_documents": bool(samples.shards),
-        "has_images": runs[0].keeps_samples,
+        "has_documents": samples.documents is not None,
+        "samples_described": samples.described,
+        "noun": samples.noun,
         "settings": texts.list_settings([run.config for run in runs]),
     }
 

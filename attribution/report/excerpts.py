@@ -15,7 +15,6 @@ from attribution.samples import Samples, excerpt_of
 from attribution.scored_run import ScoredRun
 from attribution.values_folder import Values
 from data_processing.images import small_png
-from data_processing.tokenizer_files import tokenizer_of
 
 EXTREMES = 10  # at either end
 SHOWN_TOKENS = 2048  # of a text
@@ -49,15 +48,13 @@ def collect_documents(
 ) -> dict[str, Any]:
     """Return the most extreme documents, with the beginnings of their texts and the uses of their samples."""
     helpful, harmful = find_extremes(values, "documents", value_unit)
-    by_name = {shard.domain: shard for shard in samples.shards}
-    for row in helpful.rows + harmful.rows:
-        row |= count_document_uses(database, values, row)
+    for row in helpful.rows + harmful.rows:  # none where samples have no documents
+        documents = samples.documents
+        assert documents is not None
+        row |= count_document_uses(database, values, row, documents.block_size)
         end = row["first_token"] + row["tokens"]
-        shard = by_name[row["domain"]]
-        tokens = shard.tokens[row["first_token"] : end].tolist()
-        row |= vars(excerpt_of(tokenizer_of(shard.ids, shard.data_dir), tokens, SHOWN_TOKENS)) | {
-            "image": None
-        }
+        tokens = documents.by_domain[row["domain"]].tokens[row["first_token"] : end].tolist()
+        row |= vars(excerpt_of(documents.tokenizer, tokens, SHOWN_TOKENS)) | {"image": None}
     return {"helpful_documents": helpful, "harmful_documents": harmful}
 
 

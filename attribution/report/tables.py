@@ -12,7 +12,6 @@ from attribution.database import ScoreDatabase, parquet
 from attribution.report.charts import Curve, Histogram
 from attribution.report.domain_charts import DomainBins, DomainMean
 from attribution.values_folder import Values
-from data_processing.blocks import BLOCK_BITS
 
 STEP_BINS = 30
 VALUE_BINS = 30  # on either side of zero
@@ -110,7 +109,7 @@ def sum_domains_by_step(database: ScoreDatabase) -> DomainBins:
     width = -(-(last + 1 - first) // STEP_BINS)
     rows = database.query(
         f"""
-        SELECT domain_number AS domain, (step - {first}) // {width} AS bin,
+        SELECT domain::VARCHAR AS domain, (step - {first}) // {width} AS bin,
             coalesce(fsum(weighted_value) FILTER (WHERE weighted_value > 0), 0) AS helpful,
             coalesce(fsum(weighted_value) FILTER (WHERE weighted_value < 0), 0) AS harmful,
             count(weighted_value) AS uses
@@ -118,13 +117,14 @@ def sum_domains_by_step(database: ScoreDatabase) -> DomainBins:
         """,
         "summing domains by step",
     ).to_pydict()
-    numbers = sorted(set(rows["domain"]))
+    names = sorted(set(rows["domain"]))
     edges = np.append(np.arange(first, last + 1, width), last + 1).astype(float)
-    tables = {name: np.zeros((len(numbers), len(edges) - 1)) for name in ("helpful", "harmful", "uses")}
-    places = [numbers.index(domain) for domain in rows["domain"]], rows["bin"]
+    tables = {name: np.zeros((len(names), len(edges) - 1)) for name in ("helpful", "harmful", "uses")}
+    numbers = {name: number for number, name in enumerate(names)}
+    places = [numbers[domain] for domain in rows["domain"]], rows["bin"]
     for name, table in tables.items():
         table[places] = np.array(rows[name], float) / len(database.runs)
-    return DomainBins([database.runs[0].domains[number] for number in numbers], edges, **tables)
+    return DomainBins(names, edges, **tables)
 
 
 def find_sample_uses(database: ScoreDatabase, sample_ids: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
@@ -147,24 +147,23 @@ def find_sample_uses(database: ScoreDatabase, sample_ids: Sequence[int]) -> dict
 
 
 def count_document_uses(
-    database: ScoreDatabase, values: Values, document: Mapping[str, Any]
+    database: ScoreDatabase, values: Values, document: Mapping[str, Any], block_size: int
 ) -> dict[str, int]:
     """Return how many uses gave values to a document's samples, and the first and last step of these.
 
     Args:
         document: a row of "documents".
     """
-    run = database.runs[0]
-    first = (document["first_token"] - 1) // run.block_size  # the block in which its first token is a target
-    last = (document["first_token"] + document["tokens"] - 2) // run.block_size
-    domain = run.domains.index(document["domain"]) << BLOCK_BITS
+    first = (document["first_token"] - 1) // block_size  # the block in which its first token is a target
+    last = (document["first_token"] + document["tokens"] - 2) // block_size
     rows = database.query(
         f"""
         SELECT sum(steps)::BIGINT AS uses, min(first_step) AS first_step, max(last_step) AS last_step
         FROM {parquet(values.path("samples"))}
-        WHERE sample_id BETWEEN {domain | max(first, 0)} AND {domain | last}
+        WHERE domain = ? AND block BETWEEN ? AND ?
         """,
         "looking for the samples of the documents shown",
+        [document["domain"], first, last],
     )
     counts: dict[str, int] = rows.to_pylist()[0]
     return counts

@@ -37,7 +37,6 @@ def describe_runs(
     return {
         "runs": [{"name": run.folder.resolve().name, "folder": str(run.folder)} for run in runs],
         "title": ", ".join(run.folder.resolve().name for run in runs),
-        "block_size": runs[0].block_size,
         "rows_shown": _rows_shown(runs),
         "unit_sentence": VALUE_UNIT_SENTENCES[normalise],
         "steps_shown": _steps_shown(windows),
@@ -65,6 +64,8 @@ def _validation_loss(steps: pa.Table) -> str:
     run, loss = steps["run"].to_numpy(), steps["val_loss"].to_numpy(zero_copy_only=False)
     of_runs = [loss[run == number] for number in np.unique(run)]
     first, last = (np.mean([losses[place] for losses in of_runs]) for place in (0, -1))
+    if not np.isfinite(loss).any():
+        return "not known"
     return f"{first:.3f}" if max(map(len, of_runs)) == 1 else f"{first:.3f} → {last:.3f}"
 
 
