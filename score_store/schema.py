@@ -30,7 +30,8 @@ def score_schema(granularity: str = "total") -> pa.Schema:
     """Return the columns of score files.
 
     Every row has one dot product over all parameters and all validation rows. "pairwise" adds a list of m, one for each
-    validation row, whose mean it is. "per_layer" adds one for each layer, whose sum it is.
+    validation row, whose mean it is. "per_layer" adds one for each layer, and "token" one for each position of the row,
+    whose sum it is.
     """
     if granularity not in GRANULARITIES:
         raise ScoreError(f"granularity {granularity!r}: there are {', '.join(GRANULARITIES)}")

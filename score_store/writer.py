@@ -133,7 +133,7 @@ class ScoreWriter:
         Args:
             step: not before the last one appended, and after the last one written.
             sample_ids, domains, blocks: (n,) which samples.
-            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
+            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L), "token" (n, T).
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
             val_loss: L_val, the mean loss of the validation rows before the step (0-d); None: not known.
             clip_factor: what clipping multiplied the gradient by, at most 1.
