@@ -35,6 +35,8 @@ OF_SCORES = (  # the flags that speak of scores
     "audit_interval",
 )  # fmt: skip
 
+BY_DIRECTION = ("total", "token")  # granularities that need a direction, and no validation rows beside it
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -69,7 +71,7 @@ class TrainingConfig:
     score_granularity: Granularity = flag(
         "total",
         "what is saved of a sample's dot product besides the total: pairwise, its part for each validation "
-        "row; per_layer, its part for each layer",
+        "row; per_layer, its part for each layer; token, its part for each position of the row",
     )
 
     direction: DirectionKind = flag(
@@ -427,6 +429,11 @@ class TrainingConfig:
                     "--compile": self.compile and "a compiled block does not see AdamW's second moments",
                 },
             )
+        if self.score_granularity == "token" and self.contraction == "instantiate":
+            raise ConfigError(
+                "--score_granularity token with --contraction instantiate: it has the positions of a row together; "
+                "use auto, gram or project"
+            )
         if self.own_validation_passes:
             self._refuse(
                 f"--validation_point {self.validation_point} --val_refresh_interval {self.val_refresh_interval}",
@@ -437,7 +444,8 @@ class TrainingConfig:
                     "--compile": self.compile and "a compiled block does not see the validation gradient",
                     "--contraction gram": self.contraction == "gram"
                     and "it needs the validation rows in every pass",
-                    f"--score_granularity {self.score_granularity}": self.score_granularity != "total"
+                    f"--score_granularity {self.score_granularity}": self.score_granularity
+                    not in BY_DIRECTION
                     and "it needs the validation rows in every pass",
                 },
             )
@@ -483,11 +491,11 @@ class TrainingConfig:
         if self.gradient_accumulation_steps == 1 or not self.computes_scores:
             return
         several = f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"
-        if self.score_granularity != "total":
+        if self.score_granularity not in BY_DIRECTION:
             raise ConfigError(
                 f"{several} with --score_granularity {self.score_granularity}: pairwise scores need the "
                 "validation rows in every micro-batch, and per-layer ones the two parts of the tied weight's "
-                "validation gradient apart; use total, or a larger --batch_size"
+                "validation gradient apart; use total or token, or a larger --batch_size"
             )
         if self.contraction == "gram":
             raise ConfigError(

@@ -6,6 +6,7 @@ graddotprod            method GradDotProd: a training step on n rows, and the do
 gram, project, instantiate   graddotprod with one contraction strategy forced on every layer
 regular_nm_eager, graddotprod_eager   these two methods without compiling, when --compile is given
 pairwise, per_layer    graddotprod with the full matrix of scores, or with a score for each layer
+token                  graddotprod with a score for each position
 adamw                  graddotprod with AdamW's direction; its factor is 1, so the numbers are the same
 loop                   the dot products from one backward pass per row
 vmap                   the dot products from torch.func's per-sample gradients
@@ -33,6 +34,7 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "instantiate": {"strategy": "instantiate"},
     "pairwise": {"granularity": "pairwise"},
     "per_layer": {"granularity": "per_layer"},
+    "token": {"granularity": "token"},
     "adamw": {"direction": "auto"},
 }
 EAGER = {"regular_nm_eager": "regular_nm", "graddotprod_eager": "graddotprod"}

@@ -45,6 +45,7 @@ RATIOS = (
     ("loop", "graddotprod"),
     ("pairwise", "graddotprod"),
     ("per_layer", "graddotprod"),
+    ("token", "graddotprod"),
     ("adamw", "graddotprod"),
 )
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of dots and gradients, relative to their norms

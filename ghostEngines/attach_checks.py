@@ -54,6 +54,20 @@ def check_ties_by_layer(options: EngineOptions, covered: Covered) -> None:
         )
 
 
+def check_units_by_position(covered: Covered) -> None:
+    """Raise AttachError if scores by position are asked for of a module that is run again for each row."""
+    units = [
+        f"'{name}' ({type(covered.layers[name]).__name__})"
+        for name, rule in covered.rules.items()
+        if rule.unit
+    ]
+    if units:
+        raise AttachError(
+            f"granularity 'token' with {', '.join(units)}: such a module is taken as one layer and run again for each "
+            "row, so that its gradient is known by row only; freeze its parameters, or use another granularity"
+        )
+
+
 def check_row_maps(covered: Covered, row_maps: Mapping[str, RowMapMaker]) -> None:
     """Raise AttachError for a row map of a layer that is not covered."""
     unknown = sorted(row_maps.keys() - covered.layers.keys())
@@ -119,7 +133,7 @@ def check_given(options: EngineOptions, covered: Covered, count: int) -> None:
             f"a direction that is given with granularity={options.granularity!r} and strategy={options.strategy!r}: "
             "pairwise scores and gram need the validation rows"
         )
+    if options.granularity in ("per_layer", "token") and count > 1:
+        raise AttachError(f"several directions with granularity={options.granularity!r}: give one at a time")
     if options.granularity == "per_layer":
-        if count > 1:
-            raise AttachError("several directions with granularity='per_layer': give one at a time")
         check_ties_by_layer(options, covered)

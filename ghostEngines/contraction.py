@@ -33,11 +33,17 @@ class Split:
     m: int  # validation rows
     pairwise: bool = False  # one score per (train, validation) pair, not one for the mean validation gradient
     given: int = 0  # directions that are given; 0: the validation rows make the direction
+    positions: int = 0  # T: one score for each position of a row (k = 1); 0: for all of them together
 
     @property
     def directions(self) -> int:
         """Return k: how many directions are kept apart."""
         return self.given or (self.m if self.pairwise else 1)
+
+    @property
+    def scores(self) -> int:
+        """Return how many scores a train row has: k, or T by position."""
+        return self.positions or self.directions
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -79,10 +79,16 @@ def per_sample_sums(gradients: Tensor, shape: Sequence[int]) -> Tensor:
     return flat.sum(1, dtype=torch.promote_types(gradients.dtype, torch.float32))
 
 
-def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Description:
+def joined(
+    descriptions: Sequence[Description], shape: Sequence[int], *, by_position: bool = False
+) -> Description:
     """Return one description of a parameter that was used several times: the sum over its uses.
 
     All uses are of one kind. Uses in matrix products, or in lookups, become positions of one use.
+
+    Args:
+        shape: of the parameter.
+        by_position: True if gradients by position must stay apart.
     """
     first = descriptions[0]
     if len(descriptions) == 1:
@@ -102,6 +108,9 @@ def joined(descriptions: Sequence[Description], shape: Sequence[int]) -> Descrip
         return Streamed(
             lambda i: torch.stack([each.gradient(i) for each in streams]).sum(0), streams[0].samples
         )
+    if by_position and all(isinstance(each, PerPosition) for each in descriptions):
+        written = [each.gradients for each in descriptions if isinstance(each, PerPosition)]
+        return PerPosition(torch.cat([each.reshape(len(each), -1, *shape) for each in written], 1))
     return PerSample(torch.stack([whole(each, shape) for each in descriptions]).sum(0))
 
 

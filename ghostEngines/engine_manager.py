@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,35 @@ import torch
 from torch import Tensor, nn
 
 from foundation.granularity import total_of
-from score_store.writer import ExactRows, ScoredStep, ScoreWriter
+from score_store.writer import ExactRows, ScoredStep
 
 from .backward_checks import LossScale
 from .batches import Batches, TensorBatches
 from .graddotprod_engine import GradDotProdEngine
 from .scoring import Scoring
+
+
+class Scores(Protocol):
+    """Where a manager writes: a ScoreWriter, or what puts more beside the scores."""
+
+    def append(
+        self,
+        of_step: ScoredStep,
+        *,
+        sample_ids: npt.ArrayLike,
+        domains: Sequence[str],
+        blocks: npt.ArrayLike,
+        dot_products: Tensor,
+        train_losses: Tensor,
+        row_weights: Tensor | npt.ArrayLike | None = None,
+        exact: ExactRows | None = None,
+    ) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def merge(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -126,10 +149,9 @@ class GhostEngineManager:
         """Detach the engine while the block runs, for an evaluation."""
         yield
 
-    @contextmanager
-    def plain(self) -> Iterator[None]:
-        """Let the model run as without an engine while the block runs."""
-        yield
+    def plain(self) -> AbstractContextManager[None]:
+        """Return a context in which the model runs as without an engine."""
+        return nullcontext()
 
     def begin_step(self, step: int, micro_batches: int | None = None) -> None:
         """Prepare a step, with the learning rate set; forget the micro-batches of one that was not finished.
@@ -168,7 +190,7 @@ class GradDotProdManager(GhostEngineManager):
         optimizer: torch.optim.Optimizer,
         *,
         validation: Any,
-        scores: ScoreWriter,
+        scores: Scores,
         scoring: Scoring,
         batches: Batches | None = None,
         processes: int = 1,
@@ -287,6 +309,7 @@ class GradDotProdManager(GhostEngineManager):
                 blocks=rows.blocks,
                 dot_products=dots,
                 train_losses=train_losses,
+                row_weights=None if rows.weights is None else rows.weights.double() / self._processes,
                 exact=of_rows,
             )
         if (step + 1) % self._scoring.save_interval == 0:

@@ -106,9 +106,9 @@ class ForwardHooks:
         versions = [parameter._version for parameter in self._model.parameters() if parameter.requires_grad]
         self._micro_batches.begin(versions)
         if self.given is not None:
-            return joint_batch(samples, what, 0, False, shape, given=self.given.count)
+            return joint_batch(samples, what, 0, options.granularity, shape, given=self.given.count)
         m = options.val_batch_size if self._micro_batches.number == 0 else 0
-        return joint_batch(samples, what, m, options.granularity == "pairwise", shape)
+        return joint_batch(samples, what, m, options.granularity, shape)
 
     def _guard(self, batch: JointBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guard:
         """Return the guard for this pass; with a fused head, after its own passes."""

@@ -27,6 +27,7 @@ from .attach_checks import (
     check_row_maps,
     check_rows_are_independent,
     check_ties_by_layer,
+    check_units_by_position,
     mixing_modules,
     updates_of,
 )
@@ -70,7 +71,8 @@ class GradDotProdEngine:
             batch: the first dimension is the row, and the last `val_batch_size` rows are the validation rows.
         val_batch_size: m.
         granularity: one score per train row ("total"), per pair of a train and a validation row ("pairwise"),
-            or per train row and layer ("per_layer").
+            or per train row and layer ("per_layer"), or per train row and position of the model's input, by where a
+            weight was used ("token").
         direction: "gradient", or "auto" for <∇ℓ_i, P∘∇L_val>, with P what the optimizer given to `attach`
             multiplies a gradient with (update_rules.py): the same as "gradient" for plain SGD.
         strategy: the contraction strategy (strategies/) that every matrix must use; None: chosen by shape.
@@ -91,7 +93,7 @@ class GradDotProdEngine:
     Raises:
         AttachError: a val_batch_size or micro_batches below 1; an unknown granularity, direction or strategy;
             several micro-batches with granularity "pairwise" or strategy "gram", which need the validation
-            rows in every pass.
+            rows in every pass; granularity "token" with strategy "instantiate", samples or row maps.
     """
 
     def __init__(
@@ -161,6 +163,8 @@ class GradDotProdEngine:
         covered = cover(self.model)
         if options.micro_batches > 1:
             check_ties_by_layer(options, covered)
+        if options.granularity == "token":
+            check_units_by_position(covered)
         check_row_maps(covered, row_maps)
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
@@ -538,11 +542,13 @@ class GradDotProdEngine:
 
         Returns:
             On the model's device, in float32 (float64 for a float64 model). With directions that are given,
-            (n,) or, if they have names, (n, k), in their order. Else:
+            (n,) or, if they have names, (n, k), in their order; else, and per layer or token:
             - total: (n,), <∇ℓ_i, ∇L_val>, with L_val the mean loss of the m validation rows
             - pairwise: (n, m), <∇ℓ_i, ∇ℓ_j>; the mean over j is the total
             - per_layer: (n, L), <∇ℓ_i, ∇L_val> over each layer's parameters, in the order of `layer_names`;
               the sum is the total
+            - token: (n, T), Σ over the parameters <what the uses at position t of the model's input add to ∇ℓ_i,
+              ∇L_val>; the sum is the total
 
         Raises:
             RuntimeError: `prepare_gradients` was not called.
@@ -556,7 +562,8 @@ class GradDotProdEngine:
         if not self.scored:
             dots = torch.full_like(dots, torch.nan)
         if pass_.split.given:
-            return dots if self.granularity == "per_layer" or "" not in self._directions else dots.squeeze(1)
+            has_parts = self.granularity in ("per_layer", "token")
+            return dots if has_parts or "" not in self._directions else dots.squeeze(1)
         if self.granularity == "total":
             return dots.squeeze(1)
         return dots * pass_.split.m if self.granularity == "pairwise" else dots

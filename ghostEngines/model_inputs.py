@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foundation.granularity import Granularity
+
 from .contraction import Split
 from .passes import JointBatch
 from .row_maps import Samples
@@ -14,18 +16,23 @@ HUGGING_FACE = ("input_ids", "inputs_embeds")  # the inputs of a Hugging Face mo
 
 
 def joint_batch(
-    samples: Samples, what: str, m: int, pairwise: bool, input_shape: torch.Size, given: int = 0
+    samples: Samples,
+    what: str,
+    m: int,
+    granularity: Granularity,
+    input_shape: torch.Size,
+    given: int = 0,
 ) -> JointBatch:
     """Divide the samples of a pass into train and validation samples.
 
     Args:
         what: "rows" or "samples", for the message.
         m: how many validation samples the pass has; they are the last ones.
-        pairwise: True for one score for each pair of a train and a validation sample.
+        granularity: of the scores.
         given: how many directions are given.
 
     Raises:
-        ValueError: there is no train sample.
+        ValueError: there is no train sample; or with granularity "token" there are no positions.
     """
     n = samples.count - m
     if n <= 0:
@@ -34,7 +41,15 @@ def joint_batch(
             f"there is no train {what[:-1]}. Append the validation {what} to the train {what}, or detach the "
             "engine."
         )
-    return JointBatch(Split(n, m, pairwise, given), samples, input_shape)
+    positions = 0
+    if granularity == "token":
+        if len(input_shape) < 2:
+            raise ValueError(
+                f"granularity 'token' needs an input (rows, positions, ...), and the model's is {tuple(input_shape)}; "
+                "name the input that has the positions, as in GradDotProdEngine(model, m, rows='input_ids')"
+            )
+        positions = input_shape[1]
+    return JointBatch(Split(n, m, granularity == "pairwise", given, positions), samples, input_shape)
 
 
 def samples_of(

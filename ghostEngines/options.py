@@ -45,9 +45,25 @@ class EngineOptions:
             raise AttachError(
                 f"strategy must be one of {', '.join(STRATEGIES)} or None, got {self.strategy!r}"
             )
+        if self.granularity == "token":
+            self._check_token()
         by_direction = self.strategy is None or STRATEGIES[self.strategy].by_direction
         if self.micro_batches > 1 and (self.granularity == "pairwise" or not by_direction):
             raise AttachError(
                 f"several micro-batches with granularity={self.granularity!r} and strategy={self.strategy!r}: pairwise "
                 "scores and gram need the validation rows in every pass, and only the first has them"
+            )
+
+    def _check_token(self) -> None:
+        """Raise AttachError for options that do not go with scores by position."""
+        if self.strategy is not None and not STRATEGIES[self.strategy].by_position:
+            able = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.by_position)
+            raise AttachError(
+                f"granularity 'token' with strategy={self.strategy!r}, which has the positions of a row together: "
+                f"leave the strategy out, or take one of {able}"
+            )
+        if self.samples is not None or self.row_maps:
+            raise AttachError(
+                "granularity 'token' with samples or row_maps: positions are those of the model's rows, which are the "
+                "samples then; leave them out, or use another granularity"
             )

@@ -58,10 +58,10 @@ class Probes:
     times the s of the step's first micro-batch.
     """
 
-    # (n, k) each. The gradient is the sum of the dot products of the layers that share the probe, times s² and
-    # the row's weight, 1/(n·G) unless given, and divided by m if pairwise. There is one probe for all layers, or
-    # with per_layer one for each, in their order. They are separate tensors: indexing one tensor by a number would
-    # give every compiled block its own graph.
+    # (n, k) each, or (n, T) by position. The gradient is the sum of the dot products of the layers that share
+    # the probe, times s² and the row's weight, 1/(n·G) unless given, and divided by m if pairwise. There is one
+    # probe for all layers, or with per_layer one for each, in their order. They are separate tensors: indexing one
+    # tensor by a number would give every compiled block its own graph.
     dots: list[Tensor]
     scale: Tensor  # (scalar); its gradient is s
 
@@ -71,7 +71,7 @@ class Probes:
         zeros = partial(
             torch.zeros, dtype=accumulation_dtype(like.dtype), device=like.device, requires_grad=True
         )
-        return cls([zeros(split.n, split.directions) for _ in range(count)], zeros(()))
+        return cls([zeros(split.n, split.scores) for _ in range(count)], zeros(()))
 
 
 @dataclass
@@ -178,8 +178,8 @@ class Pass:
             first: the pass of the step's first micro-batch.
 
         Returns:
-            (n, k), or (n, L) per layer; divided by m if pairwise. NaN for a row of weight zero, whose gradient the
-            pass does not have.
+            (n, k), or (n, L) per layer, or (n, T) by position; divided by m if pairwise. NaN for a row of weight zero,
+            whose gradient the pass does not have.
         """
         scale, first_scale = self.scale_probe.grad, first.scale_probe.grad
         assert scale is not None and first_scale is not None

@@ -15,6 +15,8 @@ from .contraction import (
 )
 from .descriptions import Description, Matrix, PerPosition, PerSample, Rows, Streamed, per_sample_sums
 from .memory import Keep, Scratch
+from .picked import Picked, PickedByPosition, picking
+from .positions import add_uses, without_positions
 from .preconditioner import Preconditioner
 from .strategies import STRATEGIES, Strategy, choose_strategy
 
@@ -29,7 +31,7 @@ class Site:
 
 
 Taken = tuple[Tensor, Tensor]
-"""The gradient of the train rows, of the parameter's shape, and dots (n, k)."""
+"""The gradient of the train rows, of the parameter's shape, and dots (n, k), or (n, T) by position."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class HeadPart:
 
     total: Tensor  # (V, d): Σ_i H_i; the lookups add their rows to it in place
     gathered: Tensor  # (k, n, L, d): H_v at the train rows' tokens, preconditioned
-    picked: Tensor | None  # (n, U, d): H_i at the validation rows' tokens; None without validation rows
+    picked: Picked | PickedByPosition  # H_i at the validation rows' tokens
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class DotProducts:
         )
         if site.keep is not None:
             against = Whole(site.keep.direction(against.whole).view(-1, *total.shape))
+        if self.split.positions:
+            own = strategy.contract_by_position(left[:n], right[:n], against, total, True, self.scratch)
+            return total, add_uses(own, self.split.positions)
         dots = strategy.contract(left[:n], right[:n], against, total, True, self.scratch)
         return total, dots
 
@@ -102,7 +107,13 @@ class DotProducts:
             return direction if site.preconditioner is None else site.preconditioner.apply(direction)
 
         direction = make() if site.keep is None else site.keep.direction(make)
-        return train.sum(0), train.reshape(self.split.n, -1) @ direction.reshape(len(direction), -1).mT
+        direction = direction.reshape(len(direction), -1)
+        if self.split.positions:
+            if isinstance(description, PerSample):
+                raise without_positions(f"a parameter of shape {tuple(site.shape)}")
+            own = description.gradients[: self.split.n].reshape(self.split.n, -1, site.shape.numel())
+            return train.sum(0), add_uses(own.to(direction.dtype) @ direction[0], self.split.positions)
+        return train.sum(0), train.reshape(self.split.n, -1) @ direction.mT
 
     def streamed(self, site: Site, description: Streamed) -> Taken:
         """Contract gradients that are made one sample at a time, the validation rows first."""
@@ -212,9 +223,13 @@ class DotProducts:
                 whole_direction.index_add_(0, tokens[n:].flatten(), val_gradients.flatten(0, 1))
         else:
             at_tokens = head.gathered  # gathered from the whole weight's direction
-        dots = torch.einsum("nld,knld->nk", gradients[:n], at_tokens)
-        if head is not None and head.picked is not None and split.m > 0:
-            dots = dots + head.picked.flatten(1) @ direction.flatten(1).mT
+        if split.positions:
+            dots = add_uses(torch.einsum("nld,nld->nl", gradients[:n], at_tokens[0]), split.positions)
+        else:
+            dots = torch.einsum("nld,knld->nk", gradients[:n], at_tokens)
+        if head is not None and split.m > 0:
+            of_head = head.picked.dots(direction)
+            dots = dots + (add_uses(of_head, split.positions) if split.positions else of_head)
         return total, dots
 
     def head(self, site: Site, left: Tensor, right: Tensor, tokens: Tensor) -> tuple[HeadPart, Tensor]:
@@ -229,7 +244,8 @@ class DotProducts:
         """
         n = self.split.n
         total, dots = self.matrix(site, left, right)
-        picked = (left[:n, :, tokens[n:].flatten()].mT @ right[:n]).to(accumulation_dtype(left.dtype))
+        picked = picking(self.split, total, tokens[n:].numel(), left.shape[1])
+        picked.add(left[:n, :, tokens[n:].flatten()], right[:n], (slice(None), slice(None)))
         if site.keep is not None:
             return HeadPart(total, site.keep.kept[site.keep.name][:, tokens[:n]], picked), dots
         gathered = gather(left[n:], right[n:], tokens[:n], self.split)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .contraction import accumulation_dtype
 from .descriptions import Description, PerSample, joined
 from .layer_rules.registry import LayerRule
+from .positions import by_position
 from .precision import without_autocast
 from .reruns import Rerun
 from .row_maps import RowMap, by_sample
@@ -107,6 +108,10 @@ class Call:
         dots = []
         for i, name in enumerate(self.names):
             description = described[name] if self.free else by_sample(described[name], self.row_map)
+            if self.sink.split.positions:
+                description = by_position(
+                    description, self.sites[i].shape, self.sink.split.positions, f"'{self.name}.{name}'"
+                )
             gradient, own_dots = self.take(i, description)
             gradients.append(gradient)
             if own_dots is not None:

@@ -95,7 +95,7 @@ class Uses:
             head, shared.head = shared.head, None
             return sink.rows(site, shared.lookups(), head)
         parts = [shared.waiting.pop(each) for each in sorted(shared.waiting)]
-        return sink.take(site, joined(parts, site.shape))
+        return sink.take(site, joined(parts, site.shape, by_position=sink.split.positions > 0))
 
     def _take_head(
         self, sink: DotProducts, site: Site, shared: Shared, position: int, last: bool

@@ -135,7 +135,12 @@ def computation(config: "TrainingConfig", model: nn.Module) -> dict[str, object]
     if not config.computes_scores:
         return {}
     m = 0 if config.own_validation_passes else config.val_batch_size
-    split = Split(config.batch_size, m, config.score_granularity == "pairwise")
+    split = Split(
+        config.batch_size,
+        m,
+        config.score_granularity == "pairwise",
+        positions=config.block_size if config.score_granularity == "token" else 0,
+    )
     preconditioned = config.direction == "auto" and config.optimizer == "AdamW"
     by_direction = config.gradient_accumulation_steps > 1 or preconditioned or config.own_validation_passes
     return {

@@ -152,7 +152,7 @@ def space_needed(config: "TrainingConfig", world: World, model: nn.Module, start
     at_a_time = min(to_come, max(1, config.keep_checkpoints + 1 - there))
     rows = (config.max_steps - done) * global_batch_size(config, world)
     layers = sum(next(module.parameters(recurse=False), None) is not None for module in model.modules())
-    parts = parts_per_sample(config.score_granularity, config.val_batch_size, layers)
+    parts = parts_per_sample(config.score_granularity, config.val_batch_size, layers, config.block_size)
     scores = rows * (SCORE_BYTES + 8 * (parts + (config.values == "exact"))) if config.computes_scores else 0
     return Space(one if to_come else 0, one * at_a_time + scores)
 

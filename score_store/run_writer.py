@@ -68,7 +68,7 @@ class RunWriter:
 
     def __init__(self, folder: RunFolder, rank: int, save_interval: int, identity: Mapping[str, Any]) -> None:
         self.samples = SampleWriter(folder.samples, rank=rank)
-        self._scores = ScoreWriter(folder.scores, rank=rank, **identity)
+        self.scores = ScoreWriter(folder.scores, rank=rank, **identity)
         self._save_interval = save_interval
         self._step: int | None = None  # the last one appended
         self._waiting = 0  # steps that are not on the disk
@@ -114,7 +114,7 @@ class RunWriter:
         if step != self._step and self._waiting >= self._save_interval:
             self.flush()
         ids = integers(sample_ids)
-        self._scores.append(
+        self.scores.append(
             ScoredStep(step, lr, clip_factor, val_loss, global_batch_size, null),
             sample_ids=ids,
             domains=[groups] * len(ids) if isinstance(groups, str) else groups,
@@ -130,7 +130,7 @@ class RunWriter:
     def flush(self) -> None:
         """Write what is buffered to the disk: samples first, so that no score is there without its sample."""
         self.samples.flush()
-        self._scores.flush()
+        self.scores.flush()
         self._waiting = 0
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class RunWriter:
         try:
             self.samples.close()
         finally:
-            self._scores.close()
+            self.scores.close()
 
     def __enter__(self) -> Self:
         return self

@@ -36,7 +36,8 @@ def score_schema(granularity: str = "total") -> pa.Schema:
     """Return the columns of score files.
 
     Every row has one dot product over all parameters and all validation rows. "pairwise" adds a list of m, one for each
-    validation row, whose mean it is. "per_layer" adds one for each layer, whose sum it is.
+    validation row, whose mean it is. "per_layer" adds one for each layer, and "token" one for each position of the row,
+    whose sum it is.
     """
     if granularity not in GRANULARITIES:
         raise ScoreError(f"granularity {granularity!r}: there are {', '.join(GRANULARITIES)}")
@@ -46,7 +47,8 @@ def score_schema(granularity: str = "total") -> pa.Schema:
         "domain": pa.dictionary(pa.int32(), pa.string()),
         "block": pa.int64(),
         "rank": pa.int32(),
-        "dot_product": pa.float64(),  # null: the optimizer did not step, or is not known to (AdamW's first step)
+        # null: the optimizer did not step, or is not known to (AdamW's first step); or the row's weight is zero
+        "dot_product": pa.float64(),
         "train_loss": pa.float64(),
         # Mean over the validation rows at the parameters before the step; null: not computed there in this step.
         "val_loss": pa.float64(),

@@ -152,7 +152,7 @@ class ScoreWriter:
         Args:
             of_step: its step is not before the last one appended, and after the last one written.
             sample_ids, domains, blocks: (n,) which samples.
-            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L).
+            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L), "token" (n, T).
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
             row_weights: (n,) w_i, with Σ w_i ℓ_i over the global batch the loss that is minimised; None: it is the
                 mean, 1 / global_batch_size each.
@@ -289,7 +289,8 @@ class ScoreWriter:
         global_batch_size = np.repeat([step.global_batch_size for step in steps], counts)
         null = np.repeat(_numbers([step.null[None] for step in steps]) != 0, counts)
         row_weight = _numbers([step.row_weights for step in steps])
-        in_pass = pa.array(lr * clip * row_weight * dots, mask=null)
+        unknown = null | (row_weight == 0)  # a row of weight zero has no gradient, and makes nothing fall
+        in_pass = pa.array(np.where(row_weight == 0, 0.0, lr * clip * row_weight * dots), mask=null)
         exact = _exact_columns(steps, counts)
         columns = {
             "step": np.repeat([step.step for step in steps], counts),
@@ -297,7 +298,7 @@ class ScoreWriter:
             "domain": pa.array([domain for step in steps for domain in step.domains]).dictionary_encode(),
             "block": np.concatenate([step.blocks for step in steps]),
             "rank": np.full(sum(counts), self.rank),
-            "dot_product": pa.array(dots, mask=null),
+            "dot_product": pa.array(dots, mask=unknown),
             "train_loss": _numbers([step.train_losses for step in steps]),
             "val_loss": pa.array(val_loss, from_pandas=True),
             "lr": lr,
@@ -308,7 +309,7 @@ class ScoreWriter:
             **exact,
         }
         if self.granularity != "total":
-            columns[self.granularity] = _lists(scores, null)
+            columns[self.granularity] = _lists(scores, unknown)
         return pa.table(columns, schema=self._schema)
 
 

@@ -122,6 +122,10 @@ def test_the_commands_of_the_docs_are_valid() -> None:
         ("--results_dir=", "--results_dir '': must not be empty"),
         ("--direction gradient --method Regular", "computes no dot products: leave out --direction"),
         ("--audit_interval 5 --method Regular", "computes no dot products: leave out --audit_interval"),
+        (
+            "--score_granularity token --contraction instantiate",
+            "--score_granularity token with --contraction instantiate",
+        ),
         ("--contraction gram", "AdamW's direction with --contraction gram: it makes no"),
         ("--compile", "use --direction gradient"),
         (

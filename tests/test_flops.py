@@ -54,7 +54,7 @@ def one_block() -> CausalLM:
     return model
 
 
-def step_operations(n: int, m: int, positions: int, attributed: bool) -> int:
+def step_operations(n: int, m: int, positions: int, attributed: bool, **options: Any) -> int:
     with FakeTensorMode() as shapes:  # without values: nothing is computed
         model = one_block()
         x = torch.zeros(n + m, positions, dtype=torch.long)
@@ -63,7 +63,7 @@ def step_operations(n: int, m: int, positions: int, attributed: bool) -> int:
         model(x, x).mean().backward()
 
     def graddotprod() -> None:
-        with GradDotProdEngine(model, m, guard=False) as engine:
+        with GradDotProdEngine(model, m, guard=False, **options) as engine:
             engine.joint_loss(model(x, x)).backward()
 
     with shapes:
@@ -74,6 +74,14 @@ def step_operations(n: int, m: int, positions: int, attributed: bool) -> int:
 def test_attribution_adds_next_to_no_operations(positions: int, n: int, m: int) -> None:
     ratio = step_operations(n, m, positions, True) / step_operations(n, m, positions, False)
     assert 0.9 < ratio <= 1.02
+
+
+@pytest.mark.parametrize(("positions", "n", "m"), [(256, 8, 1), (1024, 2, 1)])
+def test_positions_take_less_than_one_more_product(positions: int, n: int, m: int) -> None:
+    """Of the train rows with each weight, beside three of all rows: to, and twice from, its output."""
+    by_position = step_operations(n, m, positions, True, granularity="token")
+    ratio = by_position / step_operations(n, m, positions, True)
+    assert 1.05 < ratio < 1 + n / (3 * (n + m))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

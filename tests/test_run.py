@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel
 
 import evaluation
 import main
+from attribution import values
 from attribution.screen import first_words
 from benchmarks.oracle import per_sample
 from data_processing.tokenizers import get_tokenizer
@@ -372,9 +373,9 @@ def test_weighted_domains_and_texts_that_look_like_markup(
     assert "[bold]" in run.out and ":tada:" in run.out
 
 
-@pytest.mark.parametrize(("granularity", "length"), [("pairwise", M), ("per_layer", 2 * 6 + 4)])
+@pytest.mark.parametrize(("granularity", "length"), [("pairwise", M), ("per_layer", 2 * 6 + 4), ("token", T)])
 def test_parts_of_the_scores(granularity: str, length: int, scored: Run, data: Path, results: Path) -> None:
-    """For each validation row, or for each layer: in their mean, or sum, the scores of the other run."""
+    """For each validation row, layer or position: in their mean, or sum, the scores of the other run."""
     flags = FLAGS | {"max_steps": 2, "score_granularity": granularity}
     run = start(data, results, run_name=granularity, **flags)
     scores, want = run.scores(), scored.scores().query("step < 2")
@@ -384,6 +385,7 @@ def test_parts_of_the_scores(granularity: str, length: int, scored: Run, data: P
     assert np.allclose(joined, want.dot_product, rtol=1e-10, atol=0)
     assert np.allclose(scores.value, want.value, rtol=1e-10, atol=0)
     assert np.allclose(run.metrics()["dot_product/max"], scored.metrics()["dot_product/max"][:2], rtol=1e-10)
+    values.main([str(run.folder)])  # the tools open it
 
 
 def test_the_direction_of_adamw(scored: Run, data: Path, results: Path) -> None:

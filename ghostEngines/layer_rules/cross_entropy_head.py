@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..contraction import Split, accumulation_dtype
 from ..descriptions import Description
 from ..losses import IGNORE_INDEX, are_by_target, count_targets, losses_of, require
+from ..positions import check_positions
 from ..precision import compute_dtype, without_autocast
 from ..row_maps import Identity
 from ..sinks import Site
@@ -83,6 +84,8 @@ def run_under_engine(layer: CrossEntropyHead, tapped: Any, hidden: Tensor, targe
             f"{pass_.samples.count} samples; got {tuple(hidden.shape)}. Samples that are not rows need nn.Linear and "
             "per_sample_losses."
         )
+    if pass_.split.positions:
+        check_positions(tuple(hidden.shape[1:-1]), pass_.split.positions, f"'{tapped.name}.weight'")
     weight = layer.weight
     if pass_.guard is not None and pass_.guard.rehearsing:
         losses = run_head(hidden, weight.detach(), targets, pass_.guard.weights, plan=None)
@@ -117,8 +120,7 @@ def cross_entropy_head(
 
 def head_strategy(split: Split, positions: int, vocabulary: int, d: int, by_direction: bool = False) -> str:
     """Return the cheapest strategy, without gram if it would hold more validation logits than a part has."""
-    if split.m * positions > PART_POSITIONS:
-        return "instantiate"
+    by_direction = by_direction or split.m * positions > PART_POSITIONS
     return choose_strategy(split, positions, vocabulary, d, by_direction)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contraction import Split, Whole, accumulation_dtype, add_gradient, precondition_tiles
+from ..picked import picking
 from ..sinks import DotProducts, HeadPart, Site, gather
 from ..strategies import STRATEGIES, Strategy
 from ..uses import Shared, Uses
@@ -17,7 +18,7 @@ class HeadPlan:
 
     sink: DotProducts
     strategy: str
-    probe: Tensor  # (n, k)
+    probe: Tensor  # (n, k), or (n, T) by position
     site: Site
     uses: Uses
     shared: Shared  # the weight's uses
@@ -68,7 +69,7 @@ class ScoredHeadGradient(HeadGradient):
         super().__init__(total)
         self.plan, self.split, self.keep = plan, plan.split, plan.site.keep
         self.strategy: Strategy = STRATEGIES[plan.strategy]
-        self.dots = total.new_zeros(plan.split.n, plan.split.directions)
+        self.dots = total.new_zeros(plan.split.n, plan.split.scores)
         self.validation: ValidationGradient | ValidationRows
         self.validation = (
             ValidationGradient(total, plan) if self.strategy.by_direction else ValidationRows(plan.split)
@@ -76,7 +77,7 @@ class ScoredHeadGradient(HeadGradient):
         if plan.tokens is not None:
             n, m = plan.split.n, plan.split.m
             self.val_tokens = plan.tokens[n:].flatten()
-            self.picked = total.new_zeros(n, m * plan.tokens.shape[1], total.shape[1])
+            self.picked = picking(plan.split, total, m * plan.tokens.shape[1], plan.split.positions)
 
     def add(self, residuals: Tensor, rows: Tensor, part: Part) -> None:
         n, (group, _) = self.split.n, part
@@ -84,12 +85,14 @@ class ScoredHeadGradient(HeadGradient):
             self.validation.add(residuals, rows, slice(group.start - n, group.stop - n))
             return
         self.validation.seal()
-        self.dots[group] += self.strategy.contract(
+        by_position = self.split.positions > 0
+        contract = self.strategy.contract_by_position if by_position else self.strategy.contract
+        self.dots[part if by_position else group] += contract(
             residuals, rows, self.validation, self.total, self.fresh, self.plan.sink.scratch
         )
         self.fresh = False
         if self.plan.tokens is not None:
-            self.picked[group] += residuals[:, :, self.val_tokens].mT @ rows
+            self.picked.add(residuals[:, :, self.val_tokens], rows, part)
 
     def seal(self) -> None:
         if self.plan.tokens is not None:
@@ -110,7 +113,7 @@ class ScoredHeadGradient(HeadGradient):
         dots, plan = self.dots.mul_(train_scale * val_scale), self.plan
         if plan.tokens is None:
             return total, dots
-        head = HeadPart(total, self.gathered.mul_(val_scale), self.picked.mul_(train_scale))
+        head = HeadPart(total, self.gathered.mul_(val_scale), self.picked.times(train_scale))
         last = plan.position == plan.shared.positions[0]
         return plan.uses.take_head(plan.sink, plan.site, plan.shared, head, dots, last)
 

@@ -24,6 +24,7 @@ class Instantiate(Strategy):
     """
 
     name = "instantiate"
+    by_position = False  # a row's gradient has all of its positions in it
 
     def extra_cost(self, problem: Problem) -> float:
         split = problem.split

@@ -1,4 +1,5 @@
-"""project: multiply the train rows by the direction. Rarely the cheapest, but a simple cross-check."""
+"""project: multiply the train rows by the direction. Rarely the cheapest, but a simple cross-check, and what gives
+the scores of single positions where gram costs more."""
 
 from typing import Any
 

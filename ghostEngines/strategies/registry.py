@@ -33,6 +33,7 @@ class Strategy(ABC):
         True  # it contracts with the direction, which can be preconditioned and kept
     )
     automatic: ClassVar[bool] = True  # it may be chosen by its cost
+    by_position: ClassVar[bool] = True  # it also does without the gradient of each position written out
 
     @abstractmethod
     def extra_cost(self, problem: Problem) -> float:
@@ -56,6 +57,17 @@ class Strategy(ABC):
         Returns:
             The dot products (n, k), in the accumulation dtype.
         """
+
+    def contract_by_position(
+        self, left: Tensor, right: Tensor, against: Any, total: Tensor, fresh: bool, scratch: Scratch
+    ) -> Tensor:
+        """Contract with one direction, and return the dot products of each position (n, T).
+
+        A position is a row of its own, of one position.
+        """
+        (n, positions, p), d = left.shape, right.shape[2]
+        left, right = left.reshape(n * positions, 1, p), right.reshape(n * positions, 1, d)
+        return self.contract(left, right, against, total, fresh, scratch).view(n, positions)
 
 
 STRATEGIES: dict[str, Strategy] = {}
@@ -81,7 +93,8 @@ def choose_strategy(split: Split, positions: int, p: int, d: int, by_direction: 
     problem = Problem(split, positions, p, d)
     best, least = "", math.inf
     for name, strategy in STRATEGIES.items():  # a loop: torch.compile follows no min() with a key
-        if strategy.automatic and (strategy.by_direction or not by_direction):
+        possible = strategy.by_position if split.positions else strategy.automatic
+        if possible and (strategy.by_direction or not by_direction):
             cost = strategy.extra_cost(problem)
             if cost < least:
                 best, least = name, cost

@@ -59,7 +59,8 @@ class RowLosses:
         """Return the sum over all targets, divided by a number of them; None: their own (scalar)."""
         if items is None:
             items = (self.targets != IGNORE_INDEX).sum().clamp(min=1)
-        return self.of_positions.sum() / items
+        mean: Tensor = self.of_positions.sum() / items
+        return mean
 
 
 def count(targets: Tensor, samples: Tensor | None) -> Tensor:
