@@ -33,8 +33,9 @@ from .update_rules import Update
 from .updates import Updates
 from .validation_gradient import Combine, ValidationGradient, entries, point_after
 
-# In half precision the gradients' own rounding is a large part of small values.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+# In half precision the gradients' own rounding is a large part of small values. Many float64 models round to float32
+# inside, such as in Hugging Face's norms.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 Directions = dict[str, Tensor]
 """By name of the parameter."""

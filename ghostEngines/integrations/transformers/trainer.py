@@ -56,7 +56,8 @@ def scored(base: type[Any]) -> type[Any]:
     """
     if not (isinstance(base, type) and issubclass(base, Trainer)):
         raise UserError(f"scored() takes a subclass of transformers.Trainer, not {base!r}")
-    return type(f"Scored{base.__name__}", (_Scored, base), {"__doc__": scored.__doc__, "base": base})
+    mixin = _ScoredSFT if hasattr(base, "_prepare_dataset") else _Scored
+    return type(f"Scored{base.__name__}", (mixin, base), {"__doc__": scored.__doc__, "base": base})
 
 
 class _Scoring(TrainerCallback):
@@ -116,10 +117,7 @@ class _Scored(Trainer):
         """Return the rows of a dataset as the collator takes them."""
         if not hasattr(dataset, "__len__"):
             raise UserError(f"score_against is a {type(dataset).__name__} without a length; give a few rows")
-        if hasattr(self, "_prepare_dataset") and not self._skip_prepare_dataset:  # TRL's
-            dataset = self._prepare_dataset(
-                dataset, self.processing_class, self.args, False, self._formatting_func, "score_against"
-            )
+        dataset = self._tokenised(dataset)
         rows = [dict(dataset[row]) for row in range(len(dataset))]
         if not rows:
             raise UserError("score_against is empty: give the rows whose loss the values are about")
@@ -130,19 +128,16 @@ class _Scored(Trainer):
             ]
         return rows
 
+    def _tokenised(self, dataset: Any) -> Any:
+        """Return the dataset as the collator takes it."""
+        return dataset
+
     # The dataset and its batches
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if ROW not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, ROW]
-
-    def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, packing: Any, *more: Any) -> Any:
-        """Return TRL's tokenised dataset, whose rows know the samples that are packed into them."""
-        prepare = super()._prepare_dataset  # type: ignore[misc]
-        if packing and ROW in dataset.column_names:
-            return packed_with_rows(prepare, dataset, processing, args, *more)
-        return prepare(dataset, processing, args, packing, *more)
 
     def get_train_dataloader(self) -> Any:
         own, self.data_collator = self.data_collator, NumberedCollator(self.data_collator)
@@ -324,3 +319,20 @@ class _Scored(Trainer):
             manager, self._manager = self._manager, None
             if manager is not None:
                 manager.close()
+
+
+class _ScoredSFT(_Scored):
+    """The same for TRL's SFTTrainer, which tokenises and packs datasets."""
+
+    def _tokenised(self, dataset: Any) -> Any:
+        if self._skip_prepare_dataset:
+            return dataset
+        arguments = self.processing_class, self.args, False, self._formatting_func, "score_against"
+        return self._prepare_dataset(dataset, *arguments)
+
+    def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, packing: Any, *more: Any) -> Any:
+        """Return TRL's tokenised dataset, whose rows know the samples that are packed into them."""
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        if packing and ROW in dataset.column_names:
+            return packed_with_rows(prepare, dataset, processing, args, *more)
+        return prepare(dataset, processing, args, packing, *more)
