@@ -63,7 +63,8 @@ def directional_derivatives(
             ) from error
     if result.tangent is None:
         raise RuntimeError(f"the losses have no derivative by the model's parameters: {NO_DERIVATIVE}")
-    return result.primal, result.tangent
+    # Gradient checkpointing may let inputs require gradients, with which nobody goes on.
+    return result.primal.detach(), result.tangent.detach()
 
 
 class ForwardMode(TorchFunctionMode):
