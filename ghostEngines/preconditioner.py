@@ -54,7 +54,11 @@ class Uniform(Preconditioner):
 
 @dataclass(frozen=True)
 class SecondMoment(Preconditioner):
-    """factor / (sqrt(v / correction) + ε), with v the running mean of the squared gradients."""
+    """factor / (sqrt(v / correction) + ε), with v the running mean of the squared gradients.
+
+    It is 0 where v is exactly 0, as for a token that was never seen, or LoRA's first matrix after one step: the
+    optimizer's first step there is of a size that the coming gradient alone decides, and not of factor / ε times it.
+    """
 
     second_moment: Tensor  # v, of the parameter's shape
     correction: Tensor  # (scalar): 1 - β2^t after t updates
@@ -76,4 +80,4 @@ class SecondMoment(Preconditioner):
         v = self.second_moment[part]
         denominator = torch.empty_like(v, dtype=direction.dtype) if memory is None else memory.view(v.shape)
         denominator.copy_(v).div_(self.correction).sqrt_().add_(self.eps).div_(self.factor)
-        return direction.div_(denominator)
+        return direction.div_(denominator.masked_fill_(v == 0, torch.inf))

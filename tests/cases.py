@@ -20,9 +20,9 @@ Model = TypeVar("Model", bound=nn.Module)
 Losses = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-def tiny_gpt2(tied: bool) -> GPT2LMHeadModel:
+def tiny_gpt2(tied: bool, vocabulary: int = V) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=V,
+        vocab_size=vocabulary,
         n_positions=12,
         n_embd=D,
         n_layer=2,

@@ -26,7 +26,8 @@ class Oracle:
     def preconditioner(self) -> Tensor:
         """(all parameters,)"""
         first = (1 - BETAS[0]) / (1 - BETAS[0] ** (self.steps + 1))
-        return first / ((self.v / (1 - BETAS[1] ** self.steps)).sqrt() + self.eps)
+        scale = first / ((self.v / (1 - BETAS[1] ** self.steps)).sqrt() + self.eps)
+        return scale * (self.v > 0)  # where there has been no gradient, nothing is known of the step
 
     def update(self, truth: Truth) -> None:
         gradient = truth.vectors()[: truth.n].mean(0)

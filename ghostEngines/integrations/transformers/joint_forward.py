@@ -30,8 +30,9 @@ class Loss:
 
     def weights(self, counts: Tensor) -> Tensor:
         """Return the weights of the rows' mean losses, given each row's number of targets (n,)."""
-        items = counts.sum().clamp(min=1) if self.items is None else torch.as_tensor(self.items).to(counts)
-        return counts * (self.factor / items)
+        wide = counts.double()
+        items = wide.sum().clamp(min=1) if self.items is None else torch.as_tensor(self.items).to(wide)
+        return wide * (self.factor / items)
 
 
 class JointForward:

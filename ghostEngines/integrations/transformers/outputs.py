@@ -31,6 +31,6 @@ def compare(got: Tensor, want: Tensor) -> None:
     if not (got - want).abs() <= tolerance * want.abs() + 1e-6:
         raise UserError(
             f"the model's own loss of the first batch is {want.item():.6g}, and the mean cross entropy of its next "
-            f"tokens is {got.item():.6g}: the model has another loss, or its rows depend on each other or on padding, so "
-            "that its scores would not be of the loss that is trained on"
+            f"tokens is {got.item():.6g}: the model has another loss, or its rows depend on each other or on padding, "
+            "so that scores would not be of the loss that is trained on"
         )

@@ -5,11 +5,13 @@ from typing import Any
 from foundation.errors import UserError
 
 PROCESSES = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names of what gradients are averaged over
-DROPOUT = ("dropout", "pdrop", "drop_rate", "layerdrop")
 
 
 def check_trainer(trainer: Any, name: str) -> None:
-    """Raise UserError for options under which scores would not be those of the plain training."""
+    """Raise UserError for options under which scores would not be those of the plain training.
+
+    Dropout is refused by the engine, when it is attached.
+    """
     args, accelerator = trainer.args, trainer.accelerator
     refused = {
         "label_smoothing_factor: the loss is then not a mean over targets": args.label_smoothing_factor > 0,
@@ -40,12 +42,5 @@ def check_trainer(trainer: Any, name: str) -> None:
     for what, is_so in refused.items():
         if is_so:
             raise UserError(f"a scored {name} refuses {what}")
-    config = trainer.model.config.get_text_config().to_dict()
-    for name, value in config.items():
-        if isinstance(value, float) and value > 0 and any(word in name for word in DROPOUT):
-            raise UserError(
-                f"the model's {name} is {value}: dropout makes each row's loss random, and another one with validation "
-                f"rows; load the model with {name}=0"
-            )
     if trainer.processing_class is None:
         raise UserError("give processing_class=tokenizer: the texts of samples are kept with the scores")

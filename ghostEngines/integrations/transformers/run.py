@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from score_store.run_writer import RunWriter
 
+from score_store.run_writer import RunWriter
 from score_store.samples import Sample
 from score_store.writer import ScoredStep
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from score_store.run_writer import write_run
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from foundation.errors import UserError
+from score_store.run_writer import write_run
 from score_store.samples import Sample
 
 from ...covered_layers import cover

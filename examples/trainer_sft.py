@@ -1,0 +1,84 @@
+"""Fine-tune a tiny Llama with TRL's SFTTrainer and LoRA, and know what each instruction did.
+
+    PYTHONPATH=. python examples/trainer_sft.py results/sft       # a minute on a laptop, offline
+    python -m attribution.report results/sft                      # results/sft/report.html
+
+One instruction in ten has a wrong answer. At the end the report is written, and the share of wrong answers among the
+most harmful tenth of the instructions is printed.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from attribution import values
+from attribution.report import command as report
+from attribution.values_folder import Values
+from examples.instructions import instructions, tokenizer
+from ghostEngines.integrations.transformers import scored
+from ghostEngines.scoring import Scoring
+
+ROWS, WRONG = 400, 0.1
+
+
+def llama(vocabulary: int) -> LlamaForCausalLM:
+    """Return a small model with random weights."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def main(folder: Path, epochs: float = 3) -> float:
+    """Train, write values and report, and return the share of wrong answers among the most harmful tenth."""
+    torch.manual_seed(0)
+    words, train = tokenizer(), instructions(ROWS, seed=0, wrong=WRONG)
+    trainer = scored(SFTTrainer)(
+        model=llama(len(words)),
+        args=SFTConfig(
+            output_dir=str(folder.with_name(f"{folder.name}-checkpoints")),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            num_train_epochs=epochs,
+            learning_rate=1e-2,
+            gradient_checkpointing=False,
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available(),
+            save_strategy="no",
+            logging_steps=10,
+        ),
+        train_dataset=train,
+        processing_class=words,
+        peft_config=LoraConfig(r=16, lora_dropout=0.0, target_modules="all-linear"),
+        score_against=instructions(16, seed=1),
+        scores=folder,
+        sample_id="number",
+        group="kind",
+        scoring=Scoring(every_exact=True),
+    )
+    trainer.train()
+    values.main([str(folder)])
+    report.main([str(folder)])
+    of_samples = Values.open(folder / "values").read("samples").sort_by("value")
+    worst = of_samples["sample_id"].to_numpy()[: ROWS // 10]
+    share = float(np.mean([train[int(number)]["wrong"] for number in worst]))
+    print(f"of the most harmful tenth of the instructions {share:.0%} are wrong; of all, {WRONG:.0%}")
+    return share
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
