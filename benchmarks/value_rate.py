@@ -150,7 +150,8 @@ def make_run(folder: Path, args: argparse.Namespace) -> None:
     blocks = count_blocks(args.samples)
     checksums = write_shards(folder / "shards" / "train", blocks, random)
     metadata = {
-        "run_configuration": json.dumps({"direction": "auto", "optimizer": "AdamW"}), "validation_sha256": "made up", "block_size": str(BLOCK_SIZE),
+        "run_configuration": json.dumps({"direction": "auto", "optimizer": "AdamW"}),
+        "validation_sha256": "made up", "block_size": str(BLOCK_SIZE),
         "split": "train", "layers": "[]", "shard_sha256": json.dumps(checksums),
         "domains": json.dumps(list(checksums)),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from ghostEngines import GradDotProdEngine, per_sample_losses
 from score_store import Processes, RunWriter, Sample, ScoreError, write_run
 from score_store.samples import SCHEMA, SampleWriter, open_samples
 
+ROOT = Path(__file__).parent.parent
 T, M, N, STEPS, LR = (
     6,
     2,
@@ -418,3 +419,34 @@ def test_runs_of_a_loop_have_common_values(tmp_path: Path, capsys: pytest.Captur
         writer.append([replace(SAMPLES[3], text="other data")])
     with pytest.raises(ScoreError, match="sample id 12 is there with two contents"):
         values([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+STEP = """
+        tokens = tokens_of([Sample(i, text, its_tokens) for i, text, its_tokens in batch] + rows)
+        losses = per_sample_losses(model, tokens[:, :-1], tokens[:, 1:])
+        engine.joint_loss(losses).backward()
+        engine.prepare_gradients()
+"""
+
+
+def test_the_lines_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand in docs/values.md, with a pass of the engine where they leave it out; the run is AdamW's."""
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "values.md").read_text().partition("## From your own loop")[2]
+    write, read = (part.partition("```")[0] for part in section.split("```python\n")[1:3])
+    before, left_out, after = write.partition("        ...  # forward")
+    assert left_out
+    model = nn.Sequential(nn.Embedding(128, 4), nn.Linear(4, 128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    engine = GradDotProdEngine(model, val_batch_size=M, direction="auto")
+    engine.attach(optimizer)
+    names = {
+        "validation": [(row.text, row.tokens) for row in VALIDATION], "n": 4, "factor": 1.0, "engine": engine,
+        "batches": [[(i, f"news {i}", list(range(i, i + T + 1))) for i in range(step, step + 4)] for step in range(3)],
+        "model": model, "optimizer": optimizer, "per_sample_losses": per_sample_losses, "tokens_of": tokens_of,
+    }  # fmt: skip
+    exec(before + STEP + after.partition("\n")[2] + read, names)
+    scores = read_run("results/mine").scores().to_table().to_pandas()
+    assert scores.value.isna().tolist() == [True] * 4 + [False] * 8
+    found = write_values([read_run("results/mine")], tmp_path / "again").read("samples").to_pandas()
+    assert found.sample_id.tolist() == list(range(6)) and set(found.domain) == {"news"}
