@@ -260,11 +260,12 @@ class StoredRows:
         self._groups: list[tuple[Path, int]] = []  # part and number of each row group
         ids, digests, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
         for path in (path for folder in folders for path in list_parts(folder)):
-            for group, table in enumerate(tables_of(path, ["sample_id", "digest"])):
-                self._groups.append((path, group))
-                ids.append(table["sample_id"].to_numpy())
-                digests.append(table["digest"].to_numpy())
-                lengths.append(len(table))
+            with file_errors(path, ScoreError):
+                for group, table in enumerate(tables_of(path, ["sample_id", "digest"])):
+                    self._groups.append((path, group))
+                    ids.append(table["sample_id"].to_numpy())
+                    digests.append(table["digest"].to_numpy())
+                    lengths.append(len(table))
         self._starts = np.append(0, np.cumsum(lengths, dtype=np.int64))  # first place of each row group
         every, contents = np.concatenate(ids), np.concatenate(digests)
         self._places = np.argsort(every, kind="stable")  # of equal ids the first place comes first

@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -53,9 +56,15 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def processes(rank: int, world_size: int = 2) -> Processes:
-    """Processes of which each is a turn of this one."""
-    return Processes(rank, world_size, lambda: None)
+def open_both(folder: Path, **options: Any) -> list[RunWriter]:
+    """The writers of two processes, which are threads here."""
+    barrier = Barrier(2)
+
+    def opened(rank: int) -> RunWriter:
+        return write_run(folder, processes=Processes(rank, barrier.wait), **SETTINGS, **options)
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(opened, (0, 1)))
 
 
 def batch(step: int, rank: int) -> list[Sample]:
@@ -76,9 +85,7 @@ class Loop:
     def __init__(self, folder: Path, **options: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Embedding(128, 4), nn.Linear(4, 128)).double()
-        self.writers = [
-            write_run(folder, processes=processes(rank), **SETTINGS, **options) for rank in (0, 1)
-        ]
+        self.writers = open_both(folder, **options)
         self.table: list[dict[str, Any]] = []
 
     def gradient(self, tokens: Tensor) -> Tensor:
@@ -184,7 +191,7 @@ def test_report_and_queries(
     for words in (
         "text 01 of the loop",
         "validation 1",
-        "each a text or another row",
+        "each a row of the loop’s own data",
         "ünïcode [1]",
         "sample&nbsp;12",
     ):
@@ -312,6 +319,14 @@ def test_each_sample_is_there_once_whoever_writes_it(tmp_path: Path, monkeypatch
         with pytest.raises(ScoreError, match=message):
             third.append([other])
     assert not list(folder.glob("part-00002*"))
+    part = min(folder.iterdir())
+    copy(
+        part, part.with_name("part-00000-000099.parquet")
+    )  # killed while merging: the old part is still there
+    assert open_samples(folder).ids.tolist() == sorted(IDS)
+    with SampleWriter(folder) as after:
+        after.append(SAMPLES)
+    assert sum(len(each) for each in open_samples(folder).tables()) == len(IDS)
     # Both at once: each may write it, and readers tell.
     third, fourth = (SampleWriter(tmp_path / "two", rank=rank) for rank in (0, 1))
     third.append([SAMPLES[3]])
