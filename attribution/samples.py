@@ -150,6 +150,7 @@ class StoredSamples(Samples):
 
     noun = "sample"
     number_pattern = "-?[0-9]+"
+    remedy = "; a loop puts its samples there with run.samples.append"
     described = "each a row of the loop’s own data"
 
     def __init__(self, rows: StoredRows, images: Path | None) -> None:
@@ -174,7 +175,8 @@ class StoredSamples(Samples):
             found = self.rows.read(self.sample_id(domain, number))
         except LookupError as error:
             raise NoSuchSampleError(
-                f"there is no sample {number} in group {domain!r} of {self._folders()}, which has {len(self.rows):,}"
+                f"there is no sample {number} in group {domain!r} of {self._folders()}, which has "
+                f"{len(self.rows):,}{self.remedy}"
             ) from error
         if found["group"] != domain:
             raise NoSuchSampleError(
@@ -231,6 +233,7 @@ class RecordSamples(StoredSamples):
 
     noun = "block"
     number_pattern = "[0-9]+"
+    remedy = ""
     described = "each an image with a conversation about it"
 
     def __init__(self, rows: StoredRows, domains: Sequence[str], used: Collection[str], images: Path) -> None:

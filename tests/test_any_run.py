@@ -211,7 +211,7 @@ def test_report_and_queries(
     best = table.groupby("id")["row 1"].sum()
     assert f"{best.max():+.3e}" in out and out.startswith("validation row 1: all, sample 1\nvalidation 1\n")
     for asked, message in (
-        (["--sample", "prose:4"], "there is no sample 4 in group 'prose' of .*, which has 8"),
+        (["--sample", "prose:4"], "there is no sample 4 in group 'prose' of .*, which has 8; a loop puts"),
         (["--sample", "prose:-7"], r"there is no sample -7 in group 'prose' of .*: it is of 'ünïcode \[1\]'"),
         (["--sample", "prose"], "give DOMAIN:SAMPLE, as in 'prose:3'"),
         (["--text", "nowhere"], "none of the 8 training samples contains it"),
