@@ -59,7 +59,10 @@ def make_argument_parser(module: str, description: str, *, several: bool = True)
         "--steps", metavar="FIRST:LAST", default=":", help="only these steps, both included [all: ':']"
     )
     parser.add_argument(
-        "--pile_data_dir", type=path_argument, metavar="FOLDER", help="of the training shards [as in the run]"
+        "--pile_data_dir",
+        type=path_argument,
+        metavar="FOLDER",
+        help="of the training shards, records or images [as in the run]",
     )
     parser.add_argument(
         "--memory_limit",

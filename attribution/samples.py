@@ -57,7 +57,6 @@ class Samples(ABC):
     documents: Documents | None = None  # None: the samples have no documents in them
     noun = "block"  # a sample is shown as "DOMAIN, block NUMBER"
     described: str  # after "a batch of samples, "
-    example: str  # of what --sample takes
     used: Collection[str] | None = None  # the domains that the run trained on; None: not listed
     number_pattern = "[0-9]+"
 
@@ -76,6 +75,11 @@ class Samples(ABC):
     def place(self, domain: str, number: int) -> str:
         """Return where a sample is, in words."""
         return f"{domain}, {self.noun} {number}"
+
+    @property
+    @abstractmethod
+    def example(self) -> str:
+        """Return an example of what --sample takes."""
 
     @abstractmethod
     def check(self, domain: str, number: int) -> None:
@@ -107,7 +111,11 @@ class BlockSamples(Samples):
     def __init__(self, blocks: BlockDataset, shards: Sequence[Shard]) -> None:
         self.blocks, self.documents = blocks, Documents(shards, blocks.block_size)
         self.described = f"each a text of {blocks.block_size:,} tokens"
-        self.example, self.used = f"{shards[0].domain}:0", blocks.domains
+        self.used = blocks.domains
+
+    @property
+    def example(self) -> str:
+        return f"{self.documents.shards[0].domain}:0"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -142,13 +150,14 @@ class StoredSamples(Samples):
 
     noun = "sample"
     number_pattern = "-?[0-9]+"
-    described = "each a text or another row of the loop’s data"
+    remedy = "; a loop puts its samples there with run.samples.append"
+    described = "each a row of the loop’s own data"
 
     def __init__(self, rows: StoredRows, images: Path | None) -> None:
         self.rows, self.images = rows, images
 
     @property
-    def example(self) -> str:  # type: ignore[override]
+    def example(self) -> str:
         first = next(self.rows.tables(), None)
         return "GROUP:ID" if first is None else f"{first['group'][0].as_py()}:{first['sample_id'][0].as_py()}"
 
@@ -166,7 +175,8 @@ class StoredSamples(Samples):
             found = self.rows.read(self.sample_id(domain, number))
         except LookupError as error:
             raise NoSuchSampleError(
-                f"there is no sample {number} in group {domain!r} of {self._folders()}, which has {len(self.rows):,}"
+                f"there is no sample {number} in group {domain!r} of {self._folders()}, which has "
+                f"{len(self.rows):,}{self.remedy}"
             ) from error
         if found["group"] != domain:
             raise NoSuchSampleError(
@@ -223,6 +233,7 @@ class RecordSamples(StoredSamples):
 
     noun = "block"
     number_pattern = "[0-9]+"
+    remedy = ""
     described = "each an image with a conversation about it"
 
     def __init__(self, rows: StoredRows, domains: Sequence[str], used: Collection[str], images: Path) -> None:
@@ -231,7 +242,7 @@ class RecordSamples(StoredSamples):
         self._numbers: Mapping[str, int] = {domain: number for number, domain in enumerate(domains)}
 
     @property
-    def example(self) -> str:  # type: ignore[override]
+    def example(self) -> str:
         return f"{next(iter(self._numbers))}:0"
 
     def sample_id(self, domain: str, number: int) -> int:

@@ -1,7 +1,7 @@
 """Open a run that wrote scores: its settings, its score files, and where its samples are."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,29 +25,7 @@ from score_store.writer import open_scores
 OTHER_VERSION = "another version of this program wrote it; use that version"
 
 
-@dataclass(frozen=True)
-class SampleKind:
-    """What is needed to find the samples of a run, by the kind of its samples ("samples" in the scores' metadata).
-
-    identity: keys of the metadata that say of which data the run is.
-    config: keys of config.json.
-    """
-
-    identity: tuple[str, ...] = ()
-    config: tuple[str, ...] = ()
-
-
-OF_SHARDS = ("block_size", "split", "domains", "shard_sha256")
-KINDS = {
-    None: SampleKind(OF_SHARDS, ("pile_data_dir",)),  # blocks of shards
-    KEPT: SampleKind(OF_SHARDS, ("pile_data_dir", "llava_data_dir")),
-    OWN: SampleKind(config=("images",)),
-}
-METADATA = (
-    "run_configuration",
-    "validation_sha256",
-    "granularity",
-)  # what the metadata of all score files have
+METADATA = ("run_configuration", "validation_sha256", "granularity")  # keys that all scores' metadata have
 
 
 @dataclass(frozen=True)
@@ -94,10 +72,17 @@ class ScoredRun:
         return self.metadata["granularity"]
 
     @property
+    def sample_kind(self) -> "SampleKind":
+        """What the run's samples are."""
+        return KINDS[self.metadata.get("samples")]
+
+    @property
     def data(self) -> dict[str, Any]:
         """Return of which data the run is: what the metadata say of it, decoded."""
-        keys = KINDS[self.metadata.get("samples")].identity
-        return {key: self.metadata[key] if key == "split" else json.loads(self.metadata[key]) for key in keys}
+        return {
+            key: self.metadata[key] if key == "split" else json.loads(self.metadata[key])
+            for key in self.sample_kind.identity
+        }
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -237,7 +222,7 @@ class ScoredRun:
             AttributionError: the file is missing or damaged.
         """
         path = RunFolder(self.folder).metrics
-        if self.metadata.get("samples") == OWN and not path.exists():
+        if not (self.sample_kind.needs_metrics or path.exists()):
             return []
         with file_errors(path, AttributionError):
             if not path.is_file():
@@ -280,19 +265,36 @@ def samples_of(runs: Sequence[ScoredRun], data_dir: Path | None = None) -> Sampl
         ScoreError: the runs' own samples are missing, damaged, or contradict each other.
         AttributionError, ShardError: as `ScoredRun.shards`.
     """
-    return SAMPLES[runs[0].metadata.get("samples")](runs, data_dir)
+    return runs[0].sample_kind.open(runs, data_dir)
 
 
-def _blocks_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
+@dataclass(frozen=True)
+class SampleKind:
+    """What a run says of its samples, by their kind ("samples" in the scores' metadata).
+
+    open: returns the samples of runs of the same data, as `samples_of`.
+    identity: keys of the metadata that say of which data the run is.
+    config: keys of config.json that it must have.
+    needs_metrics: whether every such run has metrics.jsonl.
+    """
+
+    open: Callable[[Sequence[ScoredRun], Path | None], Samples]
+    identity: tuple[str, ...]
+    config: tuple[str, ...]
+    needs_metrics: bool = True
+
+
+def _open_blocks(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
     return BlockSamples(runs[0].blocks(data_dir), runs[0].shards(data_dir))
 
 
-def _records_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
-    rows = open_samples(RunFolder(runs[0].folder).samples)
-    return RecordSamples(rows, runs[0].domains, runs[0].checksums, runs[0].records_folder(data_dir) / IMAGES)
+def _open_records(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
+    run = runs[0]
+    rows = open_samples(RunFolder(run.folder).samples)
+    return RecordSamples(rows, run.domains, run.checksums, run.records_folder(data_dir) / IMAGES)
 
 
-def _own_samples_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
+def _open_own(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples:
     rows = open_samples(
         *(RunFolder(run.folder).samples for run in runs)
     )  # a run may lack those that another used
@@ -302,7 +304,12 @@ def _own_samples_of(runs: Sequence[ScoredRun], data_dir: Path | None) -> Samples
     return StoredSamples(rows, None if images is None else Path(images))
 
 
-SAMPLES = {None: _blocks_of, KEPT: _records_of, OWN: _own_samples_of}
+OF_SHARDS = ("block_size", "split", "domains", "shard_sha256")
+KINDS = {
+    None: SampleKind(_open_blocks, OF_SHARDS, ("pile_data_dir",)),
+    KEPT: SampleKind(_open_records, OF_SHARDS, ("pile_data_dir", "llava_data_dir")),
+    OWN: SampleKind(_open_own, (), ("images",), needs_metrics=False),
+}
 
 
 def same_samples(runs: Sequence[ScoredRun]) -> None:
@@ -315,7 +322,7 @@ def same_samples(runs: Sequence[ScoredRun]) -> None:
     for number, run in enumerate(runs[1:], 1):
         if run.folder.resolve() in [other.folder.resolve() for other in runs[:number]]:
             raise AttributionError(f"{run.folder} is named twice; name each run once")
-        for key in ("samples", *KINDS[runs[0].metadata.get("samples")].identity):
+        for key in ("samples", *runs[0].sample_kind.identity):
             own, first = run.metadata.get(key), runs[0].metadata.get(key)
             if own != first:
                 raise AttributionError(

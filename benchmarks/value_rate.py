@@ -36,7 +36,7 @@ from data_processing.shards import (
     write_json_atomically,
 )
 from score_store.files import score_file
-from score_store.schema import DICTIONARY_COLUMNS, FORMAT, score_schema
+from score_store.schema import DICTIONARY_COLUMNS, FORMAT, OF_STEP, score_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = 22  # as many as the Pile has, each 0.8 times as large as the one before
@@ -102,7 +102,7 @@ def write_scores(
 ) -> None:
     """Write scores of steps of `batch_size` rows. Each epoch has every sample once, in a seeded order."""
     folder.mkdir(parents=True)
-    schema = score_schema().with_metadata({**metadata, "granularity": "total", **FORMAT})
+    schema = score_schema().with_metadata({**metadata, "granularity": "total", "values": "in_pass", **FORMAT})
     steps = args.rows // args.batch_size
     steps_per_file = args.rows_per_file // args.batch_size
     keys = random.integers(0, 2**64, 8, np.uint64)
@@ -139,6 +139,7 @@ def make_score_table(
         "global_batch_size": np.full(len(samples), batch_size, np.int32),
         "row_weight": np.full(len(samples), 1 / batch_size),
         "value": lr * clip * dots / batch_size,
+        **dict.fromkeys(["exact_value", *OF_STEP], pa.nulls(len(samples), pa.float64())),
     }
     return pa.table(columns)
 
@@ -149,7 +150,8 @@ def make_run(folder: Path, args: argparse.Namespace) -> None:
     blocks = count_blocks(args.samples)
     checksums = write_shards(folder / "shards" / "train", blocks, random)
     metadata = {
-        "run_configuration": "{}", "validation_sha256": "made up", "block_size": str(BLOCK_SIZE),
+        "run_configuration": json.dumps({"direction": "auto", "optimizer": "AdamW"}),
+        "validation_sha256": "made up", "block_size": str(BLOCK_SIZE),
         "split": "train", "layers": "[]", "shard_sha256": json.dumps(checksums),
         "domains": json.dumps(list(checksums)),
     }  # fmt: skip

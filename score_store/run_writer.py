@@ -40,22 +40,22 @@ VALIDATION = "the loop's own"  # the same, of the set of validation rows
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a loop.
+    """The processes of a loop, as one of them sees them.
 
+    rank: its number, from 0.
     barrier: returns once all processes have called it.
     """
 
     rank: int
-    world_size: int
-    barrier: Callable[[], None]
+    barrier: Callable[[], object]
 
     @classmethod
     def of_torch(cls) -> Self:
         """Return those of torch.distributed if it is initialised, else this process alone."""
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
-            return cls(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
-        return cls(0, 1, lambda: None)
+            return cls(distributed.get_rank(), distributed.barrier)
+        return cls(0, lambda: None)
 
 
 class RunWriter:
@@ -210,12 +210,16 @@ def write_run(
         "granularity": granularity,
         "values": values,
     }
+    if resume_from is None:
+        check_new(place)
+    else:
+        check_config(place, config)
+    world.barrier()  # all have seen the folder as it was, and end with the same error
     try:
         if world.rank == 0 and resume_from is None:
             make_folder(place, config, validation)
         elif world.rank == 0:
             assert resume_from is not None
-            check_config(place, config)
             drop_rows_from(place.scores, resume_from, **identity)
             check_last_step(place, resume_from)
     finally:
@@ -224,13 +228,17 @@ def write_run(
     return RunWriter(place, world.rank, save_interval, identity)
 
 
-def make_folder(place: RunFolder, config: Mapping[str, Any], validation: Sequence[Sample]) -> None:
-    """Make the folder of a new run, whole or not at all. Raises ScoreError if there is one."""
+def check_new(place: RunFolder) -> None:
+    """Raise ScoreError if there is something in the folder of a new run."""
     if os.path.lexists(place.root) and not (place.root.is_dir() and not any(place.root.iterdir())):
         raise ScoreError(
             f"{place.root} is there already: name another folder, remove it, or give resume_from=STEP to go on with "
             "the run in it"
         )
+
+
+def make_folder(place: RunFolder, config: Mapping[str, Any], validation: Sequence[Sample]) -> None:
+    """Make the folder of a new run, whole or not at all. Raises ScoreError if it cannot be written."""
     with file_errors(place.root, ScoreError):
         place.root.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(place.root) as hidden:

@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from ghostEngines import GradDotProdEngine, per_sample_losses
 from score_store import Processes, RunWriter, Sample, ScoreError, write_run
 from score_store.samples import SCHEMA, SampleWriter, open_samples
 
+ROOT = Path(__file__).parent.parent
 T, M, N, STEPS, LR = (
     6,
     2,
@@ -52,9 +56,15 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def processes(rank: int, world_size: int = 2) -> Processes:
-    """Processes of which each is a turn of this one."""
-    return Processes(rank, world_size, lambda: None)
+def open_both(folder: Path, **options: Any) -> list[RunWriter]:
+    """The writers of two processes, which are threads here."""
+    barrier = Barrier(2)
+
+    def opened(rank: int) -> RunWriter:
+        return write_run(folder, processes=Processes(rank, barrier.wait), **SETTINGS, **options)
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(opened, (0, 1)))
 
 
 def batch(step: int, rank: int) -> list[Sample]:
@@ -75,9 +85,7 @@ class Loop:
     def __init__(self, folder: Path, **options: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Embedding(128, 4), nn.Linear(4, 128)).double()
-        self.writers = [
-            write_run(folder, processes=processes(rank), **SETTINGS, **options) for rank in (0, 1)
-        ]
+        self.writers = open_both(folder, **options)
         self.table: list[dict[str, Any]] = []
 
     def gradient(self, tokens: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ def test_report_and_queries(
     for words in (
         "text 01 of the loop",
         "validation 1",
-        "each a text or another row",
+        "each a row of the loop’s own data",
         "ünïcode [1]",
         "sample&nbsp;12",
     ):
@@ -203,7 +211,7 @@ def test_report_and_queries(
     best = table.groupby("id")["row 1"].sum()
     assert f"{best.max():+.3e}" in out and out.startswith("validation row 1: all, sample 1\nvalidation 1\n")
     for asked, message in (
-        (["--sample", "prose:4"], "there is no sample 4 in group 'prose' of .*, which has 8"),
+        (["--sample", "prose:4"], "there is no sample 4 in group 'prose' of .*, which has 8; a loop puts"),
         (["--sample", "prose:-7"], r"there is no sample -7 in group 'prose' of .*: it is of 'ünïcode \[1\]'"),
         (["--sample", "prose"], "give DOMAIN:SAMPLE, as in 'prose:3'"),
         (["--text", "nowhere"], "none of the 8 training samples contains it"),
@@ -311,6 +319,14 @@ def test_each_sample_is_there_once_whoever_writes_it(tmp_path: Path, monkeypatch
         with pytest.raises(ScoreError, match=message):
             third.append([other])
     assert not list(folder.glob("part-00002*"))
+    part = min(folder.iterdir())
+    copy(
+        part, part.with_name("part-00000-000099.parquet")
+    )  # killed while merging: the old part is still there
+    assert open_samples(folder).ids.tolist() == sorted(IDS)
+    with SampleWriter(folder) as after:
+        after.append(SAMPLES)
+    assert sum(len(each) for each in open_samples(folder).tables()) == len(IDS)
     # Both at once: each may write it, and readers tell.
     third, fourth = (SampleWriter(tmp_path / "two", rank=rank) for rank in (0, 1))
     third.append([SAMPLES[3]])
@@ -418,3 +434,34 @@ def test_runs_of_a_loop_have_common_values(tmp_path: Path, capsys: pytest.Captur
         writer.append([replace(SAMPLES[3], text="other data")])
     with pytest.raises(ScoreError, match="sample id 12 is there with two contents"):
         values([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+STEP = """
+        tokens = tokens_of([Sample(i, text, its_tokens) for i, text, its_tokens in batch] + rows)
+        losses = per_sample_losses(model, tokens[:, :-1], tokens[:, 1:])
+        engine.joint_loss(losses).backward()
+        engine.prepare_gradients()
+"""
+
+
+def test_the_lines_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand in docs/values.md, with a pass of the engine where they leave it out; the run is AdamW's."""
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "values.md").read_text().partition("## From your own loop")[2]
+    write, read = (part.partition("```")[0] for part in section.split("```python\n")[1:3])
+    before, left_out, after = write.partition("        ...  # forward")
+    assert left_out
+    model = nn.Sequential(nn.Embedding(128, 4), nn.Linear(4, 128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    engine = GradDotProdEngine(model, val_batch_size=M, direction="auto")
+    engine.attach(optimizer)
+    names = {
+        "validation": [(row.text, row.tokens) for row in VALIDATION], "n": 4, "factor": 1.0, "engine": engine,
+        "batches": [[(i, f"news {i}", list(range(i, i + T + 1))) for i in range(step, step + 4)] for step in range(3)],
+        "model": model, "optimizer": optimizer, "per_sample_losses": per_sample_losses, "tokens_of": tokens_of,
+    }  # fmt: skip
+    exec(before + STEP + after.partition("\n")[2] + read, names)
+    scores = read_run("results/mine").scores().to_table().to_pandas()
+    assert scores.value.isna().tolist() == [True] * 4 + [False] * 8
+    found = write_values([read_run("results/mine")], tmp_path / "again").read("samples").to_pandas()
+    assert found.sample_id.tolist() == list(range(6)) and set(found.domain) == {"news"}

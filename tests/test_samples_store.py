@@ -4,11 +4,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from attribution.samples import NoSuchSampleError, RecordSamples
-from score_store.samples import Sample, open_samples, write_samples
+from score_store.samples import SCHEMA_1, Sample, open_samples, write_samples
 from score_store.schema import ScoreError
 
 SAMPLES = [
@@ -56,3 +57,11 @@ def test_missing_damaged_or_foreign_samples_are_named(tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="is damaged"):
         open_samples(folder)
     shutil.rmtree(folder)
+
+
+def test_the_one_part_of_version_1_is_read(tmp_path: Path) -> None:
+    rows = [{name: row.columns[name] for name in SCHEMA_1.names} for row in SAMPLES]
+    (tmp_path / "samples").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA_1), tmp_path / "samples" / "part-000000.parquet")
+    found = open_samples(tmp_path / "samples")
+    assert {name: found.read(3)[name] for name in SCHEMA_1.names} == rows[0] and len(found) == 2
