@@ -21,8 +21,6 @@ def check_positions(found: tuple[int, ...], positions: int, what: str) -> int:
     Raises:
         RuntimeError: none has T entries, or several have, so that it may be either.
     """
-    if positions == 1:  # everything is of the one position
-        return 0
     if positions not in found:
         sizes = " x ".join(map(str, found)) or "no"
         raise RuntimeError(
@@ -56,7 +54,7 @@ def ordered_by_position(
     def ordered(tensor: Tensor, features: int) -> Tensor:
         found = tuple(tensor.shape[1 : tensor.dim() - features])
         place = check_positions(found, positions, what)
-        return tensor.movedim(1 + place, len(found)) if found else tensor[:, None]
+        return tensor.movedim(1 + place, len(found))
 
     if isinstance(description, Matrix):
         return Matrix(ordered(description.left, 1), ordered(description.right, 1))
@@ -82,6 +80,14 @@ def without_positions(what: str) -> RuntimeError:
 
 
 def add_uses(dots: Tensor, positions: int) -> Tensor:
-    """Return (n, T), of the dot products of uses (n, ...·T) as `ordered_by_position` has them."""
-    assert dots.shape[1] % positions == 0, f"{dots.shape[1]} entries of rows of {positions} positions"
+    """Return (n, T), of the dot products of uses (n, ...·T) as `ordered_by_position` has them.
+
+    Raises:
+        RuntimeError: one of the uses, on which the loss does not depend, is at other positions.
+    """
+    if dots.shape[1] % positions:
+        raise RuntimeError(
+            f"granularity 'token': a shared parameter is looked up {dots.shape[1]} times in each row, and the model's "
+            f"input has {positions} positions; {REMEDIES}"
+        )
     return dots.view(len(dots), -1, positions).sum(1)
