@@ -51,9 +51,7 @@ class ExactValues:
     decay: float  # what weight decay does, to first order
     measured: float  # the fall of the validation rows' mean loss over the step
     cosine: float  # between the validation gradients at the ends of the batch's way
-    by_target: list[Tensor] | None = (
-        None  # (n, T) for each micro-batch, Σ over T = values; None: not asked for
-    )
+    by_target: list[Tensor] | None = None  # (n, T) each, which add up to `values`; None: not asked for
 
     @property
     def predicted(self) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .descriptions import Description, Matrix, PerSample, Rows
+from .descriptions import Description, Matrix, PerPosition, PerSample, Rows
 from .graph import Graph
 from .row_maps import Identity, Indexed, RowMap, Samples, by_sample
 from .tap import Call
@@ -80,6 +80,9 @@ class Join:
                     return Matrix(gradient, left)
                 if not names[1:]:
                     return Matrix(left, gradient)
+            apart = self._by_position(gradient)
+            if apart is not None:
+                return apart
         each = _elementwise(join, number, gradient, _input_shape(join, number), self._leading)
         if each is not None and not isinstance(self.row_map, Identity):
             each = self.row_map.to_rows(each).sum(1)
@@ -91,6 +94,17 @@ class Join:
                 self._of_sample(gradient, i, None if parts is None else parts[i]) for i in range(self.samples)
             ]
         return PerSample(torch.stack(rows))
+
+    def _by_position(self, gradient: Tensor) -> Description | None:
+        """Return what each position adds to a parameter's gradient in an elementwise operation, if that is asked for.
+
+        The second dimension is then kept apart, too. None: it is not asked for, or there is no such dimension.
+        """
+        if not self.call.sink.split.positions or len(self.path) > 1 or not isinstance(self.row_map, Identity):
+            return None
+        join, number = self.path[0]
+        apart = _elementwise(join, number, gradient, self.shape, leading=2)
+        return None if apart is None else PerPosition(apart)
 
     @property
     def _leading(self) -> int:

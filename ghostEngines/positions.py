@@ -11,7 +11,7 @@ REMEDIES = 'freeze the parameter (requires_grad_(False)), or use another granula
 def check_positions(found: tuple[int, ...], positions: int, what: str) -> int:
     """Return which of a layer's dimensions between the row and the features is the position.
 
-    It is the first one of more than one entry. What follows it, such as the heads of attention, is of that position.
+    It is the only one with T entries. The others, such as the heads of attention, are of that position.
 
     Args:
         found: the sizes of these dimensions.
@@ -19,24 +19,23 @@ def check_positions(found: tuple[int, ...], positions: int, what: str) -> int:
         what: names the parameter, for the message.
 
     Raises:
-        RuntimeError: that dimension has not T entries, or another one has as many, so that it may be either.
+        RuntimeError: none has T entries, or several have, so that it may be either.
     """
-    place = next((i for i, size in enumerate(found) if size != 1), 0)
-    if positions > 1 and (not found or found[place] != positions):
+    if positions not in found:
         sizes = " x ".join(map(str, found)) or "no"
         raise RuntimeError(
             f"granularity 'token': {what} is used at {sizes} positions of each row, and the model's input has "
             f"{positions}: its part of the score belongs to none of them; {REMEDIES}"
         )
-    if positions > 1 and found.count(positions) > 1:
+    if found.count(positions) > 1:
         raise RuntimeError(
             f"granularity 'token': {what} is used at {' x '.join(map(str, found))} places of each row, and it is "
             f"unknown which of them are the {positions} positions of the model's input: give rows of another length"
         )
-    return place
+    return found.index(positions)
 
 
-def by_position(
+def ordered_by_position(
     description: Description, shape: torch.Size, positions: int, what: str
 ) -> Matrix | PerPosition | Rows:
     """Return a description by sample with its positions last among its dimensions of positions, (N, ..., T, *).
@@ -55,7 +54,7 @@ def by_position(
     def ordered(tensor: Tensor, features: int) -> Tensor:
         found = tuple(tensor.shape[1 : tensor.dim() - features])
         place = check_positions(found, positions, what)
-        return tensor.movedim(1 + place, len(found)) if found else tensor[:, None]
+        return tensor.movedim(1 + place, len(found))
 
     if isinstance(description, Matrix):
         return Matrix(ordered(description.left, 1), ordered(description.right, 1))
@@ -81,6 +80,14 @@ def without_positions(what: str) -> RuntimeError:
 
 
 def add_uses(dots: Tensor, positions: int) -> Tensor:
-    """Return (n, T), of the dot products of uses (n, ...·T) as `by_position` orders them."""
-    assert dots.shape[1] % positions == 0, f"{dots.shape[1]} entries of rows of {positions} positions"
+    """Return (n, T), of the dot products of uses (n, ...·T) as `ordered_by_position` has them.
+
+    Raises:
+        RuntimeError: one of the uses, on which the loss does not depend, is at other positions.
+    """
+    if dots.shape[1] % positions:
+        raise RuntimeError(
+            f"granularity 'token': a shared parameter is looked up {dots.shape[1]} times in each row, and the model's "
+            f"input has {positions} positions; {REMEDIES}"
+        )
     return dots.view(len(dots), -1, positions).sum(1)

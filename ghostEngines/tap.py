@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .contraction import accumulation_dtype
 from .descriptions import Description, PerSample, joined
 from .layer_rules.registry import LayerRule
-from .positions import by_position
+from .positions import ordered_by_position
 from .precision import without_autocast
 from .reruns import Rerun
 from .row_maps import RowMap, by_sample
@@ -109,7 +109,7 @@ class Call:
         for i, name in enumerate(self.names):
             description = described[name] if self.free else by_sample(described[name], self.row_map)
             if self.sink.split.positions:
-                description = by_position(
+                description = ordered_by_position(
                     description, self.sites[i].shape, self.sink.split.positions, f"'{self.name}.{name}'"
                 )
             gradient, own_dots = self.take(i, description)
@@ -145,7 +145,8 @@ class Call:
         if not together:  # the loss does not depend on this use
             together = [PerSample(output.new_zeros(self.sink.split.n + self.sink.split.m, *output.shape))]
         if self.rule.parameter:
-            return {self.names[0]: joined(together, self.sites[0].shape)}
+            by_position = self.sink.split.positions > 0
+            return {self.names[0]: joined(together, self.sites[0].shape, by_position=by_position)}
         backprops = together[0]
         assert isinstance(backprops, PerSample)
         total = backprops.gradients

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foundation.arguments import ArgumentParser
 from foundation.errors import UserError
+from foundation.granularity import total_of
 
 from .graddotprod_engine import GradDotProdEngine
 from .guard import separating_halves
@@ -124,7 +125,7 @@ def verify(
         with engine:
             engine.joint_loss(loss(model, batch)).backward()
             engine.prepare_gradients()
-            got_dots = engine.dot_products()
+            got_dots = total_of(engine.dot_products(), engine.granularity)
         got = {name: p.grad for name, p in named.items()}
         want, want_dots, scales = _one_by_one(named, of_one, n, rows)
     finally:

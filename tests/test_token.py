@@ -45,7 +45,7 @@ COVERED = [case.name for case in CASES if case.name not in REFUSED]
 
 # (module, input of one row, weight and bias with a dimension of positions in front) -> output
 WITH_COPIES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor, Any], Tensor]] = {
-    nn.Linear: lambda layer, x, w, b: add(torch.einsum("bt...d,tpd->bt...p", x, w), b),
+    nn.Linear: lambda layer, x, w, b: linear(x, w, b),
     Conv1D: lambda layer, x, w, b: add(torch.einsum("bt...d,tdp->bt...p", x, w), b),
     nn.LayerNorm: lambda layer, x, w, b: add(F.layer_norm(x, layer.normalized_shape, eps=layer.eps) * w, b),
     nn.RMSNorm: lambda layer, x, w, b: F.rms_norm(x, layer.normalized_shape, eps=layer.eps) * w,
@@ -55,6 +55,12 @@ WITH_COPIES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor, Any], Tensor]]
     ),
     nn.Embedding: lambda layer, x, w, b: looked_up(layer, x, w),
 }
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    if x.shape[1] != len(w):  # the heads come first
+        return linear(x.movedim(2, 1), w, b).movedim(2, 1)
+    return add(torch.einsum("bt...d,tpd->bt...p", x, w), b)
 
 
 def add(y: Tensor, b: Tensor | None) -> Tensor:
@@ -175,7 +181,9 @@ class Shared(nn.Module):
         hidden = self.wte(x) + self.wte((x + 1) % V)
         for _ in range(2):
             hidden = self.norm(self.lin(hidden)).tanh()
-        hidden = hidden + self.of_head(hidden.unflatten(-1, (2, -1))).flatten(-2)
+        heads = hidden.unflatten(-1, (2, -1))
+        hidden = hidden + self.of_head(heads).flatten(-2)
+        hidden = hidden + self.of_head(heads.movedim(2, 1)).movedim(1, 2).flatten(-2)
         return self.out(hidden) + self.out(hidden.square())
 
 
@@ -294,15 +302,32 @@ def test_compiled_blocks() -> None:
         assert torch.allclose(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
-class Scale(nn.Module):
+class Shift(nn.Module):
     """A parameter that is added by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(D))
+        self.shift = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift
+
+
+def test_a_parameter_without_a_layer() -> None:
+    """Its copies are those of a bias."""
+    model, (x, y) = (
+        seeded(lambda: Wired(lambda m, hidden: m.out(m.lin(hidden)), lambda: Shift(D))),
+        token_rows(),
+    )
+    twin = seeded(lambda: Wired(lambda m, hidden: m.out(m.lin(hidden)), lambda: nn.Linear(D, D)))
+    twin.load_state_dict(model.state_dict(), strict=False)
+    nn.init.eye_(twin.lin.weight), nn.init.zeros_(twin.lin.bias)
+    n = len(x) - M
+    parts, parameters = by_copies(twin, lambda m, x: m(x), x, y, T)
+    kept = [each for each, p in zip(parts, parameters, strict=True) if p is not twin.lin.weight]
+    want, scale = products([each[:n] for each in kept], [each[n:].sum(1).mean(0) for each in kept])
+    dots, _ = joint_step(model, x, y, M, granularity="token")
+    assert (dots - want).abs().max() < 1e-10 * scale
 
 
 class Rerun(nn.Linear):
@@ -325,7 +350,9 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AttachError, match=r"'0' \(Rerun\): such a module .* run again"):
         attach(nn.Sequential(Rerun(D, V)))
 
-    def step(run: Callable[[Any, Tensor], Tensor], between: Callable[[], nn.Module] = Scale) -> None:
+    def step(
+        run: Callable[[Any, Tensor], Tensor], between: Callable[[], nn.Module] = lambda: Shift(T, D)
+    ) -> None:
         joint_step(Wired(run, between).double(), *token_rows(), M, granularity="token")
 
     with pytest.raises(RuntimeError, match=r"'lin.shift' is known by row only"):
