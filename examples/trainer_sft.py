@@ -1,10 +1,10 @@
 """Fine-tune a tiny Llama with TRL's SFTTrainer and LoRA, and know what each instruction did.
 
     PYTHONPATH=. python examples/trainer_sft.py results/sft       # a minute on a laptop, offline
-    python -m attribution.report results/sft                      # results/sft/report.html
+    python -m attribution.curate results/sft --drop bottom:0.1 --output data/curated    # the others, as a data set
 
-One instruction in ten has a wrong answer. At the end the report is written, and the share of wrong answers among the
-most harmful tenth of the instructions is printed.
+One instruction in ten has a wrong answer. At the end the report is written (results/sft/report.html), and the share of
+wrong answers among the most harmful tenth of the instructions is printed.
 """
 
 import sys
@@ -42,10 +42,10 @@ def llama(vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def main(folder: Path, epochs: float = 3) -> float:
+def main(folder: Path, rows: int = ROWS, epochs: float = 3) -> float:
     """Train, write values and report, and return the share of wrong answers among the most harmful tenth."""
     torch.manual_seed(0)
-    words, train = tokenizer(), instructions(ROWS, seed=0, wrong=WRONG)
+    words, train = tokenizer(), instructions(rows, seed=0, wrong=WRONG)
     trainer = scored(SFTTrainer)(
         model=llama(len(words)),
         args=SFTConfig(
@@ -74,7 +74,7 @@ def main(folder: Path, epochs: float = 3) -> float:
     values.main([str(folder)])
     report.main([str(folder)])
     of_samples = Values.open(folder / "values").read("samples").sort_by("value")
-    worst = of_samples["sample_id"].to_numpy()[: ROWS // 10]
+    worst = of_samples["sample_id"].to_numpy()[: rows // 10]
     share = float(np.mean([train[int(number)]["wrong"] for number in worst]))
     print(f"of the most harmful tenth of the instructions {share:.0%} are wrong; of all, {WRONG:.0%}")
     return share
