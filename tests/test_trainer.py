@@ -15,7 +15,7 @@ from transformers import Trainer
 from attribution.values import main as values
 from benchmarks.launch import fork, world_of
 from foundation.errors import UserError
-from ghostEngines import AttachError
+from ghostEngines import AttachError, verify
 from ghostEngines.integrations.transformers import scored
 from ghostEngines.scoring import Scoring
 
@@ -65,6 +65,60 @@ def test_training_is_what_it_was(side: str, options: dict[str, Any], tmp_path: P
     assert dict(zip(table["sample_id"], table["domain"], strict=True)) == dict(
         zip(TRAIN["number"], TRAIN["kind"], strict=True)
     )
+
+
+def test_bfloat16_is_as_near_as_rows_in_another_order(tmp_path: Path) -> None:
+    """Rounding differs with the batch: compared with a plain run whose updates' rows are in other micro-batches."""
+    COLLATOR.tokenizer.padding_side = "right"
+    rows = TRAIN.select(range(20))
+    moved = rows.select([first + place for first in range(0, 20, 4) for place in (0, 3, 2, 1)])
+    found = []
+    for name, options in {
+        "plain": {"plain": True, "with_train_dataset": rows},
+        "moved": {"plain": True, "with_train_dataset": moved},
+        "scored": {"with_train_dataset": rows},
+    }.items():
+        of = trainer(
+            tmp_path / name,
+            bf16=True,
+            train_sampling_strategy="sequential",
+            with_model=model(torch.float32),
+            **options,
+        )
+        of.train()
+        found.append(parameters(of))
+    plain, other, mine = found
+    assert 0 < distance(mine, plain) < 1.5 * distance(other, plain)
+    assert scores(tmp_path / "scored")["exact_value"].notna().any()
+
+
+def test_a_plain_loss_that_is_divided_later_and_the_best_model(tmp_path: Path) -> None:
+    """With accepts_loss_kwargs=False each micro-batch has a mean of its own, divided by their number."""
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+    }
+    found = []
+    for name in ("plain", "scored"):
+        own = model()
+        own.accepts_loss_kwargs = False
+        of = trainer(tmp_path / name, with_model=own, plain=name == "plain", **options)
+        of.train()
+        found.append(of)
+    assert distance(parameters(found[1]), parameters(found[0])) < 1e-9
+    assert logged(found[1])[0] == pytest.approx(logged(found[0])[0], rel=1e-6)
+    for _, own in scores(tmp_path / "scored").groupby("step"):
+        assert own["row_weight"].sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_verify_takes_a_trainer(tmp_path: Path) -> None:
+    report = verify(trainer(tmp_path))
+    assert report.exact and report.rows == 2 + len(VALIDATION)
+    with pytest.raises(UserError, match="give a batch, or a scored Trainer; got a Trainer alone"):
+        verify(trainer(tmp_path, plain=True))
 
 
 def gradient(of: nn.Module, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -187,7 +241,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, **options)
     with pytest.raises(UserError, match="a subclass of transformers"):
         scored(int)
-    with pytest.raises(ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"):
+    with pytest.raises(
+        ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"
+    ):
         trainer(tmp_path / "other", Other).train()
     dropping = model()
     dropping.transformer.h[1].mlp.dropout.p = 0.1
