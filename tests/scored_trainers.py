@@ -42,23 +42,21 @@ def model(dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder / "checkpoints"),
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "num_train_epochs": 2,
-            "max_grad_norm": 0.5,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_steps": 4,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-        }
-        | options
-    )
+    given: dict[str, Any] = {
+        "output_dir": str(folder / "checkpoints"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "max_grad_norm": 0.5,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**given | options)
 
 
 def trainer(folder: Path, base: type[Trainer] = Trainer, *, plain: bool = False, **options: Any) -> Any:

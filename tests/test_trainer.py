@@ -94,7 +94,7 @@ def test_bfloat16_is_as_near_as_rows_in_another_order(tmp_path: Path) -> None:
 
 def test_a_plain_loss_that_is_divided_later_and_the_best_model(tmp_path: Path) -> None:
     """With accepts_loss_kwargs=False each micro-batch has a mean of its own, divided by their number."""
-    options = {
+    options: dict[str, Any] = {
         "eval_strategy": "steps",
         "eval_steps": 4,
         "load_best_model_at_end": True,

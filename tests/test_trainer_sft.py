@@ -26,26 +26,23 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def sft(folder: Path, way: str, plain: bool = False, **more: Any) -> Any:
     options, own = WAYS[way]
-    arguments = SFTConfig(
-        **{
-            "output_dir": str(folder / "checkpoints"),
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "num_train_epochs": 1,
-            "max_grad_norm": 0.5,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "completion_only_loss": False,
-            "save_strategy": "no",
-        }
-        | options
-        | more
-    )
+    given: dict[str, Any] = {
+        "output_dir": str(folder / "checkpoints"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+        "max_grad_norm": 0.5,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "completion_only_loss": False,
+        "save_strategy": "no",
+    }
+    arguments = SFTConfig(**given | options | more)
     if not plain:
         own = own | {
             "score_against": VALIDATION,

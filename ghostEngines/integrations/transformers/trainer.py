@@ -3,7 +3,6 @@
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ GRADIENT = "gradient.pt"
 """In a checkpoint: a validation gradient that is used for several steps."""
 
 
-@cache
 def scored(base: type[Any]) -> type[Any]:
     """Return a subclass of a Trainer class, whose training also scores each training sample.
 
