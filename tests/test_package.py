@@ -31,7 +31,7 @@ import importlib, pkgutil, sys
 sys.modules |= dict.fromkeys({EXTRAS!r})  # as if they were not installed
 for package in {PACKAGES!r}:
     path = importlib.import_module(package).__path__
-    for module in pkgutil.walk_packages(path, package + "."):
+    for module in pkgutil.walk_packages(path, package + ".", onerror=str):
         if module.name not in {NEED_EXTRAS!r} and not (
             module.name.endswith("__main__") or module.name.startswith({INTEGRATIONS!r})
         ):
