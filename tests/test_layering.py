@@ -106,7 +106,9 @@ def test_the_engine_needs_torch_alone() -> None:
     integrations = ROOT / "ghostEngines" / "integrations"
     for path in files_of("ghostEngines"):
         if integrations in path.parents:
-            assert not {top(name) for name in imports(path)} & (LEVEL.keys() - {"score_store", "foundation"}), path
+            assert not {top(name) for name in imports(path)} & (
+                LEVEL.keys() - {"score_store", "foundation"}
+            ), path
             continue
         others = {top(name) for name in imports(path)} - sys.stdlib_module_names - {"", "ghostEngines"}
         more = {"score_store"} if path.name == "engine_manager.py" else set()
