@@ -94,3 +94,13 @@ def train(folder: Path, kill_after: int | None = None) -> int:
         made.add_callback(Killed(kill_after))
     made.train()
     return 0
+
+
+def train_with_and_without_scores(folder: Path) -> int:
+    """Train twice in one of several processes, and keep the parameters of both trainings."""
+    for plain in (True, False):
+        made = trainer(folder / ("plain" if plain else "scored"), plain=plain)
+        made.train()
+        if made.args.process_index == 0:
+            torch.save(made.model.state_dict(), folder / f"{'plain' if plain else 'scored'}.pt")
+    return 0

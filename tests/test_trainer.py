@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with scores: training is what it was, and scores are those of its rows."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,17 @@ import pandas as pd
 import pytest
 import torch
 from run_helpers import environment
-from scored_trainers import COLLATOR, TOKENS, TRAIN, VALIDATION, exact_loss, model, train, trainer
+from scored_trainers import (
+    COLLATOR,
+    TOKENS,
+    TRAIN,
+    VALIDATION,
+    exact_loss,
+    model,
+    train,
+    train_with_and_without_scores,
+    trainer,
+)
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -164,12 +175,14 @@ def test_scores_are_those_of_one_backward_pass_a_row(tmp_path: Path) -> None:
         assert own["exact_value"].sum() == pytest.approx(own["of_batch"].iloc[0], rel=1e-6)
 
 
-def in_processes(folder: Path, *arguments: object, processes: int = 1) -> list[int | None]:
-    """Run scored_trainers.train in new processes and return their exit statuses."""
+def in_processes(
+    action: Callable[..., int], folder: Path, *arguments: object, processes: int = 1
+) -> list[int | None]:
+    """Run a function of scored_trainers in new processes and return their exit statuses."""
     store, worlds = world_of(processes)
     running = [
         fork(
-            train,
+            action,
             folder,
             *arguments,
             output=folder.parent / f"{folder.name}-{rank}",
@@ -186,7 +199,7 @@ def in_processes(folder: Path, *arguments: object, processes: int = 1) -> list[i
 def test_a_killed_run_goes_on_without_a_row_doubled_or_lost(tmp_path: Path) -> None:
     whole, killed = trainer(tmp_path / "whole"), tmp_path / "killed"
     whole.train()
-    assert in_processes(killed, 6) == [-9]  # after the checkpoint of step 4
+    assert in_processes(train, killed, 6) == [-9]  # after the checkpoint of step 4
     resumed = trainer(killed)
     resumed.train(resume_from_checkpoint=True)
     assert distance(parameters(resumed), parameters(whole)) < 1e-12
@@ -202,9 +215,12 @@ def test_a_killed_run_goes_on_without_a_row_doubled_or_lost(tmp_path: Path) -> N
 
 
 def test_two_processes_score_what_one_does(tmp_path: Path) -> None:
-    statuses = in_processes(tmp_path / "two", processes=2)
+    two = tmp_path / "two"
+    two.mkdir()
+    statuses = in_processes(train_with_and_without_scores, two, processes=2)
     assert statuses == [0, 0], (tmp_path / "two-0.err").read_text()[-3000:]
-    table = scores(tmp_path / "two")
+    assert distance(torch.load(two / "scored.pt"), torch.load(two / "plain.pt")) < 1e-9
+    table = scores(two / "scored")
     assert set(table["sample_id"]) == set(TRAIN["number"]) and set(table["rank"]) == {0, 1}
     whole = 0
     for _, own in table.groupby("step"):
