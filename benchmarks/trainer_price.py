@@ -26,8 +26,8 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks.step_time import bootstrap_interval
 from examples.instructions import tokenizer
 from foundation.progress import progress_bar
+from ghostEngines import Scoring
 from ghostEngines.integrations.transformers import scored
-from ghostEngines.scoring import Scoring
 
 STEPS = 6  # in a round, the first two of which warm up
 KINDS = ("plain_nm", "plain_n", "scored")

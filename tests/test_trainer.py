@@ -26,9 +26,8 @@ from transformers import Trainer
 from attribution.values import main as values
 from benchmarks.launch import fork, world_of
 from foundation.errors import UserError
-from ghostEngines import AttachError, verify
+from ghostEngines import AttachError, Scoring, verify
 from ghostEngines.integrations.transformers import scored
-from ghostEngines.scoring import Scoring
 
 Parameters = dict[str, Tensor]
 
