@@ -20,8 +20,8 @@ from attribution import values
 from attribution.report import command as report
 from attribution.values_folder import Values
 from examples.instructions import instructions, tokenizer
+from ghostEngines import Scoring
 from ghostEngines.integrations.transformers import scored
-from ghostEngines.scoring import Scoring
 
 ROWS, WRONG = 400, 0.1
 

@@ -6,6 +6,7 @@ from .graddotprod_engine import GradDotProdEngine
 from .layer_rules import RULES, CrossEntropyHead, register_rule, register_unit
 from .losses import are_by_target, losses_by_target, per_sample_losses
 from .row_maps import packed_documents
+from .scoring import Scoring
 from .update_rules import Update, UpdateRule, register_update_rule
 from .verification import Report, verify
 
@@ -19,6 +20,7 @@ __all__ = [
     "GradDotProdEngine",
     "Report",
     "RowsError",
+    "Scoring",
     "Update",
     "UpdateRule",
     "are_by_target",

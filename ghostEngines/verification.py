@@ -1,6 +1,6 @@
 """Check the engine on a model: the first thing to run on a model of your own.
 
-    python -m ghostEngines.verify my_model.py:build     # build() -> model, batch or model, batch, loss
+    python -m ghostEngines.verify my_model.py:build     # build() -> model, batch[, loss] or a scored Trainer
 
 First the guard runs, with halves of the rows that separate every two rows. Then the engine's training
 gradients and dot products are compared with those of one backward pass per row, with each row in a forward
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,25 @@ class Report:
         return "\n".join([*lines, f"{self.rows} rows: {result}"])
 
 
+@runtime_checkable
+class Verifiable(Protocol):
+    """A training loop that knows its model, such as a scored Trainer (integrations/transformers)."""
+
+    def verification(self) -> tuple[nn.Module, Any, Loss, dict[str, Any]]:
+        """Return the model, a joint batch, the loss, and options of `verify`."""
+
+
 def verify(
-    model: nn.Module, batch: Any, loss: Loss | None = None, *, val_batch_size: int = 1, **options: Any
+    model: nn.Module | Verifiable,
+    batch: Any = None,
+    loss: Loss | None = None,
+    **options: Any,
 ) -> Report:
     """Compare the engine with one backward pass per row.
 
     Args:
-        model: in the precision to check; float64 shows most. It is unchanged afterwards.
+        model: in the precision to check; float64 shows most. It is unchanged afterwards. Or a scored Trainer, alone:
+            its model is checked on its first batch and validation rows, with its loss.
         batch: what the loss takes: a tensor, or a tuple or dictionary of tensors. Tensors with the same first
             dimension as the first tensor have the rows. The last `val_batch_size` rows are the validation
             rows.
@@ -90,7 +102,17 @@ def verify(
     Raises:
         UserError, RuntimeError, ValueError: the engine refuses the model; the message says why.
     """
-    loss = loss or _cross_entropy
+    if isinstance(model, Verifiable):
+        if batch is not None or loss is not None:
+            raise UserError("give a Trainer alone: its batch and its loss are its own")
+        model, batch, loss, own = model.verification()
+        options |= own
+    elif batch is None:
+        raise UserError(f"give a batch, or a scored Trainer; got a {type(model).__name__} alone")
+    return _verify(model, batch, loss or _cross_entropy, **options)
+
+
+def _verify(model: nn.Module, batch: Any, loss: Loss, *, val_batch_size: int = 1, **options: Any) -> Report:
     tensors = [each for each in _leaves(batch) if each.dim() > 0]
     if not tensors:
         raise UserError("the batch has no tensor with rows")
@@ -208,7 +230,10 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 def load(where: str) -> tuple[Any, ...]:
-    """Call MODULE:FUNCTION or FILE.py:FUNCTION and return its result: a model, a batch and perhaps a loss."""
+    """Call MODULE:FUNCTION or FILE.py:FUNCTION and return what it returns.
+
+    That is a model, a batch and perhaps a loss; or a scored Trainer, alone.
+    """
     name, colon, function = where.rpartition(":")
     if not colon:
         raise UserError(f"{where!r}: give FILE.py:FUNCTION or MODULE:FUNCTION")
@@ -226,8 +251,10 @@ def load(where: str) -> tuple[Any, ...]:
     if not hasattr(module, function):
         raise UserError(f"{name} has no {function!r}")
     result = getattr(module, function)()
+    if isinstance(result, Verifiable):
+        return (result,)
     if not isinstance(result, tuple) or len(result) not in (2, 3):
-        raise UserError(f"{where} must return (model, batch) or (model, batch, loss)")
+        raise UserError(f"{where} must return (model, batch), (model, batch, loss) or a scored Trainer")
     return result
 
 

@@ -42,23 +42,21 @@ def model(dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder / "checkpoints"),
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "num_train_epochs": 2,
-            "max_grad_norm": 0.5,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_steps": 4,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-        }
-        | options
-    )
+    given: dict[str, Any] = {
+        "output_dir": str(folder / "checkpoints"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "max_grad_norm": 0.5,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**given | options)
 
 
 def trainer(folder: Path, base: type[Trainer] = Trainer, *, plain: bool = False, **options: Any) -> Any:
@@ -72,7 +70,9 @@ def trainer(folder: Path, base: type[Trainer] = Trainer, *, plain: bool = False,
     }
     if not plain:
         own |= {"score_against": VALIDATION, "scores": folder / "run", "sample_id": "number", "group": "kind"}
-    own |= {name.removeprefix("with_"): options.pop(name) for name in list(options) if name.startswith("with_")}
+    own |= {
+        name.removeprefix("with_"): options.pop(name) for name in list(options) if name.startswith("with_")
+    }
     return (base if plain else scored(base))(args=arguments(folder, **options), **own)
 
 
@@ -93,4 +93,14 @@ def train(folder: Path, kill_after: int | None = None) -> int:
     if kill_after is not None:
         made.add_callback(Killed(kill_after))
     made.train()
+    return 0
+
+
+def train_with_and_without_scores(folder: Path) -> int:
+    """Train twice in one of several processes, and keep the parameters of both trainings."""
+    for plain in (True, False):
+        made = trainer(folder / ("plain" if plain else "scored"), plain=plain)
+        made.train()
+        if made.args.process_index == 0:
+            torch.save(made.model.state_dict(), folder / f"{'plain' if plain else 'scored'}.pt")
     return 0

@@ -25,13 +25,16 @@ EXTRAS = (
 )
 # Of a checkout: they make a tokenizer, and demo data.
 NEED_EXTRAS = {f"data_processing.{name}" for name in ("train_tokenizer", "demo_corpus", "llava_demo")}
+INTEGRATIONS = "ghostEngines.integrations."  # of libraries
 IMPORT_ALL = f"""
 import importlib, pkgutil, sys
 sys.modules |= dict.fromkeys({EXTRAS!r})  # as if they were not installed
 for package in {PACKAGES!r}:
     path = importlib.import_module(package).__path__
-    for module in pkgutil.walk_packages(path, package + "."):
-        if module.name not in {NEED_EXTRAS!r} and not module.name.endswith("__main__"):
+    for module in pkgutil.walk_packages(path, package + ".", onerror=str):
+        if module.name not in {NEED_EXTRAS!r} and not (
+            module.name.endswith("__main__") or module.name.startswith({INTEGRATIONS!r})
+        ):
             importlib.import_module(module.name)
             print(module.name)
 """

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with scores: training is what it was, and scores are those of its rows."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,25 @@ import pandas as pd
 import pytest
 import torch
 from run_helpers import environment
-from scored_trainers import COLLATOR, TOKENS, TRAIN, VALIDATION, exact_loss, model, train, trainer
+from scored_trainers import (
+    COLLATOR,
+    TOKENS,
+    TRAIN,
+    VALIDATION,
+    exact_loss,
+    model,
+    train,
+    train_with_and_without_scores,
+    trainer,
+)
 from torch import Tensor, nn
 from transformers import Trainer
 
 from attribution.values import main as values
 from benchmarks.launch import fork, world_of
 from foundation.errors import UserError
-from ghostEngines import AttachError
+from ghostEngines import AttachError, Scoring, verify
 from ghostEngines.integrations.transformers import scored
-from ghostEngines.scoring import Scoring
 
 Parameters = dict[str, Tensor]
 
@@ -67,6 +77,60 @@ def test_training_is_what_it_was(side: str, options: dict[str, Any], tmp_path: P
     )
 
 
+def test_bfloat16_is_as_near_as_rows_in_another_order(tmp_path: Path) -> None:
+    """Rounding differs with the batch: compared with a plain run whose updates' rows are in other micro-batches."""
+    COLLATOR.tokenizer.padding_side = "right"
+    rows = TRAIN.select(range(20))
+    moved = rows.select([first + place for first in range(0, 20, 4) for place in (0, 3, 2, 1)])
+    found = []
+    for name, options in {
+        "plain": {"plain": True, "with_train_dataset": rows},
+        "moved": {"plain": True, "with_train_dataset": moved},
+        "scored": {"with_train_dataset": rows},
+    }.items():
+        of = trainer(
+            tmp_path / name,
+            bf16=True,
+            train_sampling_strategy="sequential",
+            with_model=model(torch.float32),
+            **options,
+        )
+        of.train()
+        found.append(parameters(of))
+    plain, other, mine = found
+    assert 0 < distance(mine, plain) < 1.5 * distance(other, plain)
+    assert scores(tmp_path / "scored")["exact_value"].notna().any()
+
+
+def test_a_plain_loss_that_is_divided_later_and_the_best_model(tmp_path: Path) -> None:
+    """With accepts_loss_kwargs=False each micro-batch has a mean of its own, divided by their number."""
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+    }
+    found = []
+    for name in ("plain", "scored"):
+        own = model()
+        own.accepts_loss_kwargs = False
+        of = trainer(tmp_path / name, with_model=own, plain=name == "plain", **options)
+        of.train()
+        found.append(of)
+    assert distance(parameters(found[1]), parameters(found[0])) < 1e-9
+    assert logged(found[1])[0] == pytest.approx(logged(found[0])[0], rel=1e-6)
+    for _, own in scores(tmp_path / "scored").groupby("step"):
+        assert own["row_weight"].sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_verify_takes_a_trainer(tmp_path: Path) -> None:
+    report = verify(trainer(tmp_path))
+    assert report.exact and report.rows == 2 + len(VALIDATION)
+    with pytest.raises(UserError, match="give a batch, or a scored Trainer; got a Trainer alone"):
+        verify(trainer(tmp_path, plain=True))
+
+
 def gradient(of: nn.Module, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """A row's loss and its gradient, alone and without padding."""
     ids = torch.tensor([row["input_ids"]])
@@ -110,12 +174,14 @@ def test_scores_are_those_of_one_backward_pass_a_row(tmp_path: Path) -> None:
         assert own["exact_value"].sum() == pytest.approx(own["of_batch"].iloc[0], rel=1e-6)
 
 
-def in_processes(folder: Path, *arguments: object, processes: int = 1) -> list[int | None]:
-    """Run scored_trainers.train in new processes and return their exit statuses."""
+def in_processes(
+    action: Callable[..., int], folder: Path, *arguments: object, processes: int = 1
+) -> list[int | None]:
+    """Run a function of scored_trainers in new processes and return their exit statuses."""
     store, worlds = world_of(processes)
     running = [
         fork(
-            train,
+            action,
             folder,
             *arguments,
             output=folder.parent / f"{folder.name}-{rank}",
@@ -132,7 +198,7 @@ def in_processes(folder: Path, *arguments: object, processes: int = 1) -> list[i
 def test_a_killed_run_goes_on_without_a_row_doubled_or_lost(tmp_path: Path) -> None:
     whole, killed = trainer(tmp_path / "whole"), tmp_path / "killed"
     whole.train()
-    assert in_processes(killed, 6) == [-9]  # after the checkpoint of step 4
+    assert in_processes(train, killed, 6) == [-9]  # after the checkpoint of step 4
     resumed = trainer(killed)
     resumed.train(resume_from_checkpoint=True)
     assert distance(parameters(resumed), parameters(whole)) < 1e-12
@@ -148,9 +214,12 @@ def test_a_killed_run_goes_on_without_a_row_doubled_or_lost(tmp_path: Path) -> N
 
 
 def test_two_processes_score_what_one_does(tmp_path: Path) -> None:
-    statuses = in_processes(tmp_path / "two", processes=2)
+    two = tmp_path / "two"
+    two.mkdir()
+    statuses = in_processes(train_with_and_without_scores, two, processes=2)
     assert statuses == [0, 0], (tmp_path / "two-0.err").read_text()[-3000:]
-    table = scores(tmp_path / "two")
+    assert distance(torch.load(two / "scored.pt"), torch.load(two / "plain.pt")) < 1e-9
+    table = scores(two / "scored")
     assert set(table["sample_id"]) == set(TRAIN["number"]) and set(table["rank"]) == {0, 1}
     whole = 0
     for _, own in table.groupby("step"):
@@ -187,7 +256,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, **options)
     with pytest.raises(UserError, match="a subclass of transformers"):
         scored(int)
-    with pytest.raises(ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"):
+    with pytest.raises(
+        ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"
+    ):
         trainer(tmp_path / "other", Other).train()
     dropping = model()
     dropping.transformer.h[1].mlp.dropout.p = 0.1

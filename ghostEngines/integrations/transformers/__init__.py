@@ -6,6 +6,11 @@ trainer = scored(SFTTrainer)(model=..., args=..., train_dataset=..., score_again
 trainer.train()
 """
 
-from .trainer import scored
+from foundation.optional import optional
+
+for package in ("transformers", "accelerate"):
+    optional(package, extra="transformers")
+
+from .trainer import scored  # noqa: E402  (after the error that names what is missing)
 
 __all__ = ["scored"]

@@ -1,6 +1,6 @@
 """Batches of a Hugging Face Trainer: dictionaries of tensors, with one sample a row or several packed into one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,6 +39,8 @@ class CausalBatches:
         model: without wrappers, for the engine's own passes.
         pad_token: the id that fills `input_ids`.
     """
+
+    find_samples: Callable[..., Tensor] | None = None  # the engine's option `samples`
 
     def __init__(self, model: nn.Module, pad_token: int) -> None:
         self.model, self._fill = model, FILL | {"input_ids": pad_token}
@@ -101,6 +103,8 @@ class CausalBatches:
 
 class PackedBatches(CausalBatches):
     """Batches of one row, in which documents stand one after the other; `position_ids` restart with each of them."""
+
+    find_samples = staticmethod(packed_documents)
 
     def rows(self, batch: Batch) -> int:
         return int((batch["position_ids"] == 0).sum())

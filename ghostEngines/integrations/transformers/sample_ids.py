@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.utils.data import Dataset
 
 from foundation.errors import UserError
@@ -99,7 +98,7 @@ class NumberedCollator:
             return self.collator(features)
         rows = [row for feature in features for row in _rows(feature)]
         batch = self.collator([{k: v for k, v in feature.items() if k != ROW} for feature in features])
-        batch[ROW] = torch.tensor(rows)
+        batch[ROW] = rows  # no tensor: nobody has to wait for the device to read it
         return batch
 
 

@@ -2,8 +2,7 @@
 
 import inspect
 from collections import deque
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from foundation.errors import UserError
+from foundation.granularity import Granularity
 from score_store.run_writer import write_run
 from score_store.samples import Sample
 
 from ...covered_layers import cover
 from ...engine_manager import GradDotProdManager
-from ...row_maps import packed_documents
+from ...passes import DirectionKind
 from ...scoring import Scoring
 from ...updates import unwrapped
 from .batches import CausalBatches, PackedBatches
@@ -34,7 +34,6 @@ GRADIENT = "gradient.pt"
 """In a checkpoint: a validation gradient that is used for several steps."""
 
 
-@cache
 def scored(base: type[Any]) -> type[Any]:
     """Return a subclass of a Trainer class, whose training also scores each training sample.
 
@@ -77,6 +76,10 @@ class _Scored(Trainer):
     """The methods of a Trainer that scoring changes; `scored` puts them before those of a base class."""
 
     base: type[Trainer]
+    # Of Trainer, for the type checker.
+    data_collator: Any
+    loss_is_scaled_for_ga: bool | None
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -86,8 +89,8 @@ class _Scored(Trainer):
         sample_id: str | None = None,
         group: str | None = None,
         scoring: Scoring | None = None,
-        direction: str = "auto",
-        granularity: str = "total",
+        direction: DirectionKind = "auto",
+        granularity: Granularity = "total",
         **kwargs: Any,
     ) -> None:
         bound = inspect.signature(self.base.__init__).bind_partial(self, *args, **kwargs).arguments
@@ -100,11 +103,13 @@ class _Scored(Trainer):
         super().__init__(**given)
         check_trainer(self, self.base.__name__)
         self._scoring = Scoring(audit_interval=100) if scoring is None else scoring
-        self._engine_options = {"direction": direction, "granularity": granularity}
+        self._direction, self._granularity = direction, granularity
         self._validation_rows, self._folder = self._prepared(score_against), Path(scores)
         # What the base says of its loss; this class itself divides it where that is necessary.
         self._base_is_scaled, self.loss_is_scaled_for_ga = self.loss_is_scaled_for_ga, True
-        self._coming: deque[Tensor] = deque()  # for each micro-batch to come, its rows' places in the dataset
+        self._coming: deque[npt.NDArray[np.int64]] = (
+            deque()
+        )  # for each micro-batch to come, its rows' places in the dataset
         self._rows_of_update, self._norm = 0, None
         self._batches: CausalBatches
         self._run: RunOfTrainer
@@ -149,9 +154,11 @@ class _Scored(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """Begin an update: take the ids out of its batches, and tell the engine how many these are."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._coming = deque(batch.pop(ROW) for batch in batches)
-        rows = torch.tensor([sum(map(len, self._coming))], device=device)
-        self._rows_of_update = int(self.accelerator.gather(rows).sum())
+        self._coming = deque(np.asarray(batch.pop(ROW)) for batch in batches)
+        self._rows_of_update = sum(map(len, self._coming))
+        if self.accelerator.num_processes > 1:
+            rows = torch.tensor([self._rows_of_update], device=device)
+            self._rows_of_update = int(self.accelerator.gather(rows).sum())
         if batches:
             self._scores.begin_step(self.state.global_step, len(batches))
         return batches, items
@@ -179,7 +186,7 @@ class _Scored(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._coming:
             raise RuntimeError("compute_loss() was called more often than get_batch_samples() gave batches")
-        rows = self._coming.popleft().cpu().numpy()
+        rows = self._coming.popleft()
         joint = JointForward(
             model,
             self._scores,
@@ -251,21 +258,14 @@ class _Scored(Trainer):
     def begin_scoring(self) -> None:
         """Attach the engine, and make the folder of the scores or go on with it."""
         accelerator, model = self.accelerator, self.accelerator.unwrap_model(self.model_wrapped)
-        batch = self._prepare_inputs(self.data_collator(self._validation_rows))
-        packed = "position_ids" in batch and "attention_mask" not in batch
-        kind = PackedBatches if packed else CausalBatches
-        self._batches = kind(model, self._pad_token())
-        if not self._batches.counts(batch).all():
-            raise UserError(
-                "score_against has a row without a target (all of its labels are -100): leave it out"
-            )
+        self._batches, batch = self._validation(model)
         resumed = self.state.global_step or None
         self._run = RunOfTrainer(
             write_run(
                 self._folder,
                 optimizer=type(unwrapped(self.optimizer)).__name__,
-                direction=self._engine_options["direction"],
-                granularity=self._engine_options["granularity"],
+                direction=self._direction,
+                granularity=self._granularity,
                 layers=list(cover(model).layers),
                 values="exact" if self._scoring.every_exact else "in_pass",
                 validation=[
@@ -287,19 +287,37 @@ class _Scored(Trainer):
             processes=accelerator.num_processes,
             autocast=accelerator.autocast,
             loss_scale=self._loss_scale,
-            samples=packed_documents if packed else None,
-            **self._engine_options,
+            direction=self._direction,
+            granularity=self._granularity,
+            samples=self._batches.find_samples,
         )
         if resumed is not None and self._scoring.refresh_interval > 1:
             self._manager.load_state(torch.load(self._checkpoint(resumed) / GRADIENT, weights_only=True))
 
-    def _pad_token(self) -> int:
-        token = self.processing_class.pad_token_id
-        return self.processing_class.eos_token_id if token is None else token
+    def _validation(self, model: nn.Module) -> tuple[CausalBatches, Batch]:
+        """Return the batch of the validation rows, and what to do with batches of its kind."""
+        batch = self._prepare_inputs(self.data_collator(self._validation_rows))
+        packed = "position_ids" in batch and "attention_mask" not in batch
+        words = self.processing_class
+        pad = words.eos_token_id if words.pad_token_id is None else words.pad_token_id
+        batches = (PackedBatches if packed else CausalBatches)(model, pad)
+        if not batches.counts(batch).all():
+            raise UserError("score_against has a row without a target (all labels are -100): leave it out")
+        return batches, batch
+
+    def verification(self) -> tuple[nn.Module, Batch, Callable[[nn.Module, Batch], Tensor], dict[str, Any]]:
+        """Return what `ghostEngines.verify` checks: the model, the first batch with the validation rows, the loss."""
+        batches, validation = self._validation(self.model)
+        train = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        train = {key: value for key, value in train.items() if key != ROW}
+        joint = batches.joined(train, validation)
+        options = {"val_batch_size": batches.rows(validation), "samples": batches.find_samples}
+        return self.model, joint, lambda _, batch: batches.losses(batch), options
 
     def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler
-        return (1.0 if scaler is None else scaler.get_scale()) / self.accelerator.gradient_accumulation_steps
+        factor = 1.0 if scaler is None else float(scaler.get_scale())
+        return factor / float(self.accelerator.gradient_accumulation_steps)
 
     def _checkpoint(self, step: int) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
@@ -332,7 +350,7 @@ class _ScoredSFT(_Scored):
 
     def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, packing: Any, *more: Any) -> Any:
         """Return TRL's tokenised dataset, whose rows know the samples that are packed into them."""
-        prepare = super()._prepare_dataset  # type: ignore[misc]
+        prepare = super()._prepare_dataset
         if packing and ROW in dataset.column_names:
             return packed_with_rows(prepare, dataset, processing, args, *more)
         return prepare(dataset, processing, args, packing, *more)
