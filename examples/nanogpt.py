@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from attribution import values
 from attribution.report import command as report
 from attribution.values_folder import Values
-from ghostEngines import GradDotProdEngine, per_sample_losses
-from ghostEngines.scoring import Scoring
+from ghostEngines import GradDotProdEngine, Scoring, per_sample_losses
 from score_store import ExactRows, Sample, write_run
 
 CHARACTERS = "\n +.0123456789=abcdefghijklmnopqrstuvwxyz"

@@ -100,7 +100,7 @@ def check_parameters(found: nn.Module, want: nn.Module) -> None:
 def test_a_plain_loop(names: dict[str, Any]) -> None:
     """Its training is that of a loop without scores."""
     found, trained = plain(names)
-    want = []
+    want: list[tuple[int, float]] = []
     for ids, x, y in names["loader"]:
         losses = per_sample_losses(names["model"], x, y)
         want += zip(ids.tolist(), losses.tolist(), strict=True)
