@@ -1,10 +1,11 @@
 """Fine-tune a tiny Llama with TRL's SFTTrainer and LoRA, and know what each instruction did.
 
     PYTHONPATH=. python examples/trainer_sft.py results/sft       # a minute on a laptop, offline
-    python -m attribution.curate results/sft --drop bottom:0.1 --output data/curated    # the others, as a data set
+    python -m attribution.curate results/sft --steps 25: --drop bottom:0.1 --output data/curated    # what stays
 
 One instruction in ten has a wrong answer. At the end the report is written (results/sft/report.html), and the share of
-wrong answers among the most harmful tenth of the instructions is printed.
+wrong answers among the most harmful tenth of the instructions is printed. In the first epoch any sentence teaches the
+form of all, so that values are of the later ones.
 """
 
 import sys
@@ -63,7 +64,12 @@ def main(folder: Path, rows: int = ROWS, epochs: float = 3) -> float:
         ),
         train_dataset=train,
         processing_class=words,
-        peft_config=LoraConfig(r=16, lora_dropout=0.0, target_modules="all-linear"),
+        peft_config=LoraConfig(
+            r=16,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            modules_to_save=["embed_tokens", "lm_head"],  # random in this model, as no pretrained one's are
+        ),
         score_against=instructions(16, seed=1),
         scores=folder,
         sample_id="number",
@@ -71,8 +77,8 @@ def main(folder: Path, rows: int = ROWS, epochs: float = 3) -> float:
         scoring=Scoring(every_exact=True),
     )
     trainer.train()
-    values.main([str(folder)])
-    report.main([str(folder)])
+    for tool in (values, report):
+        tool.main([str(folder), "--steps", f"{int(trainer.state.max_steps / epochs)}:"])
     of_samples = Values.open(folder / "values").read("samples").sort_by("value")
     worst = of_samples["sample_id"].to_numpy()[: rows // 10]
     share = float(np.mean([train[int(number)]["wrong"] for number in worst]))
