@@ -16,7 +16,7 @@ from scored_trainers import TOKENS
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaForCausalLM
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from attribution import read_run
 from attribution.values import write_values
@@ -24,13 +24,13 @@ from examples.instructions import instructions
 from examples.trainer_sft import llama
 from ghostEngines import per_sample_losses
 
-PAGE = (Path(__file__).parent.parent / "docs" / "loops.md").read_text()
+ROOT = Path(__file__).parent.parent
 VOCABULARY, T, ROWS, N, M = 32, 5, 12, 3, 2
 
 
-def blocks(heading: str) -> str:
+def blocks(heading: str, page: str = "docs/loops.md") -> str:
     """The Python of a section."""
-    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    section = (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
 
 
@@ -163,9 +163,14 @@ def test_lightning(names: dict[str, Any]) -> None:
     check_same((scores("lightning"), names["model"]), want)
 
 
-def test_trl(names: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("heading", "page"),
+    [("Hugging Face's Trainer, and TRL's", "docs/loops.md"), ("In any loop", "README.md")],
+)
+def test_trl(names: dict[str, Any], heading: str, page: str) -> None:
     model: LlamaForCausalLM = llama(len(TOKENS))
     names |= {
+        "SFTTrainer": SFTTrainer,
         "model": model,
         "args": SFTConfig(
             output_dir="checkpoints",
@@ -182,6 +187,6 @@ def test_trl(names: dict[str, Any]) -> None:
         "tokenizer": TOKENS,
         "validation_dataset": instructions(2, seed=1),
     }
-    exec(blocks("Hugging Face's Trainer, and TRL's"), names)
+    exec(blocks(heading, page), names)
     table = read_run("results/sft").scores().to_table().to_pandas()
     assert table.sample_id.nunique() == ROWS and table.value.notna().sum() == ROWS - 4
