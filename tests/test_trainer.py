@@ -22,6 +22,7 @@ from scored_trainers import (
 )
 from torch import Tensor, nn
 from transformers import Trainer
+from trl import DPOTrainer
 
 from attribution.values import main as values
 from benchmarks.launch import fork, world_of
@@ -195,6 +196,21 @@ def in_processes(
     return [each.exitcode for each in running]
 
 
+@pytest.mark.parametrize("scoring", [Scoring(refresh_interval=3), Scoring(lookahead=True, audit_interval=5)])
+def test_validation_rows_in_passes_of_their_own(scoring: Scoring, tmp_path: Path) -> None:
+    """The training is the same, and a run that resumes goes on with the gradient that it had."""
+    plain, whole = trainer(tmp_path / "plain", plain=True), trainer(tmp_path, with_scoring=scoring)
+    plain.train()
+    whole.train()
+    assert distance(parameters(whole), parameters(plain)) < 1e-9
+    want = scores(tmp_path)
+    resumed = trainer(tmp_path, with_scoring=scoring)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-4"))
+    got = scores(tmp_path)
+    pd.testing.assert_frame_equal(got, want, rtol=1e-12)
+    assert got["dot_product"][got["step"] > 0].notna().all()
+
+
 def test_a_killed_run_goes_on_without_a_row_doubled_or_lost(tmp_path: Path) -> None:
     whole, killed = trainer(tmp_path / "whole"), tmp_path / "killed"
     whole.train()
@@ -256,6 +272,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, **options)
     with pytest.raises(UserError, match="a subclass of transformers"):
         scored(int)
+    with pytest.raises(UserError, match="of TRL's that is SFTTrainer alone, and not DPOTrainer"):
+        scored(DPOTrainer)
     with pytest.raises(
         ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"
     ):

@@ -55,7 +55,13 @@ def scored(base: type[Any]) -> type[Any]:
     """
     if not (isinstance(base, type) and issubclass(base, Trainer)):
         raise UserError(f"scored() takes a subclass of transformers.Trainer, not {base!r}")
-    mixin = _ScoredSFT if hasattr(base, "_prepare_dataset") else _Scored
+    is_sft = "SFTTrainer" in [each.__name__ for each in base.__mro__]
+    if hasattr(base, "_prepare_dataset") and not is_sft:
+        raise UserError(
+            f"scored() takes Trainers whose loss is the cross entropy of the next tokens; of TRL's that is SFTTrainer "
+            f"alone, and not {base.__name__}"
+        )
+    mixin = _ScoredSFT if is_sft else _Scored
     return type(f"Scored{base.__name__}", (mixin, base), {"__doc__": scored.__doc__, "base": base})
 
 
@@ -115,6 +121,7 @@ class _Scored(Trainer):
         self._run: RunOfTrainer
         self._losses: Tensor | None = None  # (N,) of the last pass
         self._manager: GradDotProdManager | None = None
+        self._resumed_from: Path | None = None  # the checkpoint
         self._checked = False  # the loss was compared with that of `base`
         self.add_callback(_Scoring(self))
 
@@ -292,7 +299,8 @@ class _Scored(Trainer):
             samples=self._batches.find_samples,
         )
         if resumed is not None and self._scoring.refresh_interval > 1:
-            self._manager.load_state(torch.load(self._checkpoint(resumed) / GRADIENT, weights_only=True))
+            assert self._resumed_from is not None
+            self._manager.load_state(torch.load(self._resumed_from / GRADIENT, weights_only=True))
 
     def _validation(self, model: nn.Module) -> tuple[CausalBatches, Batch]:
         """Return the batch of the validation rows, and what to do with batches of its kind."""
@@ -319,8 +327,9 @@ class _Scored(Trainer):
         factor = 1.0 if scaler is None else float(scaler.get_scale())
         return factor / float(self.accelerator.gradient_accumulation_steps)
 
-    def _checkpoint(self, step: int) -> Path:
-        return Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = None if checkpoint is None else Path(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, once all scores before it are on the disk of every process."""
@@ -328,7 +337,8 @@ class _Scored(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         if self.args.should_save and (state := self._scores.state()):
-            torch.save(state, self._checkpoint(self.state.global_step) / GRADIENT)
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            torch.save(state, folder / GRADIENT)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
