@@ -88,6 +88,11 @@ def per_sample_losses(
     return losses_of(losses, count_targets(targets))
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """Return the targets of Hugging Face's labels (N, T): at each position the label of the next one, last -100."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
 def count_targets(targets: Tensor) -> Tensor:
     """Return the number of targets of each sample (N,), given targets (N, T).
 

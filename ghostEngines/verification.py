@@ -25,7 +25,7 @@ from foundation.granularity import total_of
 
 from .graddotprod_engine import GradDotProdEngine
 from .guard import separating_halves
-from .losses import per_sample_losses
+from .losses import next_tokens, per_sample_losses
 
 # Largest accepted relative error, compared with the results of single rows. Many float64 models round to
 # float32 inside (Hugging Face's norms and rotary embeddings), which is an error of 1e-7.
@@ -222,9 +222,7 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Return the cross entropy of each row, from the model's logits."""
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        # Hugging Face's labels are not shifted yet.
-        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        return per_sample_losses(lambda _: model(**inputs), None, labels)
+        return per_sample_losses(lambda _: model(**inputs), None, next_tokens(batch["labels"]))
     x, y = batch
     return per_sample_losses(model, x, y)
 

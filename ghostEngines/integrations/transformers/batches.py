@@ -91,11 +91,6 @@ class CausalBatches:
         """Return the number of targets of each sample (N,)."""
         return count(targets_of(batch), self.samples(batch))
 
-    def tokens(self, batch: Batch) -> list[list[int]]:
-        """Return the tokens of each sample, without padding."""
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
-        return [ids[own].tolist() for ids, own in zip(batch["input_ids"], mask, strict=True)]
-
     def losses(self, batch: Batch) -> Tensor:
         with without_wrappers(self.model):
             return self.row_losses(self.model(**self.inputs(batch), use_cache=False).logits, batch).mean
@@ -112,12 +107,12 @@ class PackedBatches(CausalBatches):
     def samples(self, batch: Batch) -> Tensor:
         return packed_documents(batch["position_ids"])
 
-    def tokens(self, batch: Batch) -> list[list[int]]:
-        ids, documents = batch["input_ids"].flatten(), self.samples(batch).flatten()
-        return [ids[documents == each].tolist() for each in range(self.rows(batch))]
-
     def joined(self, train: Batch, validation: Batch) -> Batch:
         keys = [key for key in _same_keys(train, validation) if key not in OF_A_PACKED_ROW]
+        if any(len(each["input_ids"]) != 1 for each in (train, validation)):
+            raise UserError(
+                "a batch of several rows with position_ids and without attention_mask: give a mask"
+            )
         if unknown := [key for key in keys if key not in self._fill]:
             raise UserError(f"the packed batch has {', '.join(unknown)}: it is not known how to join them")
         return self._complete({key: torch.cat([train[key], validation[key]], dim=1) for key in keys}, train)

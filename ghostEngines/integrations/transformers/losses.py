@@ -6,7 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...losses import IGNORE_INDEX, losses_of
+from foundation.errors import UserError
+
+from ...losses import IGNORE_INDEX, losses_of, next_tokens
 from ...row_maps import Indexed
 
 Batch = dict[str, Any]
@@ -15,9 +17,7 @@ Batch = dict[str, Any]
 def targets_of(batch: Batch) -> Tensor:
     """Return the target of each position (R, T), -100 for none: the label of the next one."""
     shifted: Tensor | None = batch.get("shift_labels")
-    return (
-        nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX) if shifted is None else shifted
-    )
+    return next_tokens(batch["labels"]) if shifted is None else shifted
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,15 @@ class RowLosses:
         Args:
             logits, targets: (R, T, V) and (R, T).
             samples: (R, T), the sample of each position; None: the rows are the samples.
+
+        Raises:
+            UserError: logits of another shape.
         """
+        if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+            raise UserError(
+                f"the model returns logits {tuple(logits.shape)} for labels {tuple(targets.shape)}: scored() is for "
+                "causal language models, with logits (rows, positions, vocabulary) for each position of the input"
+            )
         flat = logits.reshape(-1, logits.shape[-1])
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         losses = nn.functional.cross_entropy(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
+from foundation.errors import UserError
+
 from .sample_ids import ROW
 
 
@@ -24,10 +26,14 @@ def packed_with_rows(
     plain.max_length, plain.shuffle_dataset = None, False
     tokenised = prepare(dataset, processing, plain, False, *more)
     described = {"desc": "Packing train dataset", "num_proc": args.dataset_num_proc}
+    if args.pad_to_multiple_of is not None:
+        raise UserError(
+            "packed rows with pad_to_multiple_of: what pads a row would look like samples of one token"
+        )
     rows = tokenised.map(
         lambda row: {ROW: [row[ROW]] * len(row["input_ids"])}, num_proc=args.dataset_num_proc
     ).select_columns(["input_ids", "labels", ROW])
     if args.shuffle_dataset:
         rows = rows.shuffle(seed=args.seed)
     packed = pack_dataset(rows, args.max_length, args.packing_strategy, described)
-    return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+    return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed, tokenised

@@ -14,14 +14,24 @@ from score_store.writer import ScoredStep
 class RunOfTrainer:
     """What a manager writes to: the scores of a run, each of whose samples is written before its scores are."""
 
-    def __init__(self, writer: RunWriter, rows: int) -> None:
-        """Begin to write. rows: of the dataset."""
-        self._writer = writer
+    def __init__(self, rows: int) -> None:
+        """Prepare; `open` comes before anything is written. rows: of the dataset."""
+        self._opened: RunWriter | None = None
         self._seen = np.zeros(rows, dtype=bool)
 
+    def open(self, writer: RunWriter) -> None:
+        """Write to this run from now on."""
+        self._opened = writer
+
+    @property
+    def _writer(self) -> RunWriter:
+        assert self._opened is not None, "not open"
+        return self._opened
+
     def unseen(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return which of a batch's samples, by their place in it, have no text in the run yet."""
-        places = np.flatnonzero(~self._seen[rows])
+        """Return which of a batch's samples, by their place in it, have no text in the run yet, each once."""
+        _, first = np.unique(rows, return_index=True)
+        places = first[~self._seen[rows[first]]]
         self._seen[rows] = True
         return places
 
@@ -41,4 +51,5 @@ class RunOfTrainer:
         self._writer.scores.merge()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._opened is not None:
+            self._opened.close()

@@ -1,19 +1,17 @@
 """A Trainer that scores its training samples: any subclass of Hugging Face's Trainer, made by `scored`."""
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from foundation.errors import UserError
 from foundation.granularity import Granularity
+from score_store.run_folder import RunFolder
 from score_store.run_writer import write_run
 from score_store.samples import Sample
 
@@ -28,7 +26,7 @@ from .losses import Batch
 from .packing import packed_with_rows
 from .refusals import check_trainer
 from .run import RunOfTrainer
-from .sample_ids import ROW, Identities, NumberedCollator, numbered
+from .sample_ids import ROW, Identities, NumberedCollator, Origin, check_rows, numbered, tokens_of
 
 GRADIENT = "gradient.pt"
 """In a checkpoint: a validation gradient that is used for several steps."""
@@ -48,7 +46,8 @@ def scored(base: type[Any]) -> type[Any]:
         direction, granularity: of GradDotProdEngine.
 
     Training is what it would have been with `base`, and so are evaluation, checkpoints and logs. Each update's scores
-    are of the rows that it was made of, and are replaced when the training resumes from a checkpoint before them.
+    are of the rows that it was made of, and are replaced when the training resumes from a checkpoint before them. With
+    AdamW and direction "auto" the first update has none: nothing is known of its scaling yet.
 
     Raises:
         UserError: options under which scores would not be those of the training (refusals.py).
@@ -66,7 +65,7 @@ def scored(base: type[Any]) -> type[Any]:
 
 
 class _Scoring(TrainerCallback):
-    """What a scored Trainer does when its training begins, steps and ends."""
+    """Tells a scored Trainer that its training begins, and that the optimizer is about to step."""
 
     def __init__(self, trainer: "_Scored") -> None:
         self._trainer = trainer
@@ -85,6 +84,7 @@ class _Scored(Trainer):
     # Of Trainer, for the type checker.
     data_collator: Any
     loss_is_scaled_for_ga: bool | None
+    train_dataset: Any
     _signature_columns: Any
 
     def __init__(
@@ -99,23 +99,17 @@ class _Scored(Trainer):
         granularity: Granularity = "total",
         **kwargs: Any,
     ) -> None:
-        bound = inspect.signature(self.base.__init__).bind_partial(self, *args, **kwargs).arguments
-        dataset = bound.get("train_dataset")
-        if dataset is None:
-            raise UserError("give train_dataset: its rows are what is scored")
-        given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
-        given |= bound.get("kwargs", {}) | {"train_dataset": numbered(dataset)}
-        self._identities = Identities.of(dataset, sample_id, group)
-        super().__init__(**given)
+        self._names = sample_id, group  # of columns; SFTTrainer prepares its dataset within __init__
+        super().__init__(*args, **kwargs)
         check_trainer(self, self.base.__name__)
+        if not hasattr(self, "_identities"):
+            self.train_dataset = self._numbered(self.train_dataset)
         self._scoring = Scoring(audit_interval=100) if scoring is None else scoring
         self._direction, self._granularity = direction, granularity
         self._validation_rows, self._folder = self._prepared(score_against), Path(scores)
         # What the base says of its loss; this class itself divides it where that is necessary.
         self._base_is_scaled, self.loss_is_scaled_for_ga = self.loss_is_scaled_for_ga, True
-        self._coming: deque[npt.NDArray[np.int64]] = (
-            deque()
-        )  # for each micro-batch to come, its rows' places in the dataset
+        self._coming: deque[Origin] = deque()  # of the micro-batches to come
         self._rows_of_update, self._norm = 0, None
         self._batches: CausalBatches
         self._run: RunOfTrainer
@@ -125,14 +119,16 @@ class _Scored(Trainer):
         self._checked = False  # the loss was compared with that of `base`
         self.add_callback(_Scoring(self))
 
+    def _numbered(self, dataset: Any) -> Any:
+        """Return the train dataset with the column ROW, and keep the ids and groups of its rows."""
+        self._identities = Identities.of(dataset, *self._names)
+        return numbered(dataset)
+
     def _prepared(self, dataset: Any) -> list[dict[str, Any]]:
-        """Return the rows of a dataset as the collator takes them."""
-        if not hasattr(dataset, "__len__"):
-            raise UserError(f"score_against is a {type(dataset).__name__} without a length; give a few rows")
+        """Return the validation rows as the collator takes them."""
+        check_rows(dataset, "score_against")
         dataset = self._tokenised(dataset)
         rows = [dict(dataset[row]) for row in range(len(dataset))]
-        if not rows:
-            raise UserError("score_against is empty: give the rows whose loss the values are about")
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()
             rows = [
@@ -143,6 +139,10 @@ class _Scored(Trainer):
     def _tokenised(self, dataset: Any) -> Any:
         """Return the dataset as the collator takes it."""
         return dataset
+
+    def _tokens_of(self, row: int) -> list[int]:
+        """Return the tokens of a sample that is packed into rows, by its place in the dataset."""
+        raise UserError("packed rows come from SFTTrainer alone, which knows the samples in them")
 
     # The dataset and its batches
 
@@ -161,8 +161,8 @@ class _Scored(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """Begin an update: take the ids out of its batches, and tell the engine how many these are."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._coming = deque(np.asarray(batch.pop(ROW)) for batch in batches)
-        self._rows_of_update = sum(map(len, self._coming))
+        self._coming = deque(batch.pop(ROW) for batch in batches)
+        self._rows_of_update = sum(len(origin.rows) for origin in self._coming)
         if self.accelerator.num_processes > 1:
             rows = torch.tensor([self._rows_of_update], device=device)
             self._rows_of_update = int(self.accelerator.gather(rows).sum())
@@ -180,7 +180,10 @@ class _Scored(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
-        assert self._losses is not None
+        if self._losses is None:
+            raise UserError(
+                f"{self.base.__name__}.training_step does not use compute_loss(), which is what scores"
+            )
         self._scores.prepare_gradients(self._losses)
         self._losses = None
         return loss
@@ -193,19 +196,21 @@ class _Scored(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._coming:
             raise RuntimeError("compute_loss() was called more often than get_batch_samples() gave batches")
-        rows = self._coming.popleft()
+        origin = self._coming.popleft()
+        half = self.accelerator.mixed_precision != "no" or self.model.dtype in (torch.bfloat16, torch.float16)
         joint = JointForward(
             model,
             self._scores,
             self._batches,
-            Loss(num_items_in_batch, self._factor(num_items_in_batch)),
-            lambda train, weights: self._attach(train, weights, rows),
+            self._loss(num_items_in_batch),
+            lambda train, weights: self._attach(train, weights, origin),
             self.accelerator.autocast,
-            check=not self._checked,
+            labels=inputs.get("labels"),
+            tolerance=None if self._checked else 3e-2 if half else 1e-3,
         )
         result = super().compute_loss(joint, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        loss = joint.differentiable(loss.detach() / self._divisor(num_items_in_batch))
+        loss = joint.differentiable(loss / self._divisor(num_items_in_batch))
         self._losses, self._checked = joint.losses, True
         return (loss, outputs) if return_outputs else loss
 
@@ -216,24 +221,27 @@ class _Scored(Trainer):
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return 1 if scaled else self.current_gradient_accumulation_steps
 
-    def _factor(self, num_items_in_batch: Any) -> float:
-        """Return what the sum over a micro-batch's targets, divided by their number, is multiplied by."""
-        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        return (self.accelerator.num_processes if averaged else 1) / self._divisor(num_items_in_batch)
+    def _loss(self, num_items_in_batch: Any) -> Loss:
+        """Return how the base class makes the loss of a micro-batch."""
+        divisor = self._divisor(num_items_in_batch)
+        if num_items_in_batch is None or self._base_is_scaled is False:
+            return Loss(None, 1 / divisor)
+        averaged = self.args.average_tokens_across_devices
+        return Loss(num_items_in_batch, (self.accelerator.num_processes if averaged else 1) / divisor)
 
-    def _attach(self, train: Batch, weights: Tensor, rows: npt.NDArray[np.int64]) -> None:
+    def _attach(self, train: Batch, weights: Tensor, origin: Origin) -> None:
         """Tell the manager of a micro-batch, and write the texts of samples that are new."""
+        rows = origin.rows
         if (found := self._batches.rows(train)) != len(rows):
             raise UserError(
                 f"a batch of {found} samples was made of {len(rows)} rows of the dataset: the collator must keep them "
-                "one to one, and in order"
+                "one to one"
             )
         ids, groups = self._identities.ids[rows], [self._identities.group(row) for row in rows]
         self._scores.attach_train_batch(train, sample_ids=ids, domains=groups, blocks=ids, weights=weights)
         new = self._run.unseen(rows)
-        if len(new):
-            tokens = self._batches.tokens(train)
-            self._run.keep([self._sample(ids[i], groups[i], tokens[i]) for i in new])
+        texts = [origin.tokens[i] if origin.tokens else self._tokens_of(rows[i]) for i in new]
+        self._run.keep([self._sample(ids[i], groups[i], own) for i, own in zip(new, texts, strict=True)])
 
     def _sample(self, number: int, group: str, tokens: list[int]) -> Sample:
         decoded = self.processing_class.decode(tokens, skip_special_tokens=False)
@@ -267,23 +275,11 @@ class _Scored(Trainer):
         accelerator, model = self.accelerator, self.accelerator.unwrap_model(self.model_wrapped)
         self._batches, batch = self._validation(model)
         resumed = self.state.global_step or None
-        self._run = RunOfTrainer(
-            write_run(
-                self._folder,
-                optimizer=type(unwrapped(self.optimizer)).__name__,
-                direction=self._direction,
-                granularity=self._granularity,
-                layers=list(cover(model).layers),
-                values="exact" if self._scoring.every_exact else "in_pass",
-                validation=[
-                    self._sample(number, "score_against", tokens)
-                    for number, tokens in enumerate(self._batches.tokens(batch))
-                ],
-                settings={"trainer": self.base.__name__, "seed": self.args.seed},
-                resume_from=resumed,
-            ),
-            len(self._identities.ids),
-        )
+        self._check_folder(resumed)
+        accelerator.wait_for_everyone()  # before one of them makes the folder
+        self._run = RunOfTrainer(len(self._identities.ids))
+        layers = list(cover(model).layers)
+        # Before the folder is made: it may refuse the model.
         self._manager = GradDotProdManager(
             model,
             self.optimizer,
@@ -298,9 +294,61 @@ class _Scored(Trainer):
             granularity=self._granularity,
             samples=self._batches.find_samples,
         )
-        if resumed is not None and self._scoring.refresh_interval > 1:
-            assert self._resumed_from is not None
-            self._manager.load_state(torch.load(self._resumed_from / GRADIENT, weights_only=True))
+        self._run.open(
+            write_run(
+                self._folder,
+                optimizer=type(unwrapped(self.optimizer)).__name__,
+                direction=self._direction,
+                granularity=self._granularity,
+                layers=layers,
+                values="exact" if self._scoring.every_exact else "in_pass",
+                validation=[
+                    self._sample(number, "score_against", tokens_of(row))
+                    for number, row in enumerate(self._validation_rows)
+                ],
+                settings=self._settings(),
+                resume_from=resumed,
+            )
+        )
+        if resumed is not None and resumed % self._scoring.refresh_interval != 0:
+            self._load_gradient()
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what distinguishes this run from others, besides its data."""
+        args, scoring = self.args, self._scoring
+        micro_batch = args.per_device_train_batch_size * self.accelerator.num_processes
+        return {
+            "trainer": self.base.__name__,
+            "seed": args.seed,
+            "batch_size": micro_batch * args.gradient_accumulation_steps,
+            "validation_point": "lookahead" if scoring.lookahead else "current",
+            "val_refresh_interval": scoring.refresh_interval,
+        }
+
+    def _check_folder(self, resumed: int | None) -> None:
+        """Raise UserError where a new training would write into a run, or a resumed one has none."""
+        there = RunFolder(self._folder).config.exists()
+        if resumed is None and there:
+            raise UserError(
+                f"{self._folder} has the scores of a training: name another folder, remove it, or go on with it by "
+                "train(resume_from_checkpoint=...)"
+            )
+        if resumed is not None and not there:
+            raise UserError(
+                f"{self._folder} has no scores, and the checkpoint is of a training with {resumed} steps: name the "
+                "folder of its scores, or begin anew"
+            )
+
+    def _load_gradient(self) -> None:
+        """Go on with the validation gradient of the checkpoint."""
+        assert self._resumed_from is not None
+        path = self._resumed_from / GRADIENT
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing, the validation gradient that steps after this checkpoint use: it was written "
+                f"without refresh_interval={self._scoring.refresh_interval}; resume from another checkpoint"
+            )
+        self._scores.load_state(torch.load(path, weights_only=True))
 
     def _validation(self, model: nn.Module) -> tuple[CausalBatches, Batch]:
         """Return the batch of the validation rows, and what to do with batches of its kind."""
@@ -335,10 +383,12 @@ class _Scored(Trainer):
         """Write a checkpoint, once all scores before it are on the disk of every process."""
         self._scores.merge()
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
         if self.args.should_save and (state := self._scores.state()):
+            # Before the rest: a checkpoint that is whole has it.
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             torch.save(state, folder / GRADIENT)
+        super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -360,7 +410,14 @@ class _ScoredSFT(_Scored):
 
     def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, packing: Any, *more: Any) -> Any:
         """Return TRL's tokenised dataset, whose rows know the samples that are packed into them."""
-        prepare = super()._prepare_dataset
-        if packing and ROW in dataset.column_names:
-            return packed_with_rows(prepare, dataset, processing, args, *more)
+        prepare, (_, name) = super()._prepare_dataset, more
+        if name == "train":
+            dataset = self._numbered(dataset)
+            if packing:
+                packed, self._whole = packed_with_rows(prepare, dataset, processing, args, *more)
+                return packed
         return prepare(dataset, processing, args, packing, *more)
+
+    def _tokens_of(self, row: int) -> list[int]:
+        tokens: list[int] = self._whole[int(row)]["input_ids"]
+        return tokens
