@@ -19,7 +19,7 @@ from data_processing.shards import Shard
 from data_processing.tokenizer_files import tokenizer_of
 from data_processing.tokenizers import Tokenizer
 from score_store.samples import SCHEMA, StoredRows
-from score_store.schema import ScoreError
+from score_store.schema import ScoreError, WordSplit
 
 
 class NoSuchSampleError(AttributionError):
@@ -85,9 +85,13 @@ class Samples(ABC):
     def check(self, domain: str, number: int) -> None:
         """Raise NoSuchSampleError if there is no such sample."""
 
-    def write_documents(self, samples: Path, target: Path) -> None:
-        """Write the values of documents, as attribution.documents does. samples: a table of their samples' values."""
-        write_no_documents(target)
+    def write_documents(self, folder: Path, by_word: WordSplit | None) -> None:
+        """Write the values of documents into a folder with those of their samples, as attribution.documents does.
+
+        Args:
+            by_word: the split of values by word that the folder has.
+        """
+        write_no_documents(folder / "documents.parquet")
 
     def find(self, sample: str) -> tuple[str, int]:
         """Return the domain and number of DOMAIN:NUMBER. Raises AttributionError if there is no such sample."""
@@ -137,8 +141,10 @@ class BlockSamples(Samples):
         if not 0 <= number < blocks:
             raise NoSuchSampleError(f"{domain!r} has {blocks} blocks of {size} tokens, counted from 0")
 
-    def write_documents(self, samples: Path, target: Path) -> None:
-        write_documents(samples, self.documents.shards, self.documents.block_size, target)
+    def write_documents(self, folder: Path, by_word: WordSplit | None) -> None:
+        source = folder / ("samples.parquet" if by_word is None else "words.parquet")
+        target = folder / "documents.parquet"
+        write_documents(source, self.documents.shards, self.documents.block_size, target, by_word)
 
 
 class StoredSamples(Samples):

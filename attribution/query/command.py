@@ -76,7 +76,9 @@ def query_text(options: RunOptions, text: str) -> None:
         for place, history in zip(places, histories, strict=True):
             shard = by_name[place.domain]
             screen.print()
-            print_place(screen, shard, place, find_blocks(shard, place.document, size), tokenizer)
+            print_place(
+                screen, shard, place, find_blocks(shard, place.document, size, database.by_word), tokenizer
+            )
             own = None
             if units is not None and len(history):
                 own = find_standing(database, units, "documents", place.domain, place.document)
