@@ -1,10 +1,10 @@
 """Divide the values of samples among the documents in them.
 
-A block has T targets, the shard's tokens bT+1 to bT+T, and T positions, at which are its tokens bT to bT+T-1. No token is
-a target twice, nor at a position twice. Where the scores split a value by target, part t belongs to the document of the
-token that is target t; where they split it by position, to the document of the token at position t. Where they do not,
-each document gets the share of the block's value that it has of the block's targets. So the documents' values add up
-to the samples'.
+Block b has T targets, the shard's tokens bT+1 to bT+T, and T inputs, its tokens bT to bT+T-1. No token is a target
+twice, nor an input twice. Where the scores split a value by target, part t belongs to the document of the token that is
+target t; where they split it by position, to the document of the token that is input t. Where they do not, each
+document gets the share of the block's value that it has of the block's targets. So the documents' values add up to the
+samples'.
 """
 
 from collections.abc import Iterator, Sequence
@@ -180,7 +180,7 @@ def locate_document(shard: Shard, document: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of a block and a document that has some of its targets (by position: inputs), by block, then document."""
+    """All pairs of a block and a document that has some of its targets (by position: inputs), sorted by both."""
 
     rows: npt.NDArray[np.int64]  # (pairs,) the index of the block
     documents: npt.NDArray[np.int64]  # (pairs,)
@@ -206,8 +206,8 @@ class Pairs:
         lengths = pc.list_value_length(parts.drop_null())
         if len(lengths) and (wrong := set(lengths.unique().to_pylist()) - {self.block_size}):
             raise AttributionError(
-                f"a block of {self.block_size} tokens has {min(wrong)} parts of its value: the scores are damaged; copy "
-                "the folder again, or repeat the run"
+                f"a block of {self.block_size} tokens has {min(wrong)} parts of its value: the scores are damaged; "
+                "copy the folder again, or repeat the run"
             )
         there = parts.is_valid().to_numpy(
             zero_copy_only=False

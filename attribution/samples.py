@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 
 from attribution.documents import write_documents, write_no_documents
 from attribution.errors import AttributionError
+from attribution.pieces import Pieces
 from data_processing.blocks import BLOCK_BITS, BlockDataset
 from data_processing.shards import Shard
 from data_processing.tokenizer_files import tokenizer_of
 from data_processing.tokenizers import Tokenizer
+from score_store.pieces import pieces_of
 from score_store.samples import SCHEMA, StoredRows
 from score_store.schema import ScoreError, WordSplit
 
@@ -71,6 +73,10 @@ class Samples(ABC):
     def image(self, domain: str, number: int) -> Path | None:
         """Return the file of a sample's image; None for samples without one."""
         return None
+
+    @abstractmethod
+    def pieces(self, domain: str, number: int, tokens: int) -> Pieces | None:
+        """Return the beginning of a sample's tokens with their texts; None: which text a token has is not known."""
 
     def place(self, domain: str, number: int) -> str:
         """Return where a sample is, in words."""
@@ -127,6 +133,10 @@ class BlockSamples(Samples):
 
     def excerpt(self, domain: str, number: int, tokens: int) -> Excerpt:
         return excerpt_of(self.tokenizer, self.blocks.tokens(domain, number).tolist(), tokens)
+
+    def pieces(self, domain: str, number: int, tokens: int) -> Pieces | None:
+        own = self.blocks.tokens(domain, number).tolist()
+        return Pieces(pieces_of(self.tokenizer.decode, own[:tokens]), len(own), self.place(domain, number))
 
     def place(self, domain: str, number: int) -> str:
         size = self.documents.block_size
@@ -200,6 +210,19 @@ class StoredSamples(Samples):
     def excerpt(self, domain: str, number: int, tokens: int) -> Excerpt:
         row = self.row(domain, number)
         return Excerpt(row["text"], len(row["tokens"]), len(row["tokens"]))
+
+    def pieces(self, domain: str, number: int, tokens: int) -> Pieces | None:
+        row = self.row(domain, number)
+        texts = json.loads(row["metadata"]).get("pieces")
+        if texts is None:
+            return None
+        if len(texts) != len(row["tokens"]) or "".join(texts) != row["text"]:
+            raise ScoreError(
+                f"{self.place(domain, number)} has {len(texts)} pieces of its text in its metadata, for "
+                f"{len(row['tokens'])} tokens: give one for each token, which joined are the text "
+                "(score_store.pieces_of)"
+            )
+        return Pieces(texts, len(texts), self.place(domain, number))
 
     def image(self, domain: str, number: int) -> Path | None:
         name = json.loads(self.row(domain, number)["metadata"]).get("image")

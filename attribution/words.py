@@ -73,11 +73,14 @@ def write_words(database: ScoreDatabase, target: Path) -> None:
     """
     uses = target.with_name("uses.parquet")
     database.write(USES, uses, "sorting parts of values", rows=2048)
-    with pq.ParquetFile(uses) as file, pq.ParquetWriter(target, WORD_SCHEMA, compression="zstd") as writer:
-        with progress_bar("adding parts of values", file.metadata.num_rows, "uses") as bar:
-            for table in _whole_samples(file):
-                writer.write_table(_sum_uses(table, len(database.runs)))
-                bar.update(len(table))
+    with (
+        pq.ParquetFile(uses) as file,
+        pq.ParquetWriter(target, WORD_SCHEMA, compression="zstd") as writer,
+        progress_bar("adding parts of values", file.metadata.num_rows, "uses") as bar,
+    ):
+        for table in _whole_samples(file):
+            writer.write_table(_sum_uses(table, len(database.runs)))
+            bar.update(len(table))
     uses.unlink()
 
 
@@ -167,15 +170,16 @@ def _common_lengths(
         number = int(of_part[np.argmax(beyond)])
         found = sorted(set(lengths[(sample == number) & some].tolist()))
         raise AttributionError(
-            f"sample {ids[number]} has different numbers of parts in different steps, {', '.join(map(str, found))}, and "
-            "they are not padding at the end: pad batches on the right, and give a sample the same tokens in all steps"
+            f"sample {ids[number]} has different numbers of parts in different steps, {', '.join(map(str, found))}, "
+            "and not of padding at the end: pad batches on the right, and give a sample the same tokens in all steps"
         )
     return np.where(shortest == np.iinfo(np.int64).max, 0, shortest)
 
 
-def read_parts(words: Path, sample_ids: Sequence[int]) -> dict[int, list[float] | None]:
-    """Return the parts of some samples, by id."""
+def read_parts(words: Path, sample_ids: Sequence[int]) -> dict[int, list[float]]:
+    """Return the parts of those samples that have any, by id."""
     table = pq.read_table(
         words, columns=["sample_id", "parts"], filters=[("sample_id", "in", list(sample_ids))]
     )
+    table = table.filter(pc.is_valid(table["parts"]))
     return dict(zip(table["sample_id"].to_pylist(), table["parts"].to_pylist(), strict=True))

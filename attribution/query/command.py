@@ -36,6 +36,7 @@ from attribution.query.text_search import Place
 from attribution.samples import Samples, StoredSamples
 from attribution.screen import plain_console, print_samples, printable
 from attribution.units import Unit, write_units
+from attribution.words import DIVIDED
 from data_processing.shards import Shard
 from data_processing.tokenizers import Tokenizer
 
@@ -65,8 +66,12 @@ def query_text(options: RunOptions, text: str) -> None:
         f"{count:,} training documents contain the text"
         + f", of which the first {len(places)} are:" * (count > len(places))
     )
-    screen.print("part: how much of a block's targets is the document's; value: that part of the block's")
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
+        of = "inputs" if database.by_word == "position" else "targets"
+        screen.print(
+            f"part: how much of a block's {of} is the document's; value: its part of the block's value, which is"
+        )
+        screen.print(f"divided {DIVIDED[database.by_word]}", soft_wrap=True)
         histories = [
             find_document_uses(database, by_name[place.domain], place.document, size) for place in places
         ]
