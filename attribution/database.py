@@ -165,16 +165,13 @@ class ScoreDatabase:
         self._run(
             lambda: self.connection.execute(f"CREATE TYPE domains AS ENUM ({domains})"), "reading domains"
         )
-        columns = "r.* EXCLUDE (in_window, expected_value) REPLACE (r.domain::domains AS domain)"
+        weight = "1.0" if self._normalise == "none" else "s.weight"
+        parts = "" if self.by_word is None else f", (r.part_factor * {weight})::DOUBLE AS part_factor"
+        columns = f"r.* EXCLUDE (in_window, expected_value) REPLACE (r.domain::domains AS domain{parts})"
         source = "all_rows r"
-        weight = "1.0"
         if self._normalise != "none":  # else every weight is 1, so the join is not needed
-            weight = "s.weight"
             source += " JOIN steps s USING (run, step)"
         columns += f", r.value * {weight} AS weighted_value"
-        if self.by_word is not None:
-            name, factor = PARTS[self.by_word]
-            columns += f", r.{name} AS parts, {factor} * {weight} AS part_factor"
         self.connection.execute(f"CREATE VIEW scores AS SELECT {columns} FROM {source} WHERE in_window")
 
     def _rows_of(self, number: int) -> str:
@@ -185,8 +182,12 @@ class ScoreDatabase:
         )
         added = "".join(f", {sql} AS {name}" for name, sql in filled.items())
         want = "exact_value" if run.exact else IN_PASS
+        parts = ""
+        if self.by_word is not None:
+            name, factor = PARTS[self.by_word]
+            parts = f", {name} AS parts, {factor} AS part_factor"
         return f"""
-            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value, *
+            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value{parts}, *
             FROM (SELECT *{added} FROM {parquet(*run.files)} WHERE step BETWEEN {first} AND {last + 1})
         """
 

@@ -30,7 +30,8 @@ WORD_SCHEMA = pa.schema(
         "domain": pa.string(),
         "block": pa.int64(),
         "value": pa.float64(),  # the sum of the parts, as in "samples"
-        "parts": pa.list_(pa.float64()),  # in the unit of the value; null: no use has any
+        # in the unit of the value; null: no use has any
+        "parts": pa.list_(pa.field("element", pa.float64())),
     }
 )
 # The uses of each sample together. Their order makes sums the same each time.

@@ -155,6 +155,95 @@ def test_values_of_documents(folders: list[Path], data: Path, tmp_path: Path) ->
     assert got.value.sum() == pytest.approx(samples.value.sum(), rel=1e-11)
 
 
+BY_WORD: dict[str, dict[str, Any]] = {
+    "target": {"values": "exact", "by_target": True, "audited": range(12)},
+    "position": {"granularity": "token"},
+}
+
+
+def parts_of(folder: Path, by_word: str) -> pd.DataFrame:
+    """A row for each part of each use, in the unit of the value."""
+    scores = scores_of(folder)
+    parts = scores.target_value if by_word == "target" else scores.token
+    scale = 1 if by_word == "target" else scores.lr * scores.clip_factor / scores.global_batch_size
+    scale = weighted(scores, "absolute") / scores.value * scale
+    table = scores[["sample_id", "domain", "block"]].assign(
+        parts=parts, scale=scale, t=[range(T)] * len(scores)
+    )
+    table = table[parts.notna()].explode(["parts", "t"])
+    return table.assign(part=(table.parts * table.scale).astype(float))
+
+
+@pytest.mark.parametrize("by_word", BY_WORD)
+def test_values_by_word(by_word: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against sums by hand: of samples, and of documents by the token that each part belongs to."""
+    folders = [
+        write_run(tmp_path / f"{seed}", data, seed=seed, null_steps=[NULL_STEP], **BY_WORD[by_word])
+        for seed in (1, 2)
+    ]
+    values = values_of(tmp_path, *folders, normalise="absolute")
+    words, samples = (values.read(name).to_pandas() for name in ("words", "samples"))
+    parts = pd.concat([parts_of(folder, by_word) for folder in folders])
+    want = parts.groupby(["sample_id", "t"]).part.sum().unstack() / 2
+    has = words.parts.notna()
+    assert values.by_word == by_word and words.sample_id.equals(samples.sample_id)
+    assert words.sample_id[has].tolist() == want.index.tolist() and (~has).any() == (by_word == "position")
+    np.testing.assert_allclose(np.stack(words.parts[has]), want, rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(words.value, samples.value, rtol=1e-11, atol=1e-14)
+
+    token = parts.block * T + parts.t + (by_word == "target")
+    starts = {domain: document_starts(data, domain) for domain in DOMAINS}
+    document = [int((starts[d] <= place).sum()) - 1 for d, place in zip(parts.domain, token, strict=True)]
+    of_documents = parts.assign(document=document).groupby(["domain", "document"]).part.sum() / 2
+    got = values.read("documents").to_pandas().set_index(["domain", "document"]).value
+    np.testing.assert_allclose(got.dropna(), of_documents, rtol=1e-11, atol=1e-14)
+    assert set(of_documents.index) == set(got.dropna().index)
+    assert got.sum() == pytest.approx(samples.value.sum(), rel=1e-11)
+
+    plain = BY_WORD[by_word] | {"granularity": "total", "by_target": False}
+    by_tokens = write_run(tmp_path / "3", data, seed=3, **plain)
+    kinds = {"target": "by target: a document has the parts", "position": "by position: a document"}
+    status, out, _ = command(capsys, folders[0], by_tokens)
+    assert status == 0 and "no split of values by word: the runs have different ones" in out
+    assert kinds[by_word] not in out and "by their numbers of target tokens" in out
+    assert not (folders[0] / "values" / "words.parquet").exists()
+    assert json.loads((folders[0] / "values" / "values.json").read_text())["by_word"] is None
+    status, out, _ = command(capsys, folders[0])
+    assert status == 0 and kinds[by_word] in out and "words.parquet" in out
+
+
+def test_positions_do_not_split_exact_values(data: Path, tmp_path: Path, capsys) -> None:
+    folder = write_run(tmp_path / "run", data, granularity="token", values="exact", audited=range(12))
+    status, out, _ = command(capsys, folder)
+    assert status == 0 and "scores by position split values in pass, and these are exact" in out
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("value", "and parts that add up to .*: the scores are damaged"),
+        ("dot_product", "has different numbers of parts in different steps, 5, 8, and not of padding"),
+    ],
+)
+def test_parts_that_are_not_those_of_the_values(
+    column: str, message: str, data: Path, tmp_path: Path, capsys
+) -> None:
+    folder = write_run(tmp_path / "run", data, steps=4, ranks=1, granularity="token", flush_every=4)
+    (path,) = (folder / "grad_dotprods").iterdir()
+    table = pq.read_table(path).to_pandas()
+    short = table.token.map(lambda parts: parts[:5]) if column == "dot_product" else table.token * 2
+    token = pd.concat([table.token[:6], short[6:]])
+    if column == "dot_product":  # the first six samples again
+        table.loc[6:, "dot_product"] = short[6:].map(np.sum)
+        table["value"] = table.lr * table.clip_factor * table.row_weight * table.dot_product
+        for name in ("sample_id", "domain", "block"):
+            table[name] = [*table[name][:6]] * 2
+    schema = pq.read_schema(path)
+    pq.write_table(pa.Table.from_pandas(table.assign(token=token), schema, preserve_index=False), path)
+    status, _, err = command(capsys, folder)
+    assert status == 2 and re.search(message, err), err
+
+
 @pytest.mark.parametrize("batch", [1, 3, 1 << 14])
 def test_short_documents_and_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Documents of 2 to 30 tokens, so that a sample has text of many, and one of many samples' text."""

@@ -69,9 +69,10 @@ def query_text(options: RunOptions, text: str) -> None:
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
         of = "inputs" if database.by_word == "position" else "targets"
         screen.print(
-            f"part: how much of a block's {of} is the document's; value: its part of the block's value, which is"
+            f"part: how much of a block's {of} is the document's; value: its part of the block's value, which "
+            f"is divided {DIVIDED[database.by_word]}",
+            soft_wrap=True,
         )
-        screen.print(f"divided {DIVIDED[database.by_word]}", soft_wrap=True)
         histories = [
             find_document_uses(database, by_name[place.domain], place.document, size) for place in places
         ]

@@ -64,7 +64,7 @@ def describe_words(by_word: WordSplit | None, runs: Sequence[ScoredRun], coloure
             "token: a loop of one’s own can put them into its samples’ metadata as “pieces”."
         )
     return (
-        f"Texts are coloured {DESCRIBED[by_word]}. {WORD_SENTENCES[by_word]} Blue: helped; orange: hurt; the strong ones "
+        f"Texts are coloured {DESCRIBED[by_word]}. {WORD_SENTENCES[by_word]} Blue: helped; orange: hurt; strong ones "
         "are underlined, dotted if they hurt. Rest the pointer on a word for its value; they add up to the sample’s."
     )
 
