@@ -42,7 +42,7 @@ class Pieces:
                 f"{self.name} has {self.tokens} tokens, and {len(parts)} parts of its value that are not theirs: give "
                 "the sample the tokens that the model gets, and pad batches on the right"
             )
-        of_tokens = [*[None] * first, *parts]
+        of_tokens: list[float | None] = [*[None] * first, *parts, None]
         words: list[Word] = []
         begun = 0
         for end, text in enumerate(self.texts, 1):
