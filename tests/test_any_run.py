@@ -387,6 +387,12 @@ def test_what_is_wrong_in_a_run_is_said_in_one_line(
     capsys.readouterr()
     found = read_run(tmp_path / "no pieces").samples()
     assert found.pieces("prose", 3, 100) is None
+    with SampleWriter(tmp_path / "no pieces" / "samples", rank=1) as writer:
+        writer.append([replace(SAMPLES[0], sample_id=99, metadata={"pieces": ["text"]})])
+    with pytest.raises(
+        ScoreError, match="prose, sample 99 has 1 pieces of its text in its metadata, for 7 tokens"
+    ):
+        read_run(tmp_path / "no pieces").samples().pieces("prose", 99, 100)
     small_run(tmp_path / "no text", sample_ids=[3, 99]).close()
     assert "there is no sample 99 in group 'prose' of " in tool(capsys, tmp_path / "no text")
     small_run(tmp_path / "damaged").close()

@@ -27,6 +27,7 @@ from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
 from attribution.errors import AttributionError
 from attribution.options import parse_steps, run_command
+from attribution.query.history import find_document_uses
 from attribution.scored_run import ScoredRun, same_samples
 from attribution.values import count_steps_of_half, main, write_values
 from attribution.values_folder import FILES, Values, being_written
@@ -210,6 +211,13 @@ def test_values_by_word(by_word: str, data: Path, tmp_path: Path, capsys: pytest
     assert json.loads((folders[0] / "values" / "values.json").read_text())["by_word"] is None
     status, out, _ = command(capsys, folders[0])
     assert status == 0 and kinds[by_word] in out and "words.parquet" in out
+    shards = {shard.domain: shard for shard in list_shards(data, "train")}
+    documents = Values.open(folders[0] / "values").read("documents").slice(0, 8).to_pylist()
+    with ScoreDatabase([ScoredRun.open(folders[0])]) as database:
+        for row in documents:
+            uses = find_document_uses(database, shards[row["domain"]], row["document"], T).to_pandas()
+            assert uses.block.nunique() == row["blocks"]
+            assert uses.value.sum() == pytest.approx(row["value"] or 0, abs=1e-14)
 
 
 def test_positions_do_not_split_exact_values(data: Path, tmp_path: Path, capsys) -> None:
