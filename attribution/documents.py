@@ -9,7 +9,7 @@ samples'.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from foundation.progress import progress_bar
 from score_store.schema import WordSplit
 
 BATCH = 1 << 14  # samples at a time
-BATCH_PARTS = 1 << 10  # the same, with the parts of their values
 FIRST: dict[WordSplit | None, int] = {"target": 1, "position": 0, None: 1}  # token of a block that is divided
 ROW_GROUP = 1 << 17  # documents
 
@@ -88,10 +87,10 @@ Piece = tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float64], pa.ListArray 
 
 def read_pieces(file: pq.ParquetFile, by_word: WordSplit | None) -> Iterator[Piece]:
     """Yield the samples of a file in pieces of one domain."""
-    columns, size = ["domain", "block", "value"], BATCH
-    if by_word is not None:
-        columns, size = [*columns, "parts"], BATCH_PARTS
-    for batch in file.iter_batches(size, columns=columns):
+    columns = ["domain", "block", "value", *([] if by_word is None else ["parts"])]
+    # One reader of all row groups would keep what it has read.
+    groups = (file.iter_batches(BATCH, [group], columns) for group in range(file.num_row_groups))
+    for batch in chain.from_iterable(groups):
         codes = batch["domain"].dictionary_encode()
         names, numbers = codes.dictionary.to_pylist(), codes.indices.to_numpy()
         blocks, values = batch["block"].to_numpy(), batch["value"].to_numpy(zero_copy_only=False)

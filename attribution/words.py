@@ -66,7 +66,8 @@ def why_none(runs: Sequence[ScoredRun]) -> str:
 def write_words(database: ScoreDatabase, target: Path) -> None:
     """Write the summed parts of every sample, with WORD_SCHEMA, sorted by sample_id.
 
-    Nothing is held in memory but a batch: DuckDB sorts the uses on the disk, and equal ids are added up as they come.
+    DuckDB sorts the uses on the disk, and equal ids are added up as they come: 10^6 uses of 256 parts take two minutes
+    and, with a memory limit of 1 GB, 1.6 GB of memory. (Grouping by sample and position would hold every part.)
 
     Raises:
         AttributionError: the parts of a use do not add up to its value; the uses of a sample have different numbers

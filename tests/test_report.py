@@ -28,7 +28,7 @@ from attribution.errors import AttributionError
 from attribution.options import run_command
 from attribution.pieces import Pieces, Word
 from attribution.report.command import NEEDED_SETTINGS, main, write_report
-from attribution.report.page import format_scaled
+from attribution.report.page import format_scaled, word_title
 from attribution.report.plots import choose_scale
 from attribution.report.tables import (
     average_domains,
@@ -38,6 +38,8 @@ from attribution.report.tables import (
     count_samples,
     sum_domains_by_step,
 )
+from attribution.report.texts import describe_words
+from attribution.report.word_colours import colour_words
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
@@ -315,11 +317,8 @@ def test_words_are_coloured_by_position(page: Element, run: Run) -> None:
             parts = words.parts[domain, block]
             (text,) = entry.all("pre")
             spans = list(text.all("span"))
-            assert text.text == visible(tokenizer.decode(tokens.tokens(domain, block)))
-            titles = [
-                re.fullmatch(r"(\S+) × (10\S+) nats( \((\d+) tokens\))?", each.attributes["title"])
-                for each in spans
-            ]
+            assert text.text == visible(tokenizer.decode(tokens.tokens(domain, block).tolist()))
+            titles: list[Any] = [re.fullmatch(TITLE, each.attributes["title"]) for each in spans]
             assert all(titles) and len({title[2] for title in titles}) == 1
             values = [float(title[1].replace("−", "-")) for title in titles]
             scale = {"10⁻³": 1e3, "10⁻⁶": 1e6, "10⁻⁹": 1e9}[titles[0][2]]
@@ -327,7 +326,8 @@ def test_words_are_coloured_by_position(page: Element, run: Run) -> None:
             assert sum(int(title[4] or 1) for title in titles) in (T, T + 1)
             for each, value in zip(spans, values, strict=True):
                 kind, _, level = each.attributes["class"].partition("-")
-                assert kind == "even" or (kind == ("help" if value > 0 else "hurt") and 1 <= int(level) <= 5)
+                assert kind in ("even", "help" if value > 0 else "hurt")
+                assert kind == "even" or 1 <= int(level) <= 5
             (legend,) = [each for each in entry.all("p") if each.attributes.get("class") == "scale"]
             end = np.quantile(np.abs(values), 0.95)
             ends = [float(each.replace("−", "-")) for each in re.findall(r"[+−][\d.]+", legend.text)]
@@ -362,7 +362,8 @@ def test_pieces_and_words() -> None:
     assert sum(each.value or 0 for each in found) == sum(parts[:-1])
     at = Pieces(["a", "b", ""], 3, "sample 1").words([1.0, 2.0], "position")
     assert at == [Word("a", 1.0, 1), Word("b", 2.0, 2)]
-    for wrong, by_word in (([1.0], "target"), ([1.0, 2.0, 3.0], "target"), ([1.0], "position")):
+    wrongs: list[tuple[list[float], Any]] = [([1], "target"), ([1, 2, 3], "target"), ([1], "position")]
+    for wrong, by_word in wrongs:
         with pytest.raises(
             AttributionError, match=r"sample 1 has 3 tokens, and \d parts of its value that are not"
         ):
@@ -371,6 +372,16 @@ def test_pieces_and_words() -> None:
         Word("a", None, 1),
         Word("b", 1.0, 1),
     ]
+
+
+def test_what_the_colours_say(made: ScoredRun) -> None:
+    assert "coloured by target: what each word, as a target, did." in describe_words("target", [made], True)
+    assert "no text of each token" in describe_words("target", [made], False)
+    assert "there is no split by word (train with --values exact" in describe_words(None, [made], False)
+    coloured = colour_words([Word("a", None, 1), Word("b", 2e-6, 1), Word("c", -1e-9, 2)], "nats")
+    assert [coloured.level(value) for value in (1.0, 1e-6, 1e-9, 0.0, -1e-6, -1.0)] == [5, 3, 0, 0, -3, -5]
+    assert word_title(coloured.words[1], coloured.scale) == "+2.00 × 10⁻⁶ nats"
+    assert word_title(coloured.words[2], coloured.scale) == "−0.00100 × 10⁻⁶ nats (2 tokens)"
 
 
 def test_documents_add_up_to_the_samples(page: Element, by_sample: pd.DataFrame) -> None:

@@ -26,10 +26,10 @@ VALUE_UNIT_SENTENCES: dict[Normalise, str] = {
     "together.",
 }
 WORD_SENTENCES: dict[WordSplit, str] = {
-    "target": "A word’s value is what learning to predict it here, from the words before it, did for the validation "
-    "rows. The first word is the target of nothing.",
-    "position": "A word’s value is what the weights, as they are used at its place, did for the validation rows: that "
-    "helps to predict all words after it. It is not what the word as a target did.",
+    "target": "A word is a token of the model, and its value is what learning to predict it here, from the words "
+    "before it, did for the validation rows. The first word is the target of nothing.",
+    "position": "A word is a token of the model, and its value is what the weights’ uses at its place, which serve "
+    "the predictions of all words after it, did for the validation rows. It is not what the word as a target did.",
 }
 ABSENT = "(this run has no such setting)"
 
