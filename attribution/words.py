@@ -80,13 +80,13 @@ def write_words(database: ScoreDatabase, target: Path) -> None:
         pq.ParquetWriter(target, WORD_SCHEMA, compression="zstd") as writer,
         progress_bar("adding parts of values", file.metadata.num_rows, "uses") as bar,
     ):
-        for table in _whole_samples(file):
+        for table in whole_samples(file):
             writer.write_table(_sum_uses(table, len(database.runs)))
             bar.update(len(table))
     uses.unlink()
 
 
-def _whole_samples(file: pq.ParquetFile) -> Iterator[pa.Table]:
+def whole_samples(file: pq.ParquetFile) -> Iterator[pa.Table]:
     """Yield a file that is sorted by sample_id in pieces, each with all uses of its samples."""
     rest = None
     for group in range(file.num_row_groups):
@@ -180,8 +180,8 @@ def _common_lengths(
 
 def read_parts(words: Path, sample_ids: Sequence[int]) -> dict[int, list[float]]:
     """Return the parts of those samples that have any, by id."""
-    table = pq.read_table(
-        words, columns=["sample_id", "parts"], filters=[("sample_id", "in", list(sample_ids))]
-    )
+    named = [("sample_id", "in", list(sample_ids))]
+    # A folder named a=b is no column.
+    table = pq.read_table(words, columns=["sample_id", "parts"], filters=named, partitioning=None)
     table = table.filter(pc.is_valid(table["parts"]))
     return dict(zip(table["sample_id"].to_pylist(), table["parts"].to_pylist(), strict=True))

@@ -7,14 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-COLOURS = {
-    "grass": "green",
-    "snow": "white",
-    "coal": "black",
-    "blood": "red",
-    "sky": "blue",
-    "lemon": "yellow",
-}
+COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "sky": "blue", "lemon": "yellow"}
 
 
 def instructions(count: int, seed: int, wrong: float = 0.0) -> Dataset:
@@ -35,13 +28,7 @@ def instructions(count: int, seed: int, wrong: float = 0.0) -> Dataset:
         is_wrong = draw.random() < wrong
         answer = draw.choice([each for each in others if each != right]) if is_wrong else right
         rows.append(
-            {
-                "number": number,
-                "kind": kind,
-                "prompt": prompt,
-                "completion": f" it is {answer} .",
-                "wrong": is_wrong,
-            }
+            {"number": number, "kind": kind, "prompt": prompt, "completion": f" it is {answer} .", "wrong": is_wrong}
         )
     return Dataset.from_list(rows)
 

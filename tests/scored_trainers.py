@@ -72,9 +72,7 @@ def trainer(folder: Path, base: type[Trainer] = Trainer, *, plain: bool = False,
     }
     if not plain:
         own |= {"score_against": VALIDATION, "scores": folder / "run", "sample_id": "number", "group": "kind"}
-    own |= {
-        name.removeprefix("with_"): options.pop(name) for name in list(options) if name.startswith("with_")
-    }
+    own |= {name.removeprefix("with_"): options.pop(name) for name in list(options) if name.startswith("with_")}
     return (base if plain else scored(base))(args=arguments(folder, **options), **own)
 
 

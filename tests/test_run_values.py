@@ -21,7 +21,7 @@ FLAGS: dict[str, Any] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "audited": {"audit_interval": 3, "gradient_accumulation_steps": 2},
-    "exact": {"values": "exact", "grad_clip": 0.5, "exact_by_target": True, "gradient_accumulation_steps": 2},
+    "exact": {"values": "exact", "grad_clip": 0.5, "exact_by_target": True},
     "kept": {"val_refresh_interval": 4, "audit_interval": 0, "gradient_accumulation_steps": 2},
     "both": {"validation_point": "lookahead", "val_refresh_interval": 3, "audit_interval": 3},
     "sgd": {"optimizer": "SGD", "learning_rate": 0.5, "values": "exact", "grad_clip": 0.5},

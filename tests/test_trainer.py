@@ -187,9 +187,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, **options)
     with pytest.raises(UserError, match="a subclass of transformers"):
         scored(int)
-    with pytest.raises(
-        ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"
-    ):
+    with pytest.raises(ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"):
         trainer(tmp_path / "other", Other).train()
     dropping = model()
     dropping.transformer.h[1].mlp.dropout.p = 0.1

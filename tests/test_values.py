@@ -31,6 +31,7 @@ from attribution.query.history import find_document_uses
 from attribution.scored_run import ScoredRun, same_samples
 from attribution.values import count_steps_of_half, main, write_values
 from attribution.values_folder import FILES, Values, being_written
+from attribution.words import whole_samples
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import GPT2_BYTES_IDS, ShardWriter, domain_file_name, list_shards
@@ -218,6 +219,16 @@ def test_values_by_word(by_word: str, data: Path, tmp_path: Path, capsys: pytest
             uses = find_document_uses(database, shards[row["domain"]], row["document"], T).to_pandas()
             assert uses.block.nunique() == row["blocks"]
             assert uses.value.sum() == pytest.approx(row["value"] or 0, abs=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_the_uses_of_a_sample_stay_together(rows: int, tmp_path: Path) -> None:
+    ids = [1, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 4]
+    pq.write_table(pa.table({"sample_id": ids}), tmp_path / "uses.parquet", row_group_size=rows)
+    with pq.ParquetFile(tmp_path / "uses.parquet") as file:
+        pieces = [piece["sample_id"].to_pylist() for piece in whole_samples(file)]
+    assert [each for piece in pieces for each in piece] == ids
+    assert sum(len(set(piece)) for piece in pieces) == 4
 
 
 def test_positions_do_not_split_exact_values(data: Path, tmp_path: Path, capsys) -> None:

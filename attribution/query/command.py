@@ -214,7 +214,7 @@ def print_history(
 
 
 def print_uses(screen: Console, history: pa.Table) -> None:
-    """Print the first uses, one line each. A document's uses show its share of the block's targets."""
+    """Print the first uses, one line each. A document's uses show its share of the block's targets (or inputs)."""
     headings = {
         "step": "step", "block": "block", "share": "part", "train_loss": "train loss", "lr": "lr",
         "dot_product": "dot product", "value": "value",
