@@ -32,7 +32,7 @@ from score_store.schema import ValueKind
 ROOT = Path(__file__).resolve().parent
 OF_SCORES = (  # the flags that speak of scores
     "contraction", "score_granularity", "direction", "validation_point", "val_refresh_interval", "values",
-    "audit_interval",
+    "exact_by_target", "audit_interval",
 )  # fmt: skip
 
 BY_DIRECTION = ("total", "token")  # granularities that need a direction, and no validation rows beside it
@@ -96,6 +96,11 @@ class TrainingConfig:
         "in_pass",
         "what a value is: in_pass, of what the backward pass knows; exact, the sample's exact share of what the "
         "optimizer's step does, from passes of its own in every step",
+    )
+    exact_by_target: bool = flag(
+        False,
+        "also save each exact value's parts, one for each target of the row: what each word, as a target, did (needs "
+        "--values exact, and costs disk space alone: 8 bytes a target and step)",
     )
     audit_interval: int | None = flag(
         None,
@@ -433,6 +438,10 @@ class TrainingConfig:
             raise ConfigError(
                 "--score_granularity token with --contraction instantiate: it has the positions of a row together; "
                 "use auto, gram or project"
+            )
+        if self.exact_by_target and self.values != "exact":
+            raise ConfigError(
+                f"--exact_by_target with --values {self.values}: it splits exact values; give --values exact, too"
             )
         if self.own_validation_passes:
             self._refuse(

@@ -26,7 +26,7 @@ from attribution.completeness import Window, check_steps, check_window
 from attribution.errors import AttributionError
 from attribution.scored_run import ScoredRun, same_samples
 from foundation.progress import progress_bar
-from score_store.schema import EQUAL_WEIGHT, IN_PASS
+from score_store.schema import EQUAL_WEIGHT, IN_PASS, NATS, TARGET_COLUMN, WordSplit
 
 Normalise = Literal["none", "absolute", "predicted"]
 
@@ -38,6 +38,8 @@ WEIGHTS: dict[Normalise, str] = {
     "absolute": "CASE WHEN absolute = 0 THEN 0 ELSE 1 / absolute END",
     "predicted": "CASE WHEN predicted = 0 THEN 0 ELSE 1 / abs(predicted) END",
 }
+# The column of parts, and SQL for what makes parts of the value of them.
+PARTS: dict[WordSplit, tuple[str, str]] = {"target": (TARGET_COLUMN, "1.0"), "position": ("token", NATS)}
 Result = TypeVar("Result")
 
 
@@ -49,6 +51,8 @@ class ScoreDatabase:
         ...             all columns of the score files; null in runs without the column. domain is an ENUM, which
                         takes a few bytes in a sum where its name would take many: write domain::VARCHAR to a file
         weighted_value  the value times its step's weight
+        parts, part_factor  its split by word: parts times part_factor add up to weighted_value; only if all runs have
+                        the same split (`by_word`)
     steps: one row per run and step of the window
         run, step, lr, clip_factor, val_loss
         train_loss      mean over the samples
@@ -85,6 +89,8 @@ class ScoreDatabase:
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", memory_limit):
             raise AttributionError(f"--memory_limit {memory_limit!r}: give a number and a unit, as in 4GB")
         self.runs = runs
+        splits = {run.by_word for run in runs}
+        self.by_word = splits.pop() if len(splits) == 1 else None  # the split that all runs have
         self.windows = [check_window(run, steps) for run in runs]
         self._memory_limit, self._normalise, self._spill_folder = memory_limit, normalise, spill_folder
         self._resources = ExitStack()
@@ -118,9 +124,13 @@ class ScoreDatabase:
         """Create a table from a query. It may be larger than memory."""
         self._run(lambda: self.connection.execute(f"CREATE TABLE {table} AS {sql}"), doing)
 
-    def write(self, sql: str, path: Path, doing: str) -> None:
-        """Write the result of a query to a Parquet file. It may be larger than memory."""
-        copy = f"COPY ({sql}) TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd)"
+    def write(self, sql: str, path: Path, doing: str, rows: int = 122_880) -> None:
+        """Write the result of a query to a Parquet file. It may be larger than memory.
+
+        Args:
+            rows: in a row group, which are held in memory.
+        """
+        copy = f"COPY ({sql}) TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {rows})"
         self._run(lambda: self.connection.execute(copy), doing)
 
     def _run(self, work: Callable[[], Result], doing: str) -> Result:
@@ -155,13 +165,13 @@ class ScoreDatabase:
         self._run(
             lambda: self.connection.execute(f"CREATE TYPE domains AS ENUM ({domains})"), "reading domains"
         )
-        columns = "r.* EXCLUDE (in_window, expected_value) REPLACE (r.domain::domains AS domain)"
+        weight = "1.0" if self._normalise == "none" else "s.weight"
+        parts = "" if self.by_word is None else f", (r.part_factor * {weight})::DOUBLE AS part_factor"
+        columns = f"r.* EXCLUDE (in_window, expected_value) REPLACE (r.domain::domains AS domain{parts})"
         source = "all_rows r"
-        if self._normalise == "none":  # every weight is 1, so the join is not needed
-            columns += ", r.value AS weighted_value"
-        else:
-            columns += ", r.value * s.weight AS weighted_value"
+        if self._normalise != "none":  # else every weight is 1, so the join is not needed
             source += " JOIN steps s USING (run, step)"
+        columns += f", r.value * {weight} AS weighted_value"
         self.connection.execute(f"CREATE VIEW scores AS SELECT {columns} FROM {source} WHERE in_window")
 
     def _rows_of(self, number: int) -> str:
@@ -172,8 +182,12 @@ class ScoreDatabase:
         )
         added = "".join(f", {sql} AS {name}" for name, sql in filled.items())
         want = "exact_value" if run.exact else IN_PASS
+        parts = ""
+        if self.by_word is not None:
+            name, factor = PARTS[self.by_word]
+            parts = f", {name} AS parts, {factor} AS part_factor"
         return f"""
-            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value, *
+            SELECT {number}::INTEGER AS run, step <= {last} AS in_window, {want} AS expected_value{parts}, *
             FROM (SELECT *{added} FROM {parquet(*run.files)} WHERE step BETWEEN {first} AND {last + 1})
         """
 

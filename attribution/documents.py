@@ -1,24 +1,31 @@
 """Divide the values of samples among the documents in them.
 
-Each document gets the share of a sample's value that it has of the sample's T target tokens. The targets of
-block b are the shard's tokens bT+1 to bT+T. No token is a target twice, so the documents' values add up to
-the samples'.
+Block b has T targets, the shard's tokens bT+1 to bT+T, and T inputs, its tokens bT to bT+T-1. No token is a target
+twice, nor an input twice. Where the scores split a value by target, part t belongs to the document of the token that is
+target t; where they split it by position, to the document of the token that is input t. Where they do not, each
+document gets the share of the block's value that it has of the block's targets. So the documents' values add up to the
+samples'.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from dataclasses import dataclass
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from attribution.errors import AttributionError
 from data_processing.shards import Shard
 from foundation.progress import progress_bar
+from score_store.schema import WordSplit
 
 BATCH = 1 << 14  # samples at a time
+FIRST: dict[WordSplit | None, int] = {"target": 1, "position": 0, None: 1}  # token of a block that is divided
 ROW_GROUP = 1 << 17  # documents
 
 DOCUMENT_SCHEMA = pa.schema(
@@ -28,7 +35,7 @@ DOCUMENT_SCHEMA = pa.schema(
         "first_token": pa.int64(),  # its position in the shard
         "tokens": pa.int64(),
         "value": pa.float64(),  # null: no sample with its text has a value
-        "blocks": pa.int32(),  # number of used samples that have some of its text as targets
+        "blocks": pa.int32(),  # number of used samples that have some of its text as targets (by position: as input)
     }
 )
 
@@ -38,15 +45,22 @@ def write_no_documents(target: Path) -> None:
     pq.write_table(DOCUMENT_SCHEMA.empty_table(), target)
 
 
-def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, target: Path) -> None:
+def write_documents(
+    samples: Path, shards: Sequence[Shard], block_size: int, target: Path, by_word: WordSplit | None = None
+) -> None:
     """Write the values of all documents that a sample touches, sorted by domain and document.
 
     Memory does not grow with the number of samples or documents.
 
     Args:
-        samples: a Parquet file with domain, block and value, sorted by domain and block.
+        samples: a Parquet file with domain, block and value, and parts with a split by word, sorted by domain and
+            block.
         shards: whose documents they are.
         target: the Parquet file to write, with DOCUMENT_SCHEMA.
+        by_word: the split.
+
+    Raises:
+        AttributionError: a block has another number of parts than of tokens.
     """
     by_name = {shard.domain: shard for shard in shards}
     with (
@@ -55,10 +69,10 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
     ):
         buffer: list[pa.Table] = []
         with progress_bar("summing documents", file.metadata.num_rows, "samples") as bar:
-            for domain, pieces in groupby(read_pieces(file), key=lambda piece: piece[0]):
-                sums = DocumentSums(by_name[domain], block_size)
-                for _, blocks, values in pieces:
-                    buffer.append(sums.add(blocks, values))
+            for domain, pieces in groupby(read_pieces(file, by_word), key=lambda piece: piece[0]):
+                sums = DocumentSums(by_name[domain], block_size, by_word)
+                for _, blocks, values, parts in pieces:
+                    buffer.append(sums.add(blocks, values, parts))
                     bar.update(len(blocks))
                     if sum(map(len, buffer)) >= ROW_GROUP:
                         writer.write_table(pa.concat_tables(buffer))
@@ -67,18 +81,23 @@ def write_documents(samples: Path, shards: Sequence[Shard], block_size: int, tar
         writer.write_table(pa.concat_tables(buffer))
 
 
-Piece = tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float64]]  # domain, blocks, values (NaN: none)
+# domain, blocks, values (NaN: none), parts
+Piece = tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float64], pa.ListArray | None]
 
 
-def read_pieces(file: pq.ParquetFile) -> Iterator[Piece]:
+def read_pieces(file: pq.ParquetFile, by_word: WordSplit | None) -> Iterator[Piece]:
     """Yield the samples of a file in pieces of one domain."""
-    for batch in file.iter_batches(BATCH, columns=["domain", "block", "value"]):
+    columns = ["domain", "block", "value", *([] if by_word is None else ["parts"])]
+    # One reader of all row groups would keep what it has read.
+    groups = (file.iter_batches(BATCH, [group], columns) for group in range(file.num_row_groups))
+    for batch in chain.from_iterable(groups):
         codes = batch["domain"].dictionary_encode()
         names, numbers = codes.dictionary.to_pylist(), codes.indices.to_numpy()
         blocks, values = batch["block"].to_numpy(), batch["value"].to_numpy(zero_copy_only=False)
         cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
         for start, end in pairwise(cuts):
-            yield names[numbers[start]], blocks[start:end], values[start:end]
+            parts = None if by_word is None else batch["parts"].slice(start, end - start)
+            yield names[numbers[start]], blocks[start:end], values[start:end], parts
 
 
 class DocumentSums:
@@ -87,8 +106,8 @@ class DocumentSums:
     Samples come in the order of their blocks, so a document is complete as soon as the next one begins.
     """
 
-    def __init__(self, shard: Shard, block_size: int) -> None:
-        self._shard, self._block_size = shard, block_size
+    def __init__(self, shard: Shard, block_size: int, by_word: WordSplit | None) -> None:
+        self._shard, self._block_size, self._by_word = shard, block_size, by_word
         # The document that may continue in the next samples.
         self._open: dict[str, npt.NDArray[Any]] = {
             "document": np.empty(0, np.int64),
@@ -97,20 +116,23 @@ class DocumentSums:
             "blocks": np.empty(0, np.int64),
         }
 
-    def add(self, blocks: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> pa.Table:
+    def add(
+        self, blocks: npt.NDArray[np.int64], values: npt.NDArray[np.float64], parts: pa.ListArray | None
+    ) -> pa.Table:
         """Add the next samples and return the documents that are complete.
 
         Args:
             blocks: (n,)
             values: (n,) NaN for none.
+            parts: (n,) lists, of a split by word.
         """
-        rows, documents, parts = divide_blocks(self._shard, self._block_size, blocks)
-        has_value = ~np.isnan(values[rows])
+        pairs = divide_blocks(self._shard, self._block_size, blocks, self._by_word)
+        each = pairs.divide(values, parts)
         new = {
-            "document": documents,
-            "value": np.where(has_value, values[rows], 0) * parts,
-            "valued": has_value.astype(np.int64),
-            "blocks": np.ones(len(rows), np.int64),
+            "document": pairs.documents,
+            "value": np.nan_to_num(each),
+            "valued": (~np.isnan(each)).astype(np.int64),
+            "blocks": np.ones(len(each), np.int64),
         }
         columns = {name: np.concatenate([self._open[name], new[name]]) for name in new}
         starts = np.flatnonzero(np.diff(columns["document"], prepend=-1))
@@ -155,19 +177,56 @@ def locate_document(shard: Shard, document: int) -> tuple[int, int]:
     return int(starts[0]), int(stops[0])
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs of a block and a document that has some of its targets (by position: inputs), sorted by both."""
+
+    rows: npt.NDArray[np.int64]  # (pairs,) the index of the block
+    documents: npt.NDArray[np.int64]  # (pairs,)
+    first: npt.NDArray[
+        np.int64
+    ]  # (pairs,) the first of the block's T targets or inputs that is the document's
+    shares: npt.NDArray[np.float64]  # (pairs,) of these T
+    block_size: int
+
+    def divide(self, values: npt.NDArray[np.float64], parts: pa.ListArray | None) -> npt.NDArray[np.float64]:
+        """Return each pair's part of its block's value.
+
+        Args:
+            values: of the blocks, NaN for none.
+            parts: lists of T numbers that add up to them, null for none; None: the value is divided by the shares.
+
+        Raises:
+            AttributionError: a list has not T numbers.
+        """
+        by_share = values[self.rows] * self.shares
+        if parts is None or len(values) == 0:
+            return by_share
+        lengths = pc.list_value_length(parts.drop_null())
+        if len(lengths) and (wrong := set(lengths.unique().to_pylist()) - {self.block_size}):
+            raise AttributionError(
+                f"a block of {self.block_size} tokens has {min(wrong)} parts of its value: the scores are damaged; "
+                "copy the folder again, or repeat the run"
+            )
+        there = parts.is_valid().to_numpy(
+            zero_copy_only=False
+        )  # no use of weight zero has parts, and its value is 0
+        numbers = np.zeros((len(parts), self.block_size))
+        numbers[there] = parts.flatten().to_numpy().reshape(-1, self.block_size)
+        sums = np.add.reduceat(numbers.ravel(), self.rows * self.block_size + self.first)
+        return np.where(there[self.rows], sums, by_share)
+
+
 def divide_blocks(
-    shard: Shard, block_size: int, blocks: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return all pairs of a block and a document that has some of its targets.
+    shard: Shard, block_size: int, blocks: npt.NDArray[np.int64], by_word: WordSplit | None = None
+) -> Pairs:
+    """Return all pairs of a block and a document that has some of what is divided.
 
     Args:
         blocks: (n,)
-
-    Returns:
-        (pairs,) each, in the order of `blocks`: the index in `blocks`, the document, and the document's share
-        of the block's targets.
+        by_word: the split by which: "position" divides the block's inputs, the others its targets.
     """
-    begin = blocks * block_size + 1
+    begin = blocks * block_size + FIRST[by_word]
     end = begin + block_size
     first = np.searchsorted(shard.document_starts, begin, "right") - 1
     last = np.searchsorted(shard.document_starts, end - 1, "right") - 1
@@ -175,4 +234,5 @@ def divide_blocks(
     rows = np.repeat(np.arange(len(blocks)), counts)
     documents = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts - first, counts)
     starts, ends = locate_documents(shard, documents)
-    return rows, documents, (np.minimum(ends, end[rows]) - np.maximum(starts, begin[rows])) / block_size
+    starts, ends = np.maximum(starts, begin[rows]), np.minimum(ends, end[rows])
+    return Pairs(rows, documents, starts - begin[rows], (ends - starts) / block_size, block_size)

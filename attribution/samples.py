@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 
 from attribution.documents import write_documents, write_no_documents
 from attribution.errors import AttributionError
+from attribution.pieces import Pieces
 from data_processing.blocks import BLOCK_BITS, BlockDataset
 from data_processing.shards import Shard
 from data_processing.tokenizer_files import tokenizer_of
 from data_processing.tokenizers import Tokenizer
+from score_store.pieces import pieces_of
 from score_store.samples import SCHEMA, StoredRows
-from score_store.schema import ScoreError
+from score_store.schema import ScoreError, WordSplit
 
 
 class NoSuchSampleError(AttributionError):
@@ -72,6 +74,10 @@ class Samples(ABC):
         """Return the file of a sample's image; None for samples without one."""
         return None
 
+    @abstractmethod
+    def pieces(self, domain: str, number: int, tokens: int) -> Pieces | None:
+        """Return the beginning of a sample's tokens with their texts; None: which text a token has is not known."""
+
     def place(self, domain: str, number: int) -> str:
         """Return where a sample is, in words."""
         return f"{domain}, {self.noun} {number}"
@@ -85,9 +91,13 @@ class Samples(ABC):
     def check(self, domain: str, number: int) -> None:
         """Raise NoSuchSampleError if there is no such sample."""
 
-    def write_documents(self, samples: Path, target: Path) -> None:
-        """Write the values of documents, as attribution.documents does. samples: a table of their samples' values."""
-        write_no_documents(target)
+    def write_documents(self, folder: Path, by_word: WordSplit | None) -> None:
+        """Write the values of documents into a folder with those of their samples, as attribution.documents does.
+
+        Args:
+            by_word: the split of values by word that the folder has.
+        """
+        write_no_documents(folder / "documents.parquet")
 
     def find(self, sample: str) -> tuple[str, int]:
         """Return the domain and number of DOMAIN:NUMBER. Raises AttributionError if there is no such sample."""
@@ -124,6 +134,10 @@ class BlockSamples(Samples):
     def excerpt(self, domain: str, number: int, tokens: int) -> Excerpt:
         return excerpt_of(self.tokenizer, self.blocks.tokens(domain, number).tolist(), tokens)
 
+    def pieces(self, domain: str, number: int, tokens: int) -> Pieces | None:
+        own = self.blocks.tokens(domain, number).tolist()
+        return Pieces(pieces_of(self.tokenizer.decode, own[:tokens]), len(own), self.place(domain, number))
+
     def place(self, domain: str, number: int) -> str:
         size = self.documents.block_size
         return f"{super().place(domain, number)}: tokens {number * size:,} to {(number + 1) * size:,}"
@@ -137,8 +151,10 @@ class BlockSamples(Samples):
         if not 0 <= number < blocks:
             raise NoSuchSampleError(f"{domain!r} has {blocks} blocks of {size} tokens, counted from 0")
 
-    def write_documents(self, samples: Path, target: Path) -> None:
-        write_documents(samples, self.documents.shards, self.documents.block_size, target)
+    def write_documents(self, folder: Path, by_word: WordSplit | None) -> None:
+        source = folder / ("samples.parquet" if by_word is None else "words.parquet")
+        target = folder / "documents.parquet"
+        write_documents(source, self.documents.shards, self.documents.block_size, target, by_word)
 
 
 class StoredSamples(Samples):
@@ -194,6 +210,19 @@ class StoredSamples(Samples):
     def excerpt(self, domain: str, number: int, tokens: int) -> Excerpt:
         row = self.row(domain, number)
         return Excerpt(row["text"], len(row["tokens"]), len(row["tokens"]))
+
+    def pieces(self, domain: str, number: int, tokens: int) -> Pieces | None:
+        row = self.row(domain, number)
+        texts = json.loads(row["metadata"]).get("pieces")
+        if texts is None:
+            return None
+        if len(texts) != len(row["tokens"]) or "".join(texts) != row["text"]:
+            raise ScoreError(
+                f"{self.place(domain, number)} has {len(texts)} pieces of its text in its metadata, for "
+                f"{len(row['tokens'])} tokens: give one for each token, which joined are the text "
+                "(score_store.pieces_of)"
+            )
+        return Pieces(texts, len(texts), self.place(domain, number))
 
     def image(self, domain: str, number: int) -> Path | None:
         name = json.loads(self.row(domain, number)["metadata"]).get("image")

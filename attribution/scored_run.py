@@ -19,11 +19,10 @@ from data_processing.shards import Shard, list_shards
 from foundation.errors import file_errors
 from score_store.run_folder import RunFolder
 from score_store.samples import IMAGES, KEPT, OWN, open_samples
-from score_store.schema import LACKING
+from score_store.schema import BY_TARGET, LACKING, WordSplit
 from score_store.writer import open_scores
 
 OTHER_VERSION = "another version of this program wrote it; use that version"
-
 
 METADATA = ("run_configuration", "validation_sha256", "granularity")  # keys that all scores' metadata have
 
@@ -70,6 +69,13 @@ class ScoredRun:
     @property
     def granularity(self) -> str:
         return self.metadata["granularity"]
+
+    @property
+    def by_word(self) -> WordSplit | None:
+        """How the scores split each value by word; None: they do not."""
+        if BY_TARGET in self.metadata:
+            return "target"
+        return "position" if self.granularity == "token" and not self.exact else None
 
     @property
     def sample_kind(self) -> "SampleKind":

@@ -22,8 +22,6 @@ def write_units(database: ScoreDatabase, samples: Samples, unit: Unit, folder: P
             f"{database.runs[0].folder}: its samples have no documents in them; take --unit samples"
         )
     write_tables(database, folder)
-    of_samples, of_documents = folder / "samples.parquet", folder / "documents.parquet"
-    if unit == "samples":
-        return of_samples
-    samples.write_documents(of_samples, of_documents)
-    return of_documents
+    if unit == "documents":
+        samples.write_documents(folder, database.by_word)
+    return folder / f"{unit}.parquet"

@@ -25,7 +25,8 @@ from attribution.errors import AttributionError
 from attribution.options import make_argument_parser, read_options, run_command
 from attribution.scored_run import ScoredRun, samples_of
 from attribution.screen import plain_console, print_domains, print_samples
-from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written
+from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written, files_of
+from attribution.words import DIVIDED, why_none, write_words
 from data_processing.shards import write_json_atomically
 from foundation.paths import path_argument
 from score_store.run_folder import RunFolder
@@ -59,13 +60,16 @@ def write_values(
             runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
         ) as database:
             write_tables(database, unfinished)
-            windows = database.windows
-        samples.write_documents(unfinished / "samples.parquet", unfinished / "documents.parquet")
+            windows, by_word = database.windows, database.by_word
+        samples.write_documents(unfinished, by_word)
         manifest = {
             **FORMAT,
             "normalise": normalise,
             "runs": [describe_run(run, window) for run, window in zip(runs, windows, strict=True)],
-            "rows": {name: pq.read_metadata(unfinished / f"{name}.parquet").num_rows for name in FILES},
+            "by_word": by_word,
+            "rows": {
+                name: pq.read_metadata(unfinished / f"{name}.parquet").num_rows for name in files_of(by_word)
+            },
         }
         write_json_atomically(unfinished / MANIFEST, manifest)
     return Values.open(folder)
@@ -101,7 +105,13 @@ def print_values(values: Values, runs: Sequence[ScoredRun], pile_data_dir: Path 
     for line in audit_lines(runs, values.read("audit")):
         screen.print(line, soft_wrap=True)
     screen.print()
-    for name in FILES:
+    by_word = values.by_word
+    if by_word is None:
+        screen.print(f"There is no split of values by word: {why_none(runs)}.", soft_wrap=True)
+    if samples.documents is not None:
+        screen.print(f"A block’s value is divided among its documents {DIVIDED[by_word]}.", soft_wrap=True)
+    screen.print()
+    for name in files_of(by_word):
         screen.print(f"{values.manifest['rows'][name]:>12,} {name:10s} {values.path(name)}", soft_wrap=True)
 
 
@@ -162,13 +172,15 @@ def write_tables(database: ScoreDatabase, folder: Path) -> None:
     """Write all tables of a folder of values but the documents.
 
     Raises:
-        AttributionError: a value is not finite; a sample has two domains.
+        AttributionError: a value is not finite; a sample has two domains; as `write_words`.
     """
     check_finite(database)
     sums = f"{sample_sums(database)} ORDER BY sample_id"
     samples = folder / "samples.parquet"
     database.write(samples_sql(sums), samples, "summing samples")
     check_domains(samples)
+    if database.by_word is not None:
+        write_words(database, folder / "words.parquet")
     domains = f"""
         SELECT
             domain, count(*) AS samples, sum(steps)::BIGINT AS uses, fsum(value) AS value,

@@ -17,10 +17,12 @@ from attribution.audit import COLUMNS
 from attribution.database import parquet
 from attribution.documents import DOCUMENT_SCHEMA
 from attribution.errors import AttributionError
+from attribution.words import WORD_SCHEMA
 from foundation.errors import file_errors
 from foundation.files import lock
+from score_store.schema import WordSplit
 
-FORMAT = {"format": "attribution values", "format_version": 2}
+FORMAT = {"format": "attribution values", "format_version": 3}
 MANIFEST = "values.json"  # the format, the options and the runs that the values were computed from
 FILES = {
     # sorted by sample_id
@@ -60,6 +62,8 @@ FILES = {
     },
     "audit": COLUMNS,  # of each run and phase of training
 }
+# of the samples, where the scores have their split by word: with their parts, sorted by sample_id
+WORDS = {"words": {field.name: str(field.type) for field in WORD_SCHEMA}}
 KEYS = {"samples": "sample_id", "documents": "domain, document", "domains": "domain"}
 
 
@@ -80,7 +84,7 @@ class Values:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        for name, columns in FILES.items():
+        for name, columns in files_of(manifest["by_word"]).items():
             path = folder / f"{name}.parquet"
             if not path.is_file():
                 raise AttributionError(
@@ -96,9 +100,15 @@ class Values:
                 )
         return cls(folder, manifest)
 
+    @property
+    def by_word(self) -> WordSplit | None:
+        """The split of values by word, which "words" has; None: there is none."""
+        found: WordSplit | None = self.manifest["by_word"]
+        return found
+
     def path(self, name: str) -> Path:
-        """Return the path of "samples", "documents", "domains" or "steps"."""
-        assert name in FILES, name
+        """Return the path of "samples", "documents", "domains", "steps", "audit" or "words"."""
+        assert name in files_of(self.by_word), name
         return self.folder / f"{name}.parquet"
 
     def read(self, name: str) -> pa.Table:
@@ -114,6 +124,11 @@ class Values:
         with duckdb.connect() as connection:
             source = parquet(self.path(name))
             return highest_and_lowest(connection, source, KEYS[name], count)
+
+
+def files_of(by_word: WordSplit | None) -> dict[str, dict[str, str]]:
+    """Return the tables of a folder with this split of values by word: the columns of each."""
+    return FILES if by_word is None else FILES | WORDS
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ given          a training step on the n train rows, scored against a validation 
 current        a pass over the m validation rows that makes one
 lookahead      the same at the look-ahead point
 exact          the exact values of a step: what --values exact adds
+by_target      the same with their parts by target: --exact_by_target
+token          in_pass with a score for each position: --score_granularity token
 audit          what an audit adds: those of at most AUDITED_ROWS rows
 
 --memory measures the peak memory of steps without and with exact values, each in a process of its own.
@@ -42,7 +44,10 @@ from ghostEngines.scoring import AUDITED_ROWS
 from models.architectures import ARCHITECTURES
 
 INTERVALS = (1, 2, 4, 8, 16)  # K
-PARTS = ("regular_n", "regular_nm", "gradient", "in_pass", "given", "current", "lookahead", "exact", "audit")
+PARTS = (
+    "regular_n", "regular_nm", "gradient", "in_pass", "token", "given", "current", "lookahead", "exact", "by_target",
+    "audit",
+)  # fmt: skip
 Seconds = dict[str, list[float]]
 
 
@@ -58,9 +63,12 @@ class Parts:
         self.train, self.validation = slice(0, setup.n), slice(setup.n, None)
         self.engines = {
             name: GradDotProdEngine(
-                self.model, setup.m, direction="gradient" if name == "gradient" else "auto"
+                self.model,
+                setup.m,
+                direction="gradient" if name == "gradient" else "auto",
+                granularity="token" if name == "token" else "total",
             )
-            for name in ("gradient", "in_pass", "given", "exact")
+            for name in ("gradient", "in_pass", "token", "given", "exact")
         }
         self.step(self.regular, slice(None))  # from here on AdamW has its moments
         engine = self.engines["given"]
@@ -94,13 +102,13 @@ class Parts:
             engine.prepare_gradients()
             engine.dot_products()
 
-        if name in ("gradient", "in_pass", "given"):
+        if name in ("gradient", "in_pass", "token", "given"):
             rows = self.train if name == "given" else slice(None)
             seconds = timed(lambda: self.step(scored, rows))
-        elif name in ("exact", "audit"):
+        elif name in ("exact", "by_target", "audit"):
             scored(slice(None))
-            rows = self.train if name == "exact" else slice(min(self.setup.n, AUDITED_ROWS))
-            seconds = timed(lambda: self.exact(rows))
+            rows = slice(min(self.setup.n, AUDITED_ROWS)) if name == "audit" else self.train
+            seconds = timed(lambda: self.exact(rows, by_target=name == "by_target"))
             self.optimizer.zero_grad()
         else:
             seconds = timed(
@@ -111,13 +119,14 @@ class Parts:
         engine.detach()
         return seconds
 
-    def exact(self, rows: slice) -> None:
+    def exact(self, rows: slice, by_target: bool) -> None:
         self.engines["exact"].exact_values(
             [lambda: self.losses(rows)],
             lambda: self.losses(self.validation),
             clip_factor=0.5,
             global_rows=self.setup.n,
             whole_batch=False,  # nothing was clipped, so that the sum would be wrong
+            by_target=by_target,
         )
 
 
@@ -144,6 +153,10 @@ def prices(seconds: Seconds) -> dict[str, list[float]]:
             found[f"{point}, K={interval} / Regular on n"] = [
                 (each["given"] + each[point] / interval) / each["regular_n"] for each in rounds
             ]
+    found["by position / in_pass"] = [each["token"] / each["in_pass"] for each in rounds]
+    found["by target / exact, in every step"] = [
+        (each["in_pass"] + each["by_target"]) / (each["in_pass"] + each["exact"]) for each in rounds
+    ]
     found["exact in every step / in_pass"] = [1 + each["exact"] / each["in_pass"] for each in rounds]
     found["audit of every 100th step / in_pass"] = [
         1 + each["audit"] / each["in_pass"] / 100 for each in rounds

@@ -354,10 +354,13 @@ class GradDotProdManager(GhostEngineManager):
             global_rows=None if weights else global_rows,
             row_weights=weights or None,
             whole_batch=some == sizes,
+            by_target=self._scoring.by_target,
         )
-        for values, rows in zip(found.values, sizes, strict=True):
+        of_step = (found.of_batch, found.momentum, found.decay, found.measured, found.cosine)
+        parts: Sequence[Tensor | None] = found.by_target or [None] * len(sizes)
+        for values, rows, of_values in zip(found.values, sizes, parts, strict=True):
             padded = nn.functional.pad(values, (0, rows - len(values)), value=torch.nan)
-            yield ExactRows(padded, found.of_batch, found.momentum, found.decay, found.measured, found.cosine)
+            yield ExactRows(padded, *of_step, by_target=of_values)
 
     @contextmanager
     def detached(self) -> Iterator[None]:

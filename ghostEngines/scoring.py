@@ -12,9 +12,14 @@ class Scoring:
 
     save_interval: int = 10  # steps between two writes to the disk
     every_exact: bool = False  # every step has exact values
+    by_target: bool = False  # which come with their parts by target
     audit_interval: int = 0  # steps between two audits, after those of FIRST_AUDITS; 0: there are none
     lookahead: bool = False  # the validation gradient is taken where the step would end without this batch
     refresh_interval: int = 1  # K: steps for which a validation gradient is used
+
+    def __post_init__(self) -> None:
+        if self.by_target and not self.every_exact:
+            raise ValueError("by_target=True splits the values of every step: give every_exact=True, too")
 
     @property
     def own_passes(self) -> bool:

@@ -73,6 +73,7 @@ def grad_dot_prod(training: Training) -> GhostEngineManager:
         scoring=Scoring(
             save_interval=config.dot_prod_save_interval,
             every_exact=config.values == "exact",
+            by_target=config.exact_by_target,
             audit_interval=config.audit_interval,
             lookahead=config.validation_point == "lookahead",
             refresh_interval=config.val_refresh_interval,
@@ -103,6 +104,7 @@ def open_scores_to_write(
         "metadata": score_metadata(config, model, data),
         "granularity": config.score_granularity,
         "values": config.values,
+        "by_target": config.exact_by_target,
     }
     if world.rank == 0 and start is None:
         save_validation_rows(data.validation, data.shown(data.validation), config.folder.validation_rows)

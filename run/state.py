@@ -153,7 +153,8 @@ def space_needed(config: "TrainingConfig", world: World, model: nn.Module, start
     rows = (config.max_steps - done) * global_batch_size(config, world)
     layers = sum(next(module.parameters(recurse=False), None) is not None for module in model.modules())
     parts = parts_per_sample(config.score_granularity, config.val_batch_size, layers, config.block_size)
-    scores = rows * (SCORE_BYTES + 8 * (parts + (config.values == "exact"))) if config.computes_scores else 0
+    parts += (config.values == "exact") + config.exact_by_target * config.block_size
+    scores = rows * (SCORE_BYTES + 8 * parts) if config.computes_scores else 0
     return Space(one if to_come else 0, one * at_a_time + scores)
 
 

@@ -96,7 +96,8 @@ class RunWriter:
         Args:
             step: from 0, without gaps; several calls with one step are its micro-batches.
             sample_ids: (n,) the dataset's row indices, or a column of integers that tells its rows apart.
-            dot_products: (n,), as the engine gives them; with granularity "pairwise" (n, m), "per_layer" (n, L).
+            dot_products: (n,), as the engine gives them; with granularity "pairwise" (n, m), "per_layer" (n, L),
+                "token" (n, T), padded to any T.
             train_losses: (n,) the rows' losses.
             val_loss: the mean loss of the validation rows before the step; None: not known.
             lr: the largest learning rate of the optimizer's groups.
@@ -159,6 +160,7 @@ def write_run(
     granularity: Granularity = "total",
     layers: Sequence[str] = (),
     values: ValueKind = "in_pass",
+    by_target: bool = False,
     images: str | os.PathLike[str] | None = None,
     resume_from: int | None = None,
     processes: Processes | None = None,
@@ -174,6 +176,7 @@ def write_run(
         validation: the m validation rows that the dot products refer to.
         settings: what else distinguishes the run (seed, data set, ...), as JSON; the report shows it.
         granularity, values: what the dot products are, and what a value is.
+        by_target: the exact values come with their parts by target, ExactRows.by_target; needs values="exact".
         layers: with granularity "per_layer" the names of the L layers.
         images: the folder below which "image" in the metadata of a sample is the path of its image.
         resume_from: the step that comes next; scores of it and later ones are dropped. None: a new run.
@@ -194,6 +197,8 @@ def write_run(
         "val_batch_size": len(validation),
         "images": None if images is None else str(Path(images).resolve()),
     }
+    if by_target and values != "exact":
+        raise ScoreError('by_target=True splits exact values: give values="exact", too')
     settings = {} if settings is None else settings
     if taken := sorted(config.keys() & settings.keys()):
         raise ScoreError(f"settings: {', '.join(taken)} is set by write_run itself; take another name")
@@ -209,6 +214,7 @@ def write_run(
         },
         "granularity": granularity,
         "values": values,
+        "by_target": by_target,
     }
     if resume_from is None:
         check_new(place)

@@ -7,7 +7,8 @@ the id that its scores have. Two processes that meet the same sample at once may
 and refuse another content under the same id. Because of this, small parts can be merged without a moment at which a
 sample is missing: the merged part appears before the small ones go.
 
-metadata is a JSON object; "image" in it is the path of the sample's image below the folder of images.
+metadata is a JSON object; "image" in it is the path of the sample's image below the folder of images, "pieces" the
+texts of its tokens, which joined are its text (pieces.py): then the report colours it by word.
 """
 
 import json

@@ -22,22 +22,31 @@ LACKING = {
     "4": ("row_weight",),
 }
 EQUAL_WEIGHT = "1.0 / global_batch_size"  # SQL for the row_weight of scores that lack it
-IN_PASS = "lr * clip_factor * row_weight * dot_product"  # SQL for a row's value in pass
+NATS = "lr * clip_factor * row_weight"  # SQL for the factor that makes nats of dot products
+IN_PASS = f"{NATS} * dot_product"  # SQL for a row's value in pass
+BY_TARGET = "by_target"  # in the metadata of the scores of a run with the column of this name:
+TARGET_COLUMN = "target_value"
 
 ValueKind = Literal["in_pass", "exact"]
 """What `value` is: of the backward pass that training makes, or the exact share of the optimizer's step."""
+
+WordSplit = Literal["target", "position"]
+"""How scores split a value by word: by what each target of a row did, or by the position at which a weight was used."""
 
 
 class ScoreError(UserError):
     """A folder of scores is not what it should be; the message names the file and what to do."""
 
 
-def score_schema(granularity: str = "total") -> pa.Schema:
+def score_schema(granularity: str = "total", by_target: bool = False) -> pa.Schema:
     """Return the columns of score files.
 
     Every row has one dot product over all parameters and all validation rows. "pairwise" adds a list of m, one for each
     validation row, whose mean it is. "per_layer" adds one for each layer, and "token" one for each position of the row,
     whose sum it is.
+
+    Args:
+        by_target: every exact value has a list of its parts, one for each of the row's targets, whose sum it is.
     """
     if granularity not in GRANULARITIES:
         raise ScoreError(f"granularity {granularity!r}: there are {', '.join(GRANULARITIES)}")
@@ -68,6 +77,9 @@ def score_schema(granularity: str = "total") -> pa.Schema:
     if granularity != "total":
         columns[granularity] = pa.list_(pa.float64())
         nullable.append(granularity)
+    if by_target:  # part t is what the target of position t adds, null with exact_value
+        columns[TARGET_COLUMN] = pa.list_(pa.float64())
+        nullable.append(TARGET_COLUMN)
     return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in columns.items()])
 
 

@@ -35,7 +35,17 @@ from score_store.files import (
     score_file,
     superseded,
 )
-from score_store.schema import FORMAT, LACKING, OF_STEP, SCORE_SCHEMA, ScoreError, ValueKind, score_schema
+from score_store.schema import (
+    BY_TARGET,
+    FORMAT,
+    LACKING,
+    OF_STEP,
+    SCORE_SCHEMA,
+    TARGET_COLUMN,
+    ScoreError,
+    ValueKind,
+    score_schema,
+)
 
 __all__ = [
     "SCORE_SCHEMA",
@@ -46,6 +56,8 @@ __all__ = [
     "drop_rows_from",
     "open_scores",
 ]
+
+ROUNDING = 1e-3  # of a value that was added up in half precision, relative to the sum of its parts' sizes
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class ExactRows:
     decay: float
     measured_fall: float
     cosine: float
+    by_target: Tensor | None = None  # (n, T) the parts of each value by target, of a run that keeps them
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ class _Rows:
 class ScoreWriter:
     """Writes the scores of one process of a run into `folder`, which all processes of the run share.
 
+    by_target: exact values come with their parts by target, which get a column of their own.
+
     `metadata` distinguishes runs (configuration, validation rows, shard checksums, ...) and goes into every
     file; what may change when a run is resumed does not belong in it. Opening the folder puts in order what
     this rank's last writer left when it was killed. As a context manager it closes itself, also after an
@@ -114,6 +129,7 @@ class ScoreWriter:
         metadata: Mapping[str, str],
         granularity: Granularity = "total",
         values: ValueKind = "in_pass",
+        by_target: bool = False,
         rows_per_file: int = 100_000,
     ) -> None:
         assert 0 <= rank < 100_000, rank
@@ -121,9 +137,12 @@ class ScoreWriter:
         self.folder = Path(folder).resolve()
         self.rank = rank
         self.rows_per_file = rows_per_file
-        self.granularity, self.values = granularity, values
+        self.granularity, self.values, self.by_target = granularity, values, by_target
+        assert values == "exact" or not by_target, "the parts are those of exact values"
         origin = {**metadata, "granularity": granularity, "values": values, **FORMAT}
-        self._schema = score_schema(granularity).with_metadata(origin)
+        if by_target:
+            origin[BY_TARGET] = "yes"
+        self._schema = score_schema(granularity, by_target).with_metadata(origin)
         self._buffer: list[_Rows] = []
         with file_errors(self.folder, ScoreError):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,16 +171,20 @@ class ScoreWriter:
         Args:
             of_step: its step is not before the last one appended, and after the last one written.
             sample_ids, domains, blocks: (n,) which samples.
-            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L), "token" (n, T).
+            dot_products: (n,) <∇ℓ_i, ∇L_val>; with granularity "pairwise" (n, m), "per_layer" (n, L), "token" (n, T),
+                where T may be another one in every call.
             train_losses: (n,) ℓ_i, the mean over the sample's own targets.
             row_weights: (n,) w_i, with Σ w_i ℓ_i over the global batch the loss that is minimised; None: it is the
                 mean, 1 / global_batch_size each.
             exact: the exact values, in a step that has them.
 
         Raises:
-            ValueError: arguments of different length, or a step that is not in order.
+            ValueError: arguments of different length, a step that is not in order, or exact values whose parts are
+                missing, not asked for, or not their parts.
         """
         step = of_step.step
+        if exact is not None:
+            self._check_parts(exact)
         ids, places = np.asarray(sample_ids), np.asarray(blocks)
         assert ids.dtype.kind == places.dtype.kind == "i", f"integers, not {ids.dtype} and {places.dtype}"
         per_row = dot_products.shape if self.granularity == "total" else dot_products.shape[:1]
@@ -201,6 +224,26 @@ class ScoreWriter:
             exact=exact,
         )
         self._buffer.append(row)
+
+    def _check_parts(self, exact: ExactRows) -> None:
+        if (exact.by_target is not None) != self.by_target:
+            raise ValueError(
+                f"ExactRows {'without' if self.by_target else 'with'} by_target, in a run with by_target="
+                f"{self.by_target}: the parts by target are kept in all steps of a run, or in none"
+            )
+        if exact.by_target is None:
+            return
+        if exact.by_target.dim() != 2 or len(exact.by_target) != len(exact.values):
+            raise ValueError(
+                f"by_target needs the parts of each value, (n, T), got shape {tuple(exact.by_target.shape)} for "
+                f"{len(exact.values)} values"
+            )
+        parts = exact.by_target.double()
+        off = (parts.sum(1) - exact.values.double()).abs()  # NaN for a row without a value
+        if (off > ROUNDING * parts.abs().sum(1)).any():
+            raise ValueError(
+                "by_target has parts that do not add up to the values: are they those of other rows?"
+            )
 
     def flush(self) -> None:
         """Write what is buffered as one more file, and merge once the small files add up to a full one."""
@@ -279,8 +322,8 @@ class ScoreWriter:
         """Return the buffered rows, on the CPU, with their values (Wang et al., arXiv 2406.11011, Theorem 3)."""
         steps = self._buffer
         counts = [len(step.domains) for step in steps]
-        scores = _numbers([step.dot_products for step in steps])  # (rows,), or (rows, m or L)
-        dots = total_of(scores, self.granularity)
+        scores = [_on_cpu(step.dot_products) for step in steps]  # (n,), or (n, m, L or T) each
+        dots = np.concatenate([total_of(each, self.granularity) for each in scores])
         lr = np.repeat([step.lr for step in steps], counts)
         clip, val_loss = (
             np.repeat(_numbers([each[None] for each in column]), counts)
@@ -291,7 +334,7 @@ class ScoreWriter:
         row_weight = _numbers([step.row_weights for step in steps])
         unknown = null | (row_weight == 0)  # a row of weight zero has no gradient, and makes nothing fall
         in_pass = pa.array(np.where(row_weight == 0, 0.0, lr * clip * row_weight * dots), mask=null)
-        exact = _exact_columns(steps, counts)
+        exact = _exact_columns(steps, counts, self.by_target)
         columns = {
             "step": np.repeat([step.step for step in steps], counts),
             "sample_id": np.concatenate([step.sample_ids for step in steps]),
@@ -313,19 +356,26 @@ class ScoreWriter:
         return pa.table(columns, schema=self._schema)
 
 
-def _exact_columns(steps: Sequence[_Rows], counts: Sequence[int]) -> dict[str, pa.Array]:
-    """Return the columns of exact values, null in steps without them."""
-    values = [
-        torch.full((count,), math.nan, dtype=torch.float64)
-        if step.exact is None
-        else step.exact.values.to("cpu", torch.float64)
-        for step, count in zip(steps, counts, strict=True)
-    ]
-    columns = {"exact_value": _numbers(values)}
+def _exact_columns(steps: Sequence[_Rows], counts: Sequence[int], by_target: bool) -> dict[str, pa.Array]:
+    """Return the columns of exact values, null in steps without them. With parts a value is their sum in float64."""
+    values, parts = [], []
+    for step, count in zip(steps, counts, strict=True):
+        if step.exact is None:
+            values.append(np.full(count, math.nan))
+            parts.append(np.empty((count, 0)))
+        elif step.exact.by_target is None:
+            values.append(_on_cpu(step.exact.values))
+        else:
+            parts.append(_on_cpu(step.exact.by_target))
+            values.append(parts[-1].sum(1))
+    columns = {"exact_value": np.concatenate(values)}
     for name in OF_STEP:
         each = [math.nan if step.exact is None else getattr(step.exact, name) for step in steps]
         columns[name] = np.repeat(each, counts)
-    return {name: pa.array(column, from_pandas=True) for name, column in columns.items()}  # NaN is null
+    lists = {TARGET_COLUMN: _lists(parts, np.isnan(columns["exact_value"]))} if by_target else {}
+    return lists | {
+        name: pa.array(column, from_pandas=True) for name, column in columns.items()
+    }  # NaN is null
 
 
 def drop_rows_from(
@@ -335,6 +385,7 @@ def drop_rows_from(
     metadata: Mapping[str, str],
     granularity: Granularity,
     values: ValueKind,
+    by_target: bool = False,
 ) -> None:
     """Remove the rows of `step` and later of all processes that ever wrote here, none of which is at work: a
     run that resumes there computes them again. Raises as `ScoreWriter`."""
@@ -342,9 +393,10 @@ def drop_rows_from(
     if not folder.is_dir():
         return
     for rank in sorted({file.rank for file in list_files(folder)}):
-        ScoreWriter(folder, rank=rank, metadata=metadata, granularity=granularity, values=values).drop_from(
-            step
+        writer = ScoreWriter(
+            folder, rank=rank, metadata=metadata, granularity=granularity, values=values, by_target=by_target
         )
+        writer.drop_from(step)
 
 
 def _copy(value: Tensor) -> Tensor:
@@ -353,15 +405,26 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _numbers(tensors: list[Tensor]) -> npt.NDArray[np.float64]:
-    numbers: npt.NDArray[np.float64] = torch.cat(tensors).to("cpu", torch.float64).numpy()
+    return _on_cpu(torch.cat(tensors))
+
+
+def _on_cpu(tensor: Tensor) -> npt.NDArray[np.float64]:
+    numbers: npt.NDArray[np.float64] = tensor.to("cpu", torch.float64).numpy()
     return numbers
 
 
-def _lists(scores: npt.NDArray[np.float64], null: npt.NDArray[np.bool_]) -> pa.Array:
-    """Return one list of c numbers for each of the rows (rows, c), null where a row has no scores."""
-    lengths = np.where(null, 0, scores.shape[1])
+def _lists(scores: Sequence[npt.NDArray[np.float64]], null: npt.NDArray[np.bool_]) -> pa.Array:
+    """Return one list of numbers for each row, null where a row has no scores.
+
+    Args:
+        scores: of each append(), (n, c); c need not be the same, as where batches are padded to their longest row.
+        null: (rows,)
+    """
+    lengths = np.where(null, 0, np.concatenate([np.full(len(each), each.shape[1]) for each in scores]))
     offsets = pa.array(np.append(0, lengths.cumsum()), pa.int32(), mask=np.append(null, False))
-    return pa.ListArray.from_arrays(offsets, scores[~null].ravel())
+    cuts = np.cumsum([len(each) for each in scores])[:-1]
+    kept = [each[~rows].ravel() for each, rows in zip(scores, np.split(null, cuts), strict=True)]
+    return pa.ListArray.from_arrays(offsets, np.concatenate(kept))
 
 
 def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
@@ -391,7 +454,7 @@ def open_scores(folder: str | os.PathLike[str]) -> ds.Dataset:
     paths = [str(file.path) for file in files if file not in doubled]
     columns = [
         field
-        for field in score_schema(origin["granularity"])
+        for field in score_schema(origin["granularity"], BY_TARGET in origin)
         if field.nullable or field.name not in LACKING.get(str(version), ())
     ]
     return ds.dataset(paths, schema=pa.schema(columns, metadata=origin), format="parquet")

@@ -31,6 +31,7 @@ def write_run(
     direction: str = "gradient",
     audited: Collection[int] = (),
     values: ValueKind = "in_pass",
+    by_target: bool = False,
     flush_every: int = 2,
 ) -> Path:
     """Steps of 3 random samples for each rank, with random scores. null_steps: that the optimizer skipped;
@@ -59,12 +60,13 @@ def write_run(
             metadata=metadata,
             granularity=granularity,
             values=values,
+            by_target=by_target,
             rows_per_file=1,
         )
         for step in range(steps):
             domains = random.choice(blocks.domains, 3).tolist()
             places = [int(random.integers(blocks.blocks_per_domain[domain])) for domain in domains]
-            scores = random.standard_normal((3, 2))
+            scores = random.standard_normal((3, T if granularity == "token" else 2))
             lr = 0.0 if step in zero_steps else 0.1 / (1 + step)
             exact = None
             if step in audited:
@@ -73,7 +75,12 @@ def write_run(
                 both = 2 * own + noise + 1
                 if step > 60 and values == "in_pass":  # a later audit leaves rows out
                     both[2] = torch.nan
-                exact = ExactRows(both, 0.2 + 0.1 * val_losses[step], 0.3, 0.1, float(val_losses[step]), 0.9)
+                parts = None
+                if by_target:
+                    parts = torch.tensor(random.standard_normal((3, T)))
+                    both = parts.sum(1)
+                fall = float(val_losses[step])
+                exact = ExactRows(both, 0.2 + 0.1 * fall, 0.3, 0.1, fall, 0.9, by_target=parts)
             writer.append(
                 ScoredStep(
                     step,

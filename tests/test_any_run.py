@@ -343,8 +343,10 @@ def table_of(row: Sample) -> pa.Table:
     return pa.Table.from_pylist([row.columns], schema=SCHEMA)
 
 
-def small_run(folder: Path, **changes: Any) -> RunWriter:
-    run = write_run(folder, optimizer="SGD", direction="gradient", validation=VALIDATION)
+def small_run(folder: Path, granularity: Any = "total", **changes: Any) -> RunWriter:
+    run = write_run(
+        folder, optimizer="SGD", direction="gradient", validation=VALIDATION, granularity=granularity
+    )
     run.samples.append(SAMPLES)
     append(run, **changes)
     return run
@@ -374,6 +376,23 @@ def test_what_is_wrong_in_a_run_is_said_in_one_line(
     assert "sample 12 has scores in two groups, 'code' and 'prose': a sample has one" in tool(
         capsys, tmp_path / "two groups"
     )
+    options = {"granularity": "token", "dot_products": torch.ones(2, T)}
+    with small_run(tmp_path / "left", **options) as run:
+        append(run, step=1, dot_products=torch.ones(2, T + 1))
+    assert "sample 3 has different numbers of parts in different steps, 6, 7, and not of padding" in tool(
+        capsys, tmp_path / "left"
+    )
+    small_run(tmp_path / "no pieces", **options).close()
+    assert run_command("attribution.values", values, [str(tmp_path / "no pieces")]) == 0
+    capsys.readouterr()
+    found = read_run(tmp_path / "no pieces").samples()
+    assert found.pieces("prose", 3, 100) is None
+    with SampleWriter(tmp_path / "no pieces" / "samples", rank=1) as writer:
+        writer.append([replace(SAMPLES[0], sample_id=99, metadata={"pieces": ["text"]})])
+    with pytest.raises(
+        ScoreError, match="prose, sample 99 has 1 pieces of its text in its metadata, for 7 tokens"
+    ):
+        read_run(tmp_path / "no pieces").samples().pieces("prose", 99, 100)
     small_run(tmp_path / "no text", sample_ids=[3, 99]).close()
     assert "there is no sample 99 in group 'prose' of " in tool(capsys, tmp_path / "no text")
     small_run(tmp_path / "damaged").close()
@@ -398,6 +417,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     for options, message in (
         ({"validation": []}, "validation is empty"),
         ({"settings": {"method": "mine"}}, "settings: method is set by write_run itself"),
+        ({"by_target": True}, 'by_target=True splits exact values: give values="exact", too'),
         ({"resume_from": 0}, "there is no run to go on with; leave out resume_from"),
     ):
         with pytest.raises(UserError, match=message):
@@ -410,14 +430,22 @@ def test_runs_of_a_loop_have_common_values(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "a.png")
     samples = {
-        row.sample_id: replace(row, metadata={"image": "a.png"} if row.sample_id == 3 else {})
+        row.sample_id: replace(
+            row,
+            metadata={"pieces": [*row.text[:T], row.text[T:]]}
+            | ({"image": "a.png"} if row.sample_id == 3 else {}),
+        )
         for row in SAMPLES
     }
-    options: dict[str, Any] = {"optimizer": "SGD", "direction": "gradient", "validation": VALIDATION}
+    options: dict[str, Any] = {
+        "optimizer": "SGD", "direction": "gradient", "validation": VALIDATION, "granularity": "token"
+    }  # fmt: skip
+    padded = {"a": torch.eye(T)[:2], "b": torch.eye(T + 2)[:2]}  # a batch is as long as its longest row
     for name, ids in (("a", [3, 12]), ("b", [3, 2])):
         run = write_run(tmp_path / name, **options, images=tmp_path / "pictures")
         own = [samples[number] for number in ids]
-        append(run, sample_ids=ids, groups=[row.group for row in own], val_loss=None)
+        groups = [row.group for row in own]
+        append(run, sample_ids=ids, groups=groups, val_loss=None, dot_products=padded[name])
         run.samples.append(own)
         run.close()
     values([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
@@ -425,8 +453,15 @@ def test_runs_of_a_loop_have_common_values(tmp_path: Path, capsys: pytest.Captur
     assert all(f"text {IDS.index(number):02d} of" in out for number in (3, 12, 2))
     both = pd.read_parquet(tmp_path / "both" / "samples.parquet").set_index("sample_id").value
     np.testing.assert_allclose(both[[2, 3, 12]], [0.025, 0.05, 0.025])
+    parts = pd.read_parquet(tmp_path / "both" / "words.parquet").set_index("sample_id").parts
+    assert [len(parts[number]) for number in (2, 3, 12)] == [T + 2, T, T]
+    np.testing.assert_allclose(parts[3], 0.05 * np.eye(T)[0])
+    assert "of values by word" not in out
     report([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text()
+    assert (
+        'title="+25.0 × 10⁻³ nats">e</span><span class="even"' in page and ">4 of the loop</span>" not in page
+    )
     assert (
         page.count('<img class="thumbnail" src="data:image/png;base64,') == 1 and "<dd>not known</dd>" in page
     )

@@ -134,6 +134,10 @@ def test_the_commands_of_the_docs_are_valid() -> None:
         ),
         ("--val_refresh_interval 4 --compile --optimizer SGD", "--val_refresh_interval 4 with --compile"),
         ("--val_refresh_interval 4 --score_granularity pairwise", "with --score_granularity pairwise"),
+        (
+            "--exact_by_target",
+            "--exact_by_target with --values in_pass: it splits exact values; give --values exact",
+        ),
         ("--values exact --parallel fsdp", "--values exact with --parallel fsdp"),
         ("--audit_interval 10 --parallel fsdp", "--audit_interval 10 with --parallel fsdp"),
         ("--audit_interval -1", "--audit_interval -1: must be at least 0"),

@@ -52,6 +52,11 @@ def manager_of(
     return recorder, manager
 
 
+def test_parts_by_target_need_exact_values() -> None:
+    with pytest.raises(ValueError, match="give every_exact=True"):
+        Scoring(by_target=True, audit_interval=3)
+
+
 def log_step(manager: GradDotProdManager, lr: float, step: int = 0) -> None:
     rows = len(manager.rows.sample_ids)
     manager.aggregate_and_log(

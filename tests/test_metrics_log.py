@@ -19,16 +19,16 @@ from torch import Tensor
 from foundation.granularity import Granularity
 from score_store.files import FILE_NAME, recover
 from score_store.schema import SCORE_SCHEMA, ScoreError, score_schema
-from score_store.writer import ScoredStep, ScoreWriter, open_scores
+from score_store.writer import ExactRows, ScoredStep, ScoreWriter, open_scores
 
 RUN = {"run": "a", "block_size": "8"}
 DOMAINS = ("ArXiv", "Wikipedia (en)", "Pile-CC")
 
 
 def open_writer(
-    folder: Path, rank: int = 0, run: dict[str, str] = RUN, rows_per_file: int = 6
+    folder: Path, rank: int = 0, run: dict[str, str] = RUN, rows_per_file: int = 6, **options: Any
 ) -> ScoreWriter:
-    return ScoreWriter(folder, rank=rank, metadata=run, rows_per_file=rows_per_file)
+    return ScoreWriter(folder, rank=rank, metadata=run, rows_per_file=rows_per_file, **options)
 
 
 def append(writer: ScoreWriter, step: int, n: int = 2, **changes: Any) -> None:
@@ -144,6 +144,41 @@ def test_unknown_granularity() -> None:
     assert score_schema("total") == SCORE_SCHEMA
     with pytest.raises(ScoreError, match="granularity 'layer'"):
         score_schema("layer")
+
+
+def test_lists_of_the_rows_own_lengths(folder: Path) -> None:
+    """Of batches that are padded to their longest rows."""
+    options: Any = {"granularity": "token", "values": "exact", "by_target": True}
+    both = [torch.tensor([[1.0, 2.0], [3.0, 0.5]]), torch.tensor([[4.0, 5.0, 6.0], [7.0, 8.0, 0.0]])]
+    with open_writer(folder, **options) as writer:
+        for step, parts in enumerate(both):
+            values = parts.sum(1).float() * (1 + 1e-7)  # in float32, the writer's sum is in float64
+            if step == 1:
+                parts, values = parts.clone(), values.clone()
+                parts[1] = values[1] = torch.nan
+            exact = ExactRows(values, 1.0, 0.0, 0.0, 1.0, 1.0, by_target=parts)
+            append(writer, step, dot_products=both[step], exact=exact)
+        append(writer, 2, dot_products=both[0])
+        with pytest.raises(ValueError, match="ExactRows without by_target, in a run with by_target=True"):
+            append(writer, 3, dot_products=both[0], exact=ExactRows(values, 1.0, 0.0, 0.0, 1.0, 1.0))
+        for parts, message in (
+            (2 * both[0], "parts that do not add up"),
+            (both[0][:1], r"\(n, T\), got shape \(1, 2\) for 2 values"),
+        ):
+            exact = ExactRows(both[0].sum(1), 1.0, 0.0, 0.0, 1.0, 1.0, by_target=parts)
+            with pytest.raises(ValueError, match=message):
+                append(writer, 3, dot_products=both[0], exact=exact)
+    found = read(folder)
+    assert [None if row is None else list(row) for row in found.token] == [
+        row for parts in (*both, both[0]) for row in parts.tolist()
+    ]
+    assert [None if row is None else list(row) for row in found.target_value] == [
+        [1.0, 2.0], [3.0, 0.5], [4.0, 5.0, 6.0], None, None, None
+    ]  # fmt: skip
+    assert found.exact_value.tolist()[:3] == [3.0, 3.5, 15.0] and found.exact_value[3:].isna().all()
+    assert pq.read_schema(next(folder.glob("*.parquet"))).metadata[b"by_target"] == b"yes"
+    with pytest.raises(ScoreError, match="has by_target 'yes', expected None"):
+        open_writer(folder, **options | {"by_target": False})
 
 
 @pytest.mark.parametrize(("granularity", "total"), [("pairwise", [2.0, 5.0]), ("per_layer", [6.0, 15.0])])

@@ -26,8 +26,9 @@ from attribution.audit import audit_lines, measure_audit
 from attribution.database import ScoreDatabase
 from attribution.errors import AttributionError
 from attribution.options import run_command
+from attribution.pieces import Pieces, Word
 from attribution.report.command import NEEDED_SETTINGS, main, write_report
-from attribution.report.page import format_scaled
+from attribution.report.page import format_scaled, word_title
 from attribution.report.plots import choose_scale
 from attribution.report.tables import (
     average_domains,
@@ -37,12 +38,16 @@ from attribution.report.tables import (
     count_samples,
     sum_domains_by_step,
 )
+from attribution.report.texts import describe_words
+from attribution.report.word_colours import colour_words
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
-from data_processing.blocks import BLOCK_BITS
+from data_processing.blocks import BLOCK_BITS, BlockDataset
+from data_processing.domain_lists import parse_set
 from data_processing.shards import GPT2_BYTES_IDS, ShardWriter
 from data_processing.tokenizers import byte_ids, get_tokenizer
+from score_store.pieces import pieces_of
 
 T = 96  # block size: a hostile text fits in whole
 DATE = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
@@ -59,6 +64,7 @@ HOSTILE = (
 )
 DOMAINS = ("<b>$x^2$ & 'Alpha'", '_"\u202eBeta\x1b]" onload="alert(4)')
 SVG = "data:image/svg+xml;base64,"
+TITLE = r"(\S+) × (10\S+) nats( \((\d+) tokens\))?"  # of a word
 VOID = {"area", "br", "img", "input", "link", "meta", "source", "wbr"}
 
 
@@ -133,11 +139,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("hostile")
     run = start(
         hostile_shards(folder / "<data>"), folder / "results", run_name='"><i>run', block_size=T,
-        max_steps=7, eval_interval=4, learning_rate=0.02, audit_interval=3,
+        max_steps=7, eval_interval=4, learning_rate=0.02, audit_interval=3, score_granularity="token",
     )  # fmt: skip
     assert run.status == 0, run.err
     scatter_signs(run.folder / "grad_dotprods")
     assert run_command("attribution.report", main, [str(run.folder)]) == 0
+    write_values([ScoredRun.open(run.folder)], run.folder / "values")
     return run
 
 
@@ -149,6 +156,10 @@ def scatter_signs(scores: Path) -> None:
         for name in ("value", "dot_product"):
             place, column = table.column_names.index(name), table.schema.field(name)
             table = table.set_column(place, column, pc.multiply(table[name], signs))
+        rows = zip(signs.tolist(), table["token"].to_pylist(), strict=True)
+        parts = [[sign * part for part in row] for sign, row in rows]
+        place = table.column_names.index("token")
+        table = table.set_column(place, table.schema.field("token"), pa.array(parts))
         pq.write_table(table, path)
 
 
@@ -290,6 +301,87 @@ def entries_after(section: Element, title: str) -> list[Element]:
     names = [child.attributes.get("id") for child in section.children]
     after = section.children[names.index(title) :]
     return next(list(child.all("li")) for child in after if child.tag == "ol")
+
+
+def test_words_are_coloured_by_position(page: Element, run: Run) -> None:
+    """Each text is whole, and what its words have in their titles is its value, to three digits."""
+    words = pd.read_parquet(run.folder / "values" / "words.parquet").set_index(["domain", "block"])
+    tokens = BlockDataset.open(run.folder.parent.parent / "<data>", T, parse_set("--train_set", "train"))
+    tokenizer = get_tokenizer("gpt2_bytes")
+    shown = 0
+    for title in ("helpful-samples", "harmful-samples"):
+        for entry in entries_after(page.by_id("samples"), title):
+            domain, block = next(
+                place for place in words.index if f"{visible(place[0])}, block\xa0{place[1]}\n" in entry.text
+            )
+            parts = words.parts[domain, block]
+            (text,) = entry.all("pre")
+            spans = list(text.all("span"))
+            assert text.text == visible(tokenizer.decode(tokens.tokens(domain, block).tolist()))
+            titles: list[Any] = [re.fullmatch(TITLE, each.attributes["title"]) for each in spans]
+            assert all(titles) and len({title[2] for title in titles}) == 1
+            values = [float(title[1].replace("−", "-")) for title in titles]
+            scale = {"10⁻³": 1e3, "10⁻⁶": 1e6, "10⁻⁹": 1e9}[titles[0][2]]
+            assert sum(values) == pytest.approx(sum(parts) * scale, abs=2e-3 * np.abs(parts).sum() * scale)
+            assert sum(int(title[4] or 1) for title in titles) in (T, T + 1)
+            for each, value in zip(spans, values, strict=True):
+                kind, _, level = each.attributes["class"].partition("-")
+                assert kind in ("even", "help" if value > 0 else "hurt")
+                assert kind == "even" or 1 <= int(level) <= 5
+            (legend,) = [each for each in entry.all("p") if each.attributes.get("class") == "scale"]
+            end = np.quantile(np.abs(values), 0.95)
+            ends = [float(each.replace("−", "-")) for each in re.findall(r"[+−][\d.]+", legend.text)]
+            assert ends == pytest.approx([-end, end], rel=0.01) and len(list(legend.all("span"))) == 11
+            assert titles[0][2] in legend.text and "nats and beyond" in legend.text
+            shown += len(spans)
+    assert shown > 5 * T
+    assert "coloured by position: where a weight was used" in page.by_id("samples").text
+    assert "It is not what the word as a target did" in page.by_id("samples").text
+    assert "documents by position: a document has the parts" in " ".join(page.by_id("documents").text.split())
+
+
+def test_pieces_and_words() -> None:
+    """A character of several tokens is shown once, with the sum of their parts."""
+    text = "naïve 🔬!"
+    tokenizer = get_tokenizer("gpt2_bytes")
+    tokens = tokenizer.encode(text).tolist()
+    pieces = pieces_of(tokenizer.decode, tokens)
+    assert (
+        "".join(pieces) == text
+        and pieces[:5] == ["n", "a", "", "ï", "v"]
+        and pieces[-5:-1] == ["", "", "", "🔬"]
+    )
+    cut = pieces_of(tokenizer.decode, tokens[:-2])
+    assert "".join(cut) == tokenizer.decode(tokens[:-2]) and "�" in cut
+    assert pieces_of(tokenizer.decode, []) == []
+    parts = [float(2**place) for place in range(len(tokens))]
+    found = Pieces(pieces, len(pieces), "sample 1").words([*parts[:-1], 0.0], "target")
+    assert [(each.text, each.value, each.tokens) for each in found[:4]] == [
+        ("n", None, 1), ("a", 1.0, 1), ("ï", 6.0, 2), ("v", 8.0, 1)
+    ]  # fmt: skip
+    assert sum(each.value or 0 for each in found) == sum(parts[:-1])
+    at = Pieces(["a", "b", ""], 3, "sample 1").words([1.0, 2.0], "position")
+    assert at == [Word("a", 1.0, 1), Word("b", 2.0, 2)]
+    wrongs: list[tuple[list[float], Any]] = [([1], "target"), ([1, 2, 3], "target"), ([1], "position")]
+    for wrong, by_word in wrongs:
+        with pytest.raises(
+            AttributionError, match=r"sample 1 has 3 tokens, and \d parts of its value that are not"
+        ):
+            Pieces(["a", "b", ""], 3, "sample 1").words(wrong, by_word)
+    assert Pieces(["a", "b"], 3, "sample 1").words([1.0, 2.0], "target") == [
+        Word("a", None, 1),
+        Word("b", 1.0, 1),
+    ]
+
+
+def test_what_the_colours_say(made: ScoredRun) -> None:
+    assert "coloured by target: what each word, as a target, did." in describe_words("target", [made], True)
+    assert "no text of each token" in describe_words("target", [made], False)
+    assert "there is no split by word (train with --values exact" in describe_words(None, [made], False)
+    coloured = colour_words([Word("a", None, 1), Word("b", 2e-6, 1), Word("c", -1e-9, 2)], "nats")
+    assert [coloured.level(value) for value in (1.0, 1e-6, 1e-9, 0.0, -1e-6, -1.0)] == [5, 3, 0, 0, -3, -5]
+    assert word_title(coloured.words[1], coloured.scale) == "+2.00 × 10⁻⁶ nats"
+    assert word_title(coloured.words[2], coloured.scale) == "−0.00100 × 10⁻⁶ nats (2 tokens)"
 
 
 def test_documents_add_up_to_the_samples(page: Element, by_sample: pd.DataFrame) -> None:

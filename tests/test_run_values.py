@@ -10,6 +10,8 @@ import torch
 from run_helpers import Run, TwoProcesses, start, tokens_of
 from transformers import GPT2LMHeadModel
 
+from attribution.scored_run import ScoredRun
+from attribution.values import write_values
 from score_store.schema import OF_STEP
 
 N, M, STEPS = 3, 2, 6
@@ -19,7 +21,7 @@ FLAGS: dict[str, Any] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "audited": {"audit_interval": 3, "gradient_accumulation_steps": 2},
-    "exact": {"values": "exact", "grad_clip": 0.5},
+    "exact": {"values": "exact", "grad_clip": 0.5, "exact_by_target": True},
     "kept": {"val_refresh_interval": 4, "audit_interval": 0, "gradient_accumulation_steps": 2},
     "both": {"validation_point": "lookahead", "val_refresh_interval": 3, "audit_interval": 3},
     "sgd": {"optimizer": "SGD", "learning_rate": 0.5, "values": "exact", "grad_clip": 0.5},
@@ -55,6 +57,21 @@ def test_which_steps_are_exact_and_that_the_parts_add_up(run: Run) -> None:
         assert set(scores[scores.value.isna()].step) == ({0} if first else set())
         product = scores.lr * scores.clip_factor * scores.dot_product / scores.global_batch_size
         assert np.allclose(scores.value, product, rtol=1e-12, equal_nan=True)
+
+
+def test_parts_by_target(run: Run) -> None:
+    """What they are, tests/test_by_target.py says; here that they are kept where they are asked for."""
+    scores = run.scores()
+    if not KINDS[run.folder.name].get("exact_by_target"):
+        assert "target_value" not in scores and ScoredRun.open(run.folder).by_word is None
+        return
+    parts = np.stack(scores.target_value)
+    assert parts.shape == (len(scores), 8) and (np.abs(parts) > 0).all()
+    np.testing.assert_allclose(parts.sum(1), scores.exact_value, rtol=1e-13)
+    samples = write_values([ScoredRun.open(run.folder)], run.folder / "values").read("samples").to_pandas()
+    words = pd.read_parquet(run.folder / "values" / "words.parquet")
+    pd.testing.assert_frame_equal(words[["sample_id", "value"]], samples[["sample_id", "value"]], rtol=1e-13)
+    np.testing.assert_allclose(np.stack(words.parts).sum(1), samples.value, rtol=1e-12)
 
 
 def test_where_the_validation_loss_is_known(run: Run) -> None:

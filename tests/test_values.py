@@ -27,9 +27,11 @@ from attribution.database import ScoreDatabase
 from attribution.documents import write_documents
 from attribution.errors import AttributionError
 from attribution.options import parse_steps, run_command
+from attribution.query.history import find_document_uses
 from attribution.scored_run import ScoredRun, same_samples
 from attribution.values import count_steps_of_half, main, write_values
 from attribution.values_folder import FILES, Values, being_written
+from attribution.words import whole_samples
 from data_processing.blocks import BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import GPT2_BYTES_IDS, ShardWriter, domain_file_name, list_shards
@@ -153,6 +155,112 @@ def test_values_of_documents(folders: list[Path], data: Path, tmp_path: Path) ->
     want = documents_by_token(samples, {domain: document_starts(data, domain) for domain in DOMAINS})
     pd.testing.assert_frame_equal(got[list(want)], want, check_dtype=False, rtol=1e-11)
     assert got.value.sum() == pytest.approx(samples.value.sum(), rel=1e-11)
+
+
+BY_WORD: dict[str, dict[str, Any]] = {
+    "target": {"values": "exact", "by_target": True, "audited": range(12)},
+    "position": {"granularity": "token"},
+}
+
+
+def parts_of(folder: Path, by_word: str) -> pd.DataFrame:
+    """A row for each part of each use, in the unit of the value."""
+    scores = scores_of(folder)
+    parts = scores.target_value if by_word == "target" else scores.token
+    scale = 1 if by_word == "target" else scores.lr * scores.clip_factor / scores.global_batch_size
+    scale = weighted(scores, "absolute") / scores.value * scale
+    table = scores[["sample_id", "domain", "block"]].assign(
+        parts=parts, scale=scale, t=[range(T)] * len(scores)
+    )
+    table = table[parts.notna()].explode(["parts", "t"])
+    return table.assign(part=(table.parts * table.scale).astype(float))
+
+
+@pytest.mark.parametrize("by_word", BY_WORD)
+def test_values_by_word(by_word: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against sums by hand: of samples, and of documents by the token that each part belongs to."""
+    folders = [
+        write_run(tmp_path / f"{seed}", data, seed=seed, null_steps=[NULL_STEP], **BY_WORD[by_word])
+        for seed in (1, 2)
+    ]
+    values = values_of(tmp_path, *folders, normalise="absolute")
+    words, samples = (values.read(name).to_pandas() for name in ("words", "samples"))
+    parts = pd.concat([parts_of(folder, by_word) for folder in folders])
+    want = parts.groupby(["sample_id", "t"]).part.sum().unstack() / 2
+    has = words.parts.notna()
+    assert values.by_word == by_word and words.sample_id.equals(samples.sample_id)
+    assert words.sample_id[has].tolist() == want.index.tolist() and (~has).any() == (by_word == "position")
+    np.testing.assert_allclose(np.stack(words.parts[has]), want, rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(words.value, samples.value, rtol=1e-11, atol=1e-14)
+
+    token = parts.block * T + parts.t + (by_word == "target")
+    starts = {domain: document_starts(data, domain) for domain in DOMAINS}
+    document = [int((starts[d] <= place).sum()) - 1 for d, place in zip(parts.domain, token, strict=True)]
+    of_documents = parts.assign(document=document).groupby(["domain", "document"]).part.sum() / 2
+    got = values.read("documents").to_pandas().set_index(["domain", "document"]).value
+    np.testing.assert_allclose(got.dropna(), of_documents, rtol=1e-11, atol=1e-14)
+    assert set(of_documents.index) == set(got.dropna().index)
+    assert got.sum() == pytest.approx(samples.value.sum(), rel=1e-11)
+
+    plain = BY_WORD[by_word] | {"granularity": "total", "by_target": False}
+    by_tokens = write_run(tmp_path / "3", data, seed=3, **plain)
+    kinds = {"target": "by target: a document has the parts", "position": "by position: a document"}
+    status, out, _ = command(capsys, folders[0], by_tokens)
+    assert status == 0 and "no split of values by word: the runs have different ones" in out
+    assert kinds[by_word] not in out and "by their numbers of target tokens" in out
+    assert not (folders[0] / "values" / "words.parquet").exists()
+    assert json.loads((folders[0] / "values" / "values.json").read_text())["by_word"] is None
+    status, out, _ = command(capsys, folders[0])
+    assert status == 0 and kinds[by_word] in out and "words.parquet" in out
+    shards = {shard.domain: shard for shard in list_shards(data, "train")}
+    documents = Values.open(folders[0] / "values").read("documents").slice(0, 8).to_pylist()
+    with ScoreDatabase([ScoredRun.open(folders[0])]) as database:
+        for row in documents:
+            uses = find_document_uses(database, shards[row["domain"]], row["document"], T).to_pandas()
+            assert uses.block.nunique() == row["blocks"]
+            assert uses.value.sum() == pytest.approx(row["value"] or 0, abs=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_the_uses_of_a_sample_stay_together(rows: int, tmp_path: Path) -> None:
+    ids = [1, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 4]
+    pq.write_table(pa.table({"sample_id": ids}), tmp_path / "uses.parquet", row_group_size=rows)
+    with pq.ParquetFile(tmp_path / "uses.parquet") as file:
+        pieces = [piece["sample_id"].to_pylist() for piece in whole_samples(file)]
+    assert [each for piece in pieces for each in piece] == ids
+    assert sum(len(set(piece)) for piece in pieces) == 4
+
+
+def test_positions_do_not_split_exact_values(data: Path, tmp_path: Path, capsys) -> None:
+    folder = write_run(tmp_path / "run", data, granularity="token", values="exact", audited=range(12))
+    status, out, _ = command(capsys, folder)
+    assert status == 0 and "scores by position split values in pass, and these are exact" in out
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("value", "and parts that add up to .*: the scores are damaged"),
+        ("dot_product", "has different numbers of parts in different steps, 5, 8, and not of padding"),
+    ],
+)
+def test_parts_that_are_not_those_of_the_values(
+    column: str, message: str, data: Path, tmp_path: Path, capsys
+) -> None:
+    folder = write_run(tmp_path / "run", data, steps=4, ranks=1, granularity="token", flush_every=4)
+    (path,) = (folder / "grad_dotprods").iterdir()
+    table = pq.read_table(path).to_pandas()
+    short = table.token.map(lambda parts: parts[:5]) if column == "dot_product" else table.token * 2
+    token = pd.concat([table.token[:6], short[6:]])
+    if column == "dot_product":  # the first six samples again
+        table.loc[6:, "dot_product"] = short[6:].map(np.sum)
+        table["value"] = table.lr * table.clip_factor * table.row_weight * table.dot_product
+        for name in ("sample_id", "domain", "block"):
+            table[name] = [*table[name][:6]] * 2
+    schema = pq.read_schema(path)
+    pq.write_table(pa.Table.from_pandas(table.assign(token=token), schema, preserve_index=False), path)
+    status, _, err = command(capsys, folder)
+    assert status == 2 and re.search(message, err), err
 
 
 @pytest.mark.parametrize("batch", [1, 3, 1 << 14])

@@ -36,6 +36,7 @@ from attribution.query.text_search import Place
 from attribution.samples import Samples, StoredSamples
 from attribution.screen import plain_console, print_samples, printable
 from attribution.units import Unit, write_units
+from attribution.words import DIVIDED
 from data_processing.shards import Shard
 from data_processing.tokenizers import Tokenizer
 
@@ -65,8 +66,13 @@ def query_text(options: RunOptions, text: str) -> None:
         f"{count:,} training documents contain the text"
         + f", of which the first {len(places)} are:" * (count > len(places))
     )
-    screen.print("part: how much of a block's targets is the document's; value: that part of the block's")
     with tempfile.TemporaryDirectory() as folder, open_scores(options, folder) as database:
+        of = "inputs" if database.by_word == "position" else "targets"
+        screen.print(
+            f"part: how much of a block's {of} is the document's; value: its part of the block's value, which "
+            f"is divided {DIVIDED[database.by_word]}",
+            soft_wrap=True,
+        )
         histories = [
             find_document_uses(database, by_name[place.domain], place.document, size) for place in places
         ]
@@ -76,7 +82,9 @@ def query_text(options: RunOptions, text: str) -> None:
         for place, history in zip(places, histories, strict=True):
             shard = by_name[place.domain]
             screen.print()
-            print_place(screen, shard, place, find_blocks(shard, place.document, size), tokenizer)
+            print_place(
+                screen, shard, place, find_blocks(shard, place.document, size, database.by_word), tokenizer
+            )
             own = None
             if units is not None and len(history):
                 own = find_standing(database, units, "documents", place.domain, place.document)
@@ -206,7 +214,7 @@ def print_history(
 
 
 def print_uses(screen: Console, history: pa.Table) -> None:
-    """Print the first uses, one line each. A document's uses show its share of the block's targets."""
+    """Print the first uses, one line each. A document's uses show its share of the block's targets (or inputs)."""
     headings = {
         "step": "step", "block": "block", "share": "part", "train_loss": "train loss", "lr": "lr",
         "dot_product": "dot product", "value": "value",

@@ -43,6 +43,7 @@ from attribution.scored_run import ScoredRun, samples_of
 from attribution.screen import plain_console
 from attribution.values import write_values
 from attribution.values_folder import Values
+from attribution.words import DIVIDED
 from foundation.errors import file_errors
 from foundation.files import write_text
 from foundation.paths import path_argument
@@ -119,6 +120,7 @@ def collect_content(
         **build_audit_section(database, values.read("audit")),
         "validation": collect_validation_rows(runs),
         "has_documents": samples.documents is not None,
+        "documents_divided": DIVIDED[values.by_word],
         "samples_described": samples.described,
         "noun": samples.noun,
         "settings": texts.list_settings([run.config for run in runs]),

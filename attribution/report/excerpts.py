@@ -11,9 +11,12 @@ from PIL import Image
 from attribution.database import ScoreDatabase
 from attribution.report.plots import Scale, choose_scale
 from attribution.report.tables import count_document_uses, find_sample_uses
+from attribution.report.texts import describe_words
+from attribution.report.word_colours import colour_words
 from attribution.samples import Samples, excerpt_of
 from attribution.scored_run import ScoredRun
 from attribution.values_folder import Values
+from attribution.words import read_parts
 from data_processing.images import small_png
 
 EXTREMES = 10  # at either end
@@ -35,12 +38,32 @@ def collect_samples(
     """Return the most extreme samples, with their texts and the steps in which they were used."""
     helpful, harmful = find_extremes(values, "samples", value_unit)
     rows = helpful.rows + harmful.rows
+    colour_samples(rows, values, value_unit, samples)
     uses = find_sample_uses(database, [row["sample_id"] for row in rows])
     for row in rows:
         row |= {"uses": uses[row["sample_id"]]}
         row |= vars(samples.excerpt(row["domain"], row["block"], SHOWN_TOKENS))
         row["image"] = thumbnail(samples.image(row["domain"], row["block"]))
-    return {"helpful_samples": helpful, "harmful_samples": harmful, "shown_uses": SHOWN_USES}
+    coloured = any(row["words"] is not None for row in rows)
+    return {
+        "helpful_samples": helpful,
+        "harmful_samples": harmful,
+        "shown_uses": SHOWN_USES,
+        "words_legend": describe_words(values.by_word, database.runs, coloured),
+    }
+
+
+def colour_samples(rows: Sequence[dict[str, Any]], values: Values, value_unit: str, samples: Samples) -> None:
+    """Give each row of "samples" its text in coloured words: "words", None where they are not known."""
+    by_word = values.by_word
+    found = {} if by_word is None else read_parts(values.path("words"), [row["sample_id"] for row in rows])
+    for row in rows:
+        parts, row["words"] = found.get(row["sample_id"]), None
+        if by_word is None or parts is None:
+            continue
+        pieces = samples.pieces(row["domain"], row["block"], SHOWN_TOKENS)
+        if pieces is not None:
+            row["words"] = colour_words(pieces.words(parts, by_word), value_unit)
 
 
 def collect_documents(
@@ -54,7 +77,7 @@ def collect_documents(
         row |= count_document_uses(database, values, row, documents.block_size)
         end = row["first_token"] + row["tokens"]
         tokens = documents.by_domain[row["domain"]].tokens[row["first_token"] : end].tolist()
-        row |= vars(excerpt_of(documents.tokenizer, tokens, SHOWN_TOKENS)) | {"image": None}
+        row |= vars(excerpt_of(documents.tokenizer, tokens, SHOWN_TOKENS)) | {"image": None, "words": None}
     return {"helpful_documents": helpful, "harmful_documents": harmful}
 
 
@@ -80,7 +103,7 @@ def collect_validation_rows(runs: Sequence[ScoredRun]) -> list[dict[str, Any]]:
         if digest not in groups:
             rows = run.validation_rows().to_pylist()
             for row in rows:
-                row |= {"tokens": len(row["tokens"]), "shown_tokens": len(row["tokens"])}
+                row |= {"tokens": len(row["tokens"]), "shown_tokens": len(row["tokens"]), "words": None}
                 row["image"] = data_url(row["image"]) if row.get("image") else None
             groups[digest] = {"rows": rows, "runs": []}
         groups[digest]["runs"].append(run.folder.resolve().name)

@@ -10,7 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from attribution.pieces import Word
 from attribution.report.plots import Scale
+from attribution.report.word_colours import LEVELS, level_class
 from attribution.screen import FIRST_CHARACTERS, first_words
 from attribution.visible_text import visible
 
@@ -25,12 +27,20 @@ def render_page(content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"visible": visible, "beginning": beginning, "scaled": format_scaled}
+    templates.globals |= {"word_title": word_title, "level_class": level_class, "levels": LEVELS}
     return templates.get_template("report.html.jinja").render(content)
 
 
 def format_scaled(value: float, scale: Scale) -> str:
     """Return the value on that scale, with its sign and three digits."""
     return f"{value * scale.factor:+#.3g}".removesuffix(".").replace("-", "−")
+
+
+def word_title(word: Word, scale: Scale) -> str:
+    """Return what the page shows where the pointer rests on a word."""
+    assert word.value is not None, "a word without a value has no title"
+    tokens = "" if word.tokens == 1 else f" ({word.tokens} tokens)"
+    return f"{format_scaled(word.value, scale)}{' ×' if scale.factor != 1 else ''} {scale.name}{tokens}"
 
 
 def beginning(text: str) -> str:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from attribution.database import ScoreDatabase, parquet
+from attribution.documents import FIRST
 from attribution.report.charts import Curve, Histogram
 from attribution.report.domain_charts import DomainBins, DomainMean
 from attribution.values_folder import Values
@@ -154,8 +155,9 @@ def count_document_uses(
     Args:
         document: a row of "documents".
     """
-    first = (document["first_token"] - 1) // block_size  # the block in which its first token is a target
-    last = (document["first_token"] + document["tokens"] - 2) // block_size
+    begin = document["first_token"] - FIRST[values.by_word]
+    first = begin // block_size  # the block in which its first token is a target
+    last = (begin + document["tokens"] - 1) // block_size
     rows = database.query(
         f"""
         SELECT sum(steps)::BIGINT AS uses, min(first_step) AS first_step, max(last_step) AS last_step

@@ -9,6 +9,8 @@ import pyarrow as pa
 from attribution.database import Normalise
 from attribution.report.charts import Curve
 from attribution.scored_run import ScoredRun
+from attribution.words import DESCRIBED, why_none
+from score_store.schema import WordSplit
 
 VALUE_UNITS: dict[Normalise, str] = {"none": "nats", "absolute": "step totals", "predicted": "step changes"}
 VALUE_UNIT_SENTENCES: dict[Normalise, str] = {
@@ -22,6 +24,12 @@ VALUE_UNIT_SENTENCES: dict[Normalise, str] = {
     "loss that they predict together, so that late steps, in which the loss changes little, count as much as "
     "early ones. Their unit is the step change: 0.01 is one hundredth of what a step’s values predict "
     "together.",
+}
+WORD_SENTENCES: dict[WordSplit, str] = {
+    "target": "A word is a token of the model, and its value is what learning to predict it here, from the words "
+    "before it, did for the validation rows. The first word is the target of nothing.",
+    "position": "A word is a token of the model, and its value is what the weights’ uses at its place, which serve "
+    "the predictions of all words after it, did for the validation rows. It is not what the word as a target did.",
 }
 ABSENT = "(this run has no such setting)"
 
@@ -44,6 +52,21 @@ def describe_runs(
         "skipped": steps["predicted"].null_count,
         "skipped_reason": reason,
     }
+
+
+def describe_words(by_word: WordSplit | None, runs: Sequence[ScoredRun], coloured: bool) -> str:
+    """Return what the colours of the samples' texts say, or why there are none."""
+    if by_word is None:
+        return f"The texts have no colours: there is no split by word ({why_none(runs)})."
+    if not coloured:
+        return (
+            f"Values are split {DESCRIBED[by_word]}; the texts have no colours, because the run keeps no text of each "
+            "token: a loop of one’s own can put them into its samples’ metadata as “pieces”."
+        )
+    return (
+        f"Texts are coloured {DESCRIBED[by_word]}. {WORD_SENTENCES[by_word]} Blue: helped; orange: hurt; strong ones "
+        "are underlined, dotted if they hurt. Rest the pointer on a word for its value; they add up to the sample’s."
+    )
 
 
 def _rows_shown(runs: Sequence[ScoredRun]) -> str:
