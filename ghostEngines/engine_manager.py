@@ -227,12 +227,14 @@ class GradDotProdManager(GhostEngineManager):
         self._engine.attach(optimizer, loss_scale=loss_scale)
 
     def prepare_forward_input(self) -> Any:
+        if self.rows.weights is not None:
+            self._engine.begin_pass(self.rows.weights)
         if self._scoring.own_passes or self._recorded:  # the validation rows go with the first micro-batch
             return self.rows.inputs
         return self._batches.joined(self.rows.inputs, self._validation)
 
     def joint_loss(self, losses: Tensor) -> Tensor:
-        return self._engine.joint_loss(losses, self.rows.weights)
+        return self._engine.joint_loss(losses)
 
     def prepare_gradients(self, losses: Tensor) -> None:
         self._engine.prepare_gradients()

@@ -59,7 +59,8 @@ def directional_derivatives(
             result = forward_ad.unpack_dual((per_target if by_target else per_sample)(losses))
         except NotImplementedError as error:
             raise RuntimeError(
-                f"exact values need a forward-mode derivative of each operation of the model: {error}"
+                "exact values, and so audits, need a forward-mode derivative of each operation of the model "
+                f"(audit_interval=0 leaves audits out): {error}"
             ) from error
     if result.tangent is None:
         raise RuntimeError(f"the losses have no derivative by the model's parameters: {NO_DERIVATIVE}")

@@ -239,7 +239,7 @@ class GradDotProdEngine:
         """
         if self._forward is None:
             raise RuntimeError("attach the engine first, then begin a pass")
-        self._forward.coming_weights = row_weights
+        self._forward.coming_weights = torch.as_tensor(row_weights)
 
     def use_direction(self, direction: Direction | Mapping[str, Direction] | None) -> None:
         """Score rows against a direction that is given, from the next pass on.
@@ -409,6 +409,8 @@ class GradDotProdEngine:
     def forget_micro_batches(self) -> None:
         """Make the next forward pass the first of its step, whether or not the last step was finished."""
         self._micro_batches.forget()
+        if self._forward is not None:
+            self._forward.coming_weights = None
 
     def __enter__(self) -> "GradDotProdEngine":
         self.attach()
@@ -437,7 +439,7 @@ class GradDotProdEngine:
             row_weights: (n,) w_i ≥ 0, so that `.grad` is the gradient of Σ w_i ℓ_i over all micro-batches of the
                 update. None: those given to `begin_pass`; if none were, 1/(n·G), the mean over the update. Under
                 DDP, which averages the processes' gradients, a row's weight in the update is w_i divided by their
-                number.
+                number. In float16 very small weights need a loss scale, as very small losses do.
 
         Raises:
             ValueError: losses or weights of another shape; weights that are negative, or given twice; micro-batches
@@ -448,7 +450,9 @@ class GradDotProdEngine:
         """
         pass_ = self._pass()
         if row_weights is not None:
-            self._weigh(pass_, row_weights)
+            self._weigh(pass_, torch.as_tensor(row_weights))
+        elif not pass_.announced:
+            pass_.weights = None  # of an earlier call in this pass, such as for a log
         weights = pass_.row_weights()
         if losses.shape != weights.shape:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Hugging Face's Trainer with scores: training is what it was, and scores are those of its rows."""
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from datasets import concatenate_datasets
 from run_helpers import environment
 from scored_trainers import (
     COLLATOR,
@@ -21,7 +24,7 @@ from scored_trainers import (
     trainer,
 )
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer
 from trl import DPOTrainer
 
 from attribution.values import main as values
@@ -246,6 +249,123 @@ def test_two_processes_score_what_one_does(tmp_path: Path) -> None:
     assert whole > 0
 
 
+class Passing(Trainer):
+    """A subclass as many are: with arguments of its own, and a loss that it scales as transformers documents it."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, extra: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.extra = extra
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, labels=labels, num_items_in_batch=(labels[:, 1:] != -100).sum())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_subclass_with_its_own_arguments_and_scale(tmp_path: Path) -> None:
+    found = []
+    for plain in (True, False):
+        of = trainer(tmp_path / str(plain), Passing, plain=plain, with_extra=3, optim="sgd")
+        of.train()
+        assert of.extra == 3
+        found.append(parameters(of))
+    assert distance(found[1], found[0]) < 1e-9
+
+
+def test_rows_without_a_target_weigh_nothing(tmp_path: Path) -> None:
+    """Also a micro-batch of one such row alone."""
+    masked = TRAIN.map(lambda row: {"labels": [-100] * len(row["input_ids"])}).select(range(2))
+    rest = TRAIN.map(lambda row: {"labels": row["input_ids"]}).select(range(2, 6))
+    rows = concatenate_datasets([rest, masked]).select([0, 4, 1, 2, 5, 3])
+    rows = rows.select_columns(["number", "kind", "input_ids", "labels"])
+    collator = DataCollatorForSeq2Seq(TOKENS)
+    found = []
+    for plain in (True, False):
+        of = trainer(
+            tmp_path / str(plain),
+            plain=plain,
+            with_train_dataset=rows,
+            with_data_collator=collator,
+            with_eval_dataset=rows,
+            per_device_train_batch_size=1,
+            train_sampling_strategy="sequential",
+            **({} if plain else {"with_score_against": rest}),
+        )
+        of.train()
+        found.append(parameters(of))
+    assert distance(found[1], found[0]) < 1e-9
+    table = scores(tmp_path / "False").set_index("sample_id")
+    nothing = table.loc[masked["number"][:]]
+    assert (nothing["row_weight"] == 0).all() and nothing["dot_product"].isna().all()
+    assert (nothing["value"][nothing["step"] > 0] == 0).all()
+    values([str(tmp_path / "False" / "run")])
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda of, outputs: 5e-7 * sum(p.pow(2).sum() for p in of.model.parameters()),
+        lambda of, outputs: 0.3 * (outputs.logits.mean() - outputs.logits.mean().detach()),
+    ],
+)
+def test_a_term_is_seen_however_small_it_is(term: Callable[[Any, Any], Tensor], tmp_path: Path) -> None:
+    class More(Trainer):
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            loss, outputs = super().compute_loss(*args, **options | {"return_outputs": True})
+            return loss + term(self, outputs)
+
+    with pytest.raises(UserError, match="it has another term"):
+        trainer(tmp_path, More).train()
+
+
+def test_a_collator_in_another_order_and_a_model_with_dropout(tmp_path: Path) -> None:
+    def by_length(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = COLLATOR(sorted(features, key=lambda each: -len(each["input_ids"])))
+        return batch
+
+    with pytest.raises(UserError, match="the collator changes the order of the rows"):
+        trainer(tmp_path, with_data_collator=by_length, per_device_train_batch_size=4).train()
+    shutil.rmtree(tmp_path / "run")
+    dropping = model()
+    dropping.transformer.h[1].mlp.dropout.p = 0.1
+    with pytest.raises(AttachError, match="dropout"):
+        trainer(tmp_path, with_model=dropping).train()
+    assert not (tmp_path / "run").exists()  # so that the next one can have its name
+    trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match=r"go on with it by train\(resume_from_checkpoint"):
+        trainer(tmp_path, max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("scoring", "granularity", "column", "whole"),
+    [
+        (Scoring(every_exact=True, by_target=True), "total", "target_value", "exact_value"),
+        (Scoring(), "token", "token", "dot_product"),
+    ],
+)
+def test_scores_by_word(scoring: Scoring, granularity: str, column: str, whole: str, tmp_path: Path) -> None:
+    """Rows of different length; the parts are those of the sample's tokens, which the report can colour."""
+    COLLATOR.tokenizer.padding_side = "right"
+    mine = trainer(tmp_path, with_scoring=scoring, with_granularity=granularity)
+    mine.train()
+    table = scores(tmp_path).dropna(subset=whole)
+    assert table[column].map(sum).tolist() == pytest.approx(table[whole].tolist(), rel=1e-9)
+    values([str(tmp_path / "run")])
+    words = pd.read_parquet(tmp_path / "run" / "values" / "words.parquet").set_index("sample_id")
+    for number, parts in words["parts"].items():
+        length = len(TRAIN[number]["input_ids"])
+        assert len(parts) >= length and not any(parts[length:])
+    texts = pd.read_parquet(tmp_path / "run" / "samples")
+    for text, metadata in zip(texts["text"], texts["metadata"], strict=True):
+        assert "".join(json.loads(metadata)["pieces"]) == text
+    COLLATOR.tokenizer.padding_side = "left"
+    with pytest.raises(ValueError, match="padded on the right"):
+        trainer(tmp_path / "left", with_scoring=scoring, with_granularity=granularity).train()
+    COLLATOR.tokenizer.padding_side = "right"
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     class Other(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,7 +399,3 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"the loss that compute_loss\(\) of the Trainer's class returns is not"
     ):
         trainer(tmp_path / "other", Other).train()
-    dropping = model()
-    dropping.transformer.h[1].mlp.dropout.p = 0.1
-    with pytest.raises(AttachError, match="dropout"):
-        trainer(tmp_path / "dropout", with_model=dropping).train()

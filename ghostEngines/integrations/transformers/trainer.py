@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from transformers import Trainer, TrainerCallback
 
 from foundation.errors import UserError
 from foundation.granularity import Granularity
+from score_store.pieces import pieces_of
 from score_store.run_folder import RunFolder
 from score_store.run_writer import write_run
 from score_store.samples import Sample
 
 from ...covered_layers import cover
 from ...engine_manager import GradDotProdManager
+from ...losses import require
 from ...passes import DirectionKind
 from ...scoring import Scoring
 from ...updates import unwrapped
@@ -192,8 +195,9 @@ class _Scored(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of the base class, whose gradient is that of the joint batch's loss."""
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if not (self.is_in_train and self.model.training and torch.is_grad_enabled()):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, **options)
         if not self._coming:
             raise RuntimeError("compute_loss() was called more often than get_batch_samples() gave batches")
         origin = self._coming.popleft()
@@ -208,7 +212,7 @@ class _Scored(Trainer):
             labels=inputs.get("labels"),
             tolerance=None if self._checked else 3e-2 if half else 1e-3,
         )
-        result = super().compute_loss(joint, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(joint, inputs, **options)
         loss, outputs = result if return_outputs else (result, None)
         loss = joint.differentiable(loss / self._divisor(num_items_in_batch))
         self._losses, self._checked = joint.losses, True
@@ -237,6 +241,12 @@ class _Scored(Trainer):
                 f"a batch of {found} samples was made of {len(rows)} rows of the dataset: the collator must keep them "
                 "one to one"
             )
+        if self._by_word and "attention_mask" in train:
+            require(
+                train["attention_mask"][:, 0].all(),
+                "scores by word need rows that are padded on the right, so that their parts are those of the tokens in "
+                'order: set tokenizer.padding_side = "right".',
+            )
         ids, groups = self._identities.ids[rows], [self._identities.group(row) for row in rows]
         self._scores.attach_train_batch(train, sample_ids=ids, domains=groups, blocks=ids, weights=weights)
         new = self._run.unseen(rows)
@@ -244,8 +254,15 @@ class _Scored(Trainer):
         self._run.keep([self._sample(ids[i], groups[i], own) for i, own in zip(new, texts, strict=True)])
 
     def _sample(self, number: int, group: str, tokens: list[int]) -> Sample:
-        decoded = self.processing_class.decode(tokens, skip_special_tokens=False)
-        return Sample(int(number), decoded, tokens, group=group)
+        decode = partial(
+            self.processing_class.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        metadata = {"pieces": pieces_of(decode, tokens)} if self._by_word else {}
+        return Sample(int(number), decode(tokens), tokens, group=group, metadata=metadata)
+
+    @property
+    def _by_word(self) -> bool:
+        return self._scoring.by_target or self._granularity == "token"
 
     # An update
 
@@ -302,6 +319,7 @@ class _Scored(Trainer):
                 granularity=self._granularity,
                 layers=layers,
                 values="exact" if self._scoring.every_exact else "in_pass",
+                by_target=self._scoring.by_target,
                 validation=[
                     self._sample(number, "score_against", tokens_of(row))
                     for number, row in enumerate(self._validation_rows)
