@@ -126,7 +126,7 @@ def test_resuming_is_never_having_stopped(
     assert differences(run.folder, alone.folder) == []
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["fsdp"])
 def test_two_processes_are_one(
     parallel: str, alone: Run, data: Path, flags: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ def assert_same_scores(run: Run, want: Run) -> None:
     np.testing.assert_allclose(mine.dot_product, other.dot_product, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["fsdp"])
 def test_two_processes_are_one(parallel: str, alone: Run, data: Path, flags: Any, tmp_path: Path) -> None:
     run = TwoProcesses(
         data, tmp_path, run_name="two", **flags | {"batch_size": 2, "parallel": parallel}

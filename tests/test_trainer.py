@@ -202,12 +202,14 @@ def in_processes(
 @pytest.mark.parametrize("scoring", [Scoring(refresh_interval=3), Scoring(lookahead=True, audit_interval=5)])
 def test_validation_rows_in_passes_of_their_own(scoring: Scoring, tmp_path: Path) -> None:
     """The training is the same, and a run that resumes goes on with the gradient that it had."""
-    plain, whole = trainer(tmp_path / "plain", plain=True), trainer(tmp_path, with_scoring=scoring)
+    once = {"num_train_epochs": 1}
+    plain = trainer(tmp_path / "plain", plain=True, **once)
+    whole = trainer(tmp_path, with_scoring=scoring, **once)
     plain.train()
     whole.train()
     assert distance(parameters(whole), parameters(plain)) < 1e-9
     want = scores(tmp_path)
-    resumed = trainer(tmp_path, with_scoring=scoring)
+    resumed = trainer(tmp_path, with_scoring=scoring, **once)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-4"))
     got = scores(tmp_path)
     pd.testing.assert_frame_equal(got, want, rtol=1e-12)
