@@ -12,15 +12,17 @@ flush(); write_run(..., resume_from=k) then goes on with it, also after kill -9.
 """
 
 import json
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ from foundation.granularity import Granularity
 from score_store.files import list_files
 from score_store.run_folder import RunFolder
 from score_store.samples import ONE_GROUP, OWN, Sample, SampleWriter
-from score_store.schema import ScoreError, ValueKind
+from score_store.schema import ScoreError, ValueKind, score_schema
 from score_store.validation_rows import hash_of_samples, save_validation_samples
-from score_store.writer import ExactRows, ScoredStep, ScoreWriter, drop_rows_from
+from score_store.writer import ExactRows, ScoredStep, ScoreWriter, drop_rows_from, open_scores
 
 METHOD = "own loop"  # in config.json, in the place of a method of main.py
 VALIDATION = "the loop's own"  # the same, of the set of validation rows
@@ -66,10 +68,27 @@ class RunWriter:
 
     samples: SampleWriter
 
-    def __init__(self, folder: RunFolder, rank: int, save_interval: int, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        rank: int,
+        *,
+        save_interval: int,
+        first: int,
+        width: int | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Open the folder, which `write_run` has made.
+
+        Args:
+            first: the step that comes first.
+            width: how many dot products a row has, if that is known: m of "pairwise", L of "per_layer".
+            identity: of ScoreWriter.
+        """
         self.samples = SampleWriter(folder.samples, rank=rank)
         self.scores = ScoreWriter(folder.scores, rank=rank, **identity)
-        self._save_interval = save_interval
+        self._save_interval, self._width = save_interval, width
+        self._first = first
         self._step: int | None = None  # the last one appended
         self._waiting = 0  # steps that are not on the disk
 
@@ -110,8 +129,19 @@ class RunWriter:
 
         Raises:
             ScoreError: ids that are no integers of 64 bits.
-            ValueError: arguments of different length, or a step that is not in order.
+            ValueError: arguments of another form, or a step that is not in order.
         """
+        allowed = (self._first,) if self._step is None else (self._step, self._step + 1)
+        if operator.index(step) not in allowed:
+            raise ValueError(
+                f"step {step} is appended where step {allowed[-1]} comes next: steps are counted from 0 (or from "
+                "resume_from) without gaps, also where the optimizer skips one (null=True)"
+            )
+        if self._width is not None and dot_products.shape[1:] != (self._width,):
+            raise ValueError(
+                f"dot_products of shape {tuple(dot_products.shape)} in a run of granularity "
+                f"{self.scores.granularity!r} with {self._width} of them for each row"
+            )
         if step != self._step and self._waiting >= self._save_interval:
             self.flush()
         ids = integers(sample_ids)
@@ -199,16 +229,35 @@ def write_run(
     }
     if by_target and values != "exact":
         raise ScoreError('by_target=True splits exact values: give values="exact", too')
+    for name, value, known in (
+        ("direction", direction, ("auto", "gradient")),
+        ("values", values, get_args(ValueKind)),
+    ):
+        if value not in known:
+            raise ScoreError(f"{name} is {value!r}: there are {', '.join(known)}")
+    score_schema(granularity, by_target)
+    if resume_from is not None and operator.index(resume_from) < 0:
+        raise ScoreError(f"resume_from={resume_from}: steps are counted from 0")
     settings = {} if settings is None else settings
     if taken := sorted(config.keys() & settings.keys()):
         raise ScoreError(f"settings: {', '.join(taken)} is set by write_run itself; take another name")
+    validation = list(validation)
+    for sample in validation:
+        sample.check()
     if not validation:
         raise ScoreError("validation is empty: give the rows whose loss the values are about, as samples")
-    config = json.loads(json.dumps(config | settings))  # as it is read again: tuples are lists there
+    try:
+        config = json.loads(
+            json.dumps(config | settings, allow_nan=False)
+        )  # as it is read: tuples are lists there
+    except (TypeError, ValueError) as error:
+        raise ScoreError(f"settings and optimizer must be what JSON has: {error}") from error
     identity: dict[str, Any] = {
         "metadata": {
             "samples": OWN,
-            "run_configuration": json.dumps({"optimizer": optimizer, "direction": direction, **settings}),
+            "run_configuration": json.dumps(
+                {"optimizer": optimizer, "direction": direction, **settings}, sort_keys=True
+            ),
             "validation_sha256": hash_of_samples(validation),
             "layers": json.dumps(list(layers)),
         },
@@ -226,12 +275,19 @@ def write_run(
             make_folder(place, config, validation)
         elif world.rank == 0:
             assert resume_from is not None
+            check_last_step(place, resume_from)  # first: what is refused changes nothing
             drop_rows_from(place.scores, resume_from, **identity)
-            check_last_step(place, resume_from)
     finally:
         world.barrier()  # also after an error, so that no process waits for ever
     check_config(place, config)
-    return RunWriter(place, world.rank, save_interval, identity)
+    return RunWriter(
+        place,
+        world.rank,
+        save_interval=save_interval,
+        first=resume_from or 0,
+        width={"pairwise": len(validation), "per_layer": len(layers)}.get(granularity),
+        identity=identity,
+    )
 
 
 def check_new(place: RunFolder) -> None:
@@ -260,11 +316,14 @@ def check_config(place: RunFolder, config: Mapping[str, Any]) -> None:
     """Raise ScoreError unless the folder is there and its config.json is this one."""
     if not place.config.is_file():
         raise ScoreError(
-            f"{place.root} has no config.json: there is no run to go on with; leave out resume_from"
+            f"{place.root} has no config.json: there is no run to go on with (leave out resume_from), or rank 0 could "
+            "not make it, and its error says why"
         )
     with file_errors(place.config, ScoreError):
         found = json.loads(place.config.read_text(encoding="utf-8"))
-    for name in sorted(found.keys() | config.keys()):
+    for name in sorted(
+        (found.keys() | config.keys()) - {"run_name"}
+    ):  # the folder may be another place by now
         if found.get(name) != config.get(name):
             raise ScoreError(
                 f"{place.config} has {name} {found.get(name)!r:.200}, this run {config.get(name)!r:.200}: it is of "
@@ -273,11 +332,19 @@ def check_config(place: RunFolder, config: Mapping[str, Any]) -> None:
 
 
 def check_last_step(place: RunFolder, resume_from: int) -> None:
-    """Raise ScoreError unless there are scores up to the step before resume_from."""
+    """Raise ScoreError unless there are scores up to the step before resume_from, and of all processes in it."""
     with file_errors(place.scores, ScoreError):
         files = list_files(place.scores) if place.scores.is_dir() else []
     end = max((file.last for file in files), default=-1)
-    if end != resume_from - 1:
+    if 0 < resume_from <= end + 1:
+        own = pc.field("step") == resume_from - 1
+        last = open_scores(place.scores).to_table(["global_batch_size"], filter=own)["global_batch_size"]
+        if len(last) != (want := last[0].as_py() if len(last) else 1):
+            raise ScoreError(
+                f"{place.scores} has scores of {len(last)} rows in step {resume_from - 1}, and its update had {want}: "
+                "a process had not written it yet; let all flush() before each checkpoint, and resume from an earlier one"
+            )
+    if end < resume_from - 1:
         raise ScoreError(
             f"{place.scores} has scores up to step {end}, so that steps {end + 1} to {resume_from - 1} would be "
             f"missing: resume from step {end + 1} or earlier, and flush() before each checkpoint"

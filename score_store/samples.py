@@ -12,6 +12,7 @@ texts of its tokens, which joined are its text (pieces.py): then the report colo
 """
 
 import json
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,20 @@ class Sample:
     tokens: Sequence[int]  # as the model gets them, without padding
     group: str = ONE_GROUP
     metadata: dict[str, Any] = field(default_factory=dict)  # what else there is to know, as JSON
+
+    def check(self) -> None:
+        """Raise ScoreError for what cannot be written."""
+        try:
+            np.int64(operator.index(self.sample_id))
+            tokens = np.asarray(self.tokens, np.int64)
+            if tokens.ndim != 1 or (tokens < 0).any() or (tokens > np.iinfo(np.int32).max).any():
+                raise ValueError("a token is no id")
+            (self.text + self.group + self._metadata).encode()
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ScoreError(
+                f"sample {self.sample_id!r} cannot be written ({error}): its id must be an integer of 64 bits, text "
+                "and group texts, tokens ids without padding, and metadata what JSON has"
+            ) from error
 
     @cached_property
     def digest(self) -> int:
@@ -127,6 +142,7 @@ class SampleWriter:
             ScoreError: an id is there with another content.
         """
         for sample in samples:
+            sample.check()
             number = int(sample.sample_id)
             if number in self._buffer:
                 known: int | None = self._buffer[number].digest

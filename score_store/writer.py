@@ -8,7 +8,7 @@ what is sure after a crash.
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -71,6 +71,11 @@ class ExactRows:
     measured_fall: float
     cosine: float
     by_target: Tensor | None = None  # (n, T) the parts of each value by target, of a run that keeps them
+
+    def copied(self) -> Self:
+        """Return the same with tensors of its own, whose buffers the caller may reuse."""
+        parts = None if self.by_target is None else _copy(self.by_target)
+        return replace(self, values=_copy(self.values), by_target=parts)
 
 
 @dataclass(frozen=True)
@@ -183,8 +188,6 @@ class ScoreWriter:
                 missing, not asked for, or not their parts.
         """
         step = of_step.step
-        if exact is not None:
-            self._check_parts(exact)
         ids, places = np.asarray(sample_ids), np.asarray(blocks)
         assert ids.dtype.kind == places.dtype.kind == "i", f"integers, not {ids.dtype} and {places.dtype}"
         per_row = dot_products.shape if self.granularity == "total" else dot_products.shape[:1]
@@ -198,6 +201,9 @@ class ScoreWriter:
                 "sample_ids, domains, blocks, dot_products, train_losses and row_weights need one entry per sample "
                 f"each, got shapes {', '.join(str(tuple(shape)) for shape in shapes)}"
             )
+        self._check(of_step, dot_products, domains, row_weights)
+        if exact is not None:
+            self._check_exact(exact, len(domains))
         latest = self._buffer[-1].step if self._buffer else self._last_step
         if step < latest or (step == latest and not self._buffer):
             raise ValueError(
@@ -221,11 +227,44 @@ class ScoreWriter:
             clip_factor=_copy(torch.as_tensor(of_step.clip_factor, dtype=torch.float64)),
             global_batch_size=of_step.global_batch_size,
             null=_copy(torch.as_tensor(of_step.null)),
-            exact=exact,
+            exact=None if exact is None else exact.copied(),
         )
         self._buffer.append(row)
 
-    def _check_parts(self, exact: ExactRows) -> None:
+    def _check(
+        self,
+        of_step: ScoredStep,
+        dot_products: Tensor,
+        domains: Sequence[str],
+        row_weights: Tensor | npt.ArrayLike | None,
+    ) -> None:
+        """Raise ValueError for what flush() could not write, some steps later."""
+        for name in ("val_loss", "clip_factor", "null"):
+            value = getattr(of_step, name)
+            if isinstance(value, Tensor) and value.dim() != 0:
+                raise ValueError(f"{name} is of shape {tuple(value.shape)}: it is one number for the step")
+        if dot_products.dim() != (1 if self.granularity == "total" else 2):
+            raise ValueError(
+                f"dot_products are of shape {tuple(dot_products.shape)}, in a run of granularity {self.granularity!r}"
+            )
+        if others := [each for each in domains if not isinstance(each, str)]:
+            raise ValueError(f"a group is {others[0]!r}: groups are names")
+        if row_weights is not None and not isinstance(row_weights, Tensor) and not np.min(row_weights) >= 0:
+            raise ValueError(f"row_weights are {row_weights}: they must be numbers that are not negative")
+        if (
+            isinstance(row_weights, Tensor)
+            and row_weights.device.type == "cpu"
+            and not (row_weights >= 0).all()
+        ):
+            raise ValueError(
+                f"row_weights are {row_weights.tolist()}: they must be numbers that are not negative"
+            )
+
+    def _check_exact(self, exact: ExactRows, rows: int) -> None:
+        if tuple(exact.values.shape) != (rows,):
+            raise ValueError(
+                f"exact values of shape {tuple(exact.values.shape)} for {rows} rows: each micro-batch has its own"
+            )
         if (exact.by_target is not None) != self.by_target:
             raise ValueError(
                 f"ExactRows {'without' if self.by_target else 'with'} by_target, in a run with by_target="
@@ -367,7 +406,7 @@ def _exact_columns(steps: Sequence[_Rows], counts: Sequence[int], by_target: boo
             values.append(_on_cpu(step.exact.values))
         else:
             parts.append(_on_cpu(step.exact.by_target))
-            values.append(parts[-1].sum(1))
+            values.append(np.where(np.isnan(_on_cpu(step.exact.values)), math.nan, parts[-1].sum(1)))
     columns = {"exact_value": np.concatenate(values)}
     for name in OF_STEP:
         each = [math.nan if step.exact is None else getattr(step.exact, name) for step in steps]

@@ -26,7 +26,7 @@ from attribution.values import main as values
 from attribution.values import write_values
 from foundation.errors import UserError
 from ghostEngines import GradDotProdEngine, per_sample_losses
-from score_store import Processes, RunWriter, Sample, ScoreError, write_run
+from score_store import ExactRows, Processes, RunWriter, Sample, ScoreError, write_run
 from score_store.samples import SCHEMA, SampleWriter, open_samples
 
 ROOT = Path(__file__).parent.parent
@@ -410,19 +410,71 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         ({"sample_ids": np.array([1 << 63, 0], np.uint64)}, "sample_ids are uint64"),
         ({"row_weights": [0.5]}, "row_weights need one entry per sample"),
         ({"groups": ["a"]}, "need one entry per sample"),
+        ({"groups": [None, "a"]}, "a group is None"),
+        ({"row_weights": [-0.5, 1.5]}, "they must be numbers that are not negative"),
+        ({"row_weights": [torch.nan, 1.0]}, "they must be numbers that are not negative"),
+        ({"step": 1}, "step 1 is appended where step 0 comes next"),
+        ({"val_loss": torch.ones(2)}, r"val_loss is of shape \(2,\): it is one number"),
+        ({"null": torch.zeros(2)}, r"null is of shape \(2,\)"),
+        (
+            {"dot_products": torch.ones(2)},
+            r"dot_products of shape \(2,\) in a run of granularity 'pairwise' with 2",
+        ),
+        ({"dot_products": torch.ones(2, 7)}, r"dot_products of shape \(2, 7\)"),
+        (
+            {"exact": ExactRows(torch.ones(3), 1.0, 0.0, 0.0, 1.0, 1.0)},
+            r"exact values of shape \(3,\) for 2 rows",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             append(run, **changes)
+    for wrong in (
+        Sample("3", "text", [1]),  # type: ignore[arg-type]
+        Sample(3.5, "text", [1]),  # type: ignore[arg-type]
+        Sample(1 << 63, "text", [1]),
+        Sample(3, "\ud800", [1]),
+        Sample(3, "text", [1], group=None),  # type: ignore[arg-type]
+        Sample(3, "text", [-100]),
+        Sample(3, "text", [1], metadata={"a": {1, 2}}),
+    ):
+        with pytest.raises(ScoreError, match="cannot be written"):
+            run.samples.append([wrong])
+    exact = ExactRows(torch.ones(2), 2.0, 0.0, 0.0, 1.0, 1.0)
+    append(run, exact=exact)
+    exact.values.zero_()  # the loop's own buffer
     run.close()
+    assert pd.read_parquet(tmp_path / "run" / "grad_dotprods")["exact_value"].tolist() == [1, 1]
     for options, message in (
         ({"validation": []}, "validation is empty"),
         ({"settings": {"method": "mine"}}, "settings: method is set by write_run itself"),
         ({"by_target": True}, 'by_target=True splits exact values: give values="exact", too'),
-        ({"resume_from": 0}, "there is no run to go on with; leave out resume_from"),
+        ({"resume_from": 0}, r"there is no run to go on with \(leave out resume_from\)"),
+        ({"direction": "gradiant"}, "direction is 'gradiant': there are auto, gradient"),
+        ({"values": "exakt"}, "values is 'exakt': there are in_pass, exact"),
+        ({"granularity": "tokens"}, "granularity 'tokens'"),
+        ({"settings": {"path": Path("a")}}, "must be what JSON has"),
+        ({"settings": {"rate": torch.nan}}, "must be what JSON has"),
     ):
         with pytest.raises(UserError, match=message):
             write_run(tmp_path / "other", **SETTINGS | options)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    for step, message in ((-1, "steps are counted from 0"), (3, "steps 1 to 2 would be missing")):
+        with pytest.raises(ScoreError, match=message):
+            write_run(tmp_path / "run", **SETTINGS, resume_from=step)
+    assert len(pd.read_parquet(tmp_path / "run" / "grad_dotprods")) == 2  # what is refused changes nothing
+
+
+def test_a_process_that_had_not_written_its_last_step(tmp_path: Path) -> None:
+    first, second = open_both(tmp_path / "run")
+    for step in range(2):
+        for run in (first, second):
+            append(run, step=step, val_loss=None, global_batch_size=4)
+        if step == 0:
+            second.flush()
+    first.close()
+    with pytest.raises(ScoreError, match="scores of 2 rows in step 1, and its update had 4"):
+        write_run(tmp_path / "run", **SETTINGS, resume_from=2)
+    write_run(tmp_path / "run", **SETTINGS, resume_from=1).close()
 
 
 def test_runs_of_a_loop_have_common_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
