@@ -342,7 +342,7 @@ def check_last_step(place: RunFolder, resume_from: int) -> None:
         if len(last) != (want := last[0].as_py() if len(last) else 1):
             raise ScoreError(
                 f"{place.scores} has scores of {len(last)} rows in step {resume_from - 1}, and its update had {want}: "
-                "a process had not written it yet; let all flush() before each checkpoint, and resume from an earlier one"
+                "a process had not written it yet; let all flush() before each checkpoint, and resume from one before"
             )
     if end < resume_from - 1:
         raise ScoreError(

@@ -413,14 +413,10 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         ({"groups": [None, "a"]}, "a group is None"),
         ({"row_weights": [-0.5, 1.5]}, "they must be numbers that are not negative"),
         ({"row_weights": [torch.nan, 1.0]}, "they must be numbers that are not negative"),
-        ({"step": 1}, "step 1 is appended where step 0 comes next"),
+        ({"step": 2}, "step 2 is appended where step 1 comes next"),
         ({"val_loss": torch.ones(2)}, r"val_loss is of shape \(2,\): it is one number"),
         ({"null": torch.zeros(2)}, r"null is of shape \(2,\)"),
-        (
-            {"dot_products": torch.ones(2)},
-            r"dot_products of shape \(2,\) in a run of granularity 'pairwise' with 2",
-        ),
-        ({"dot_products": torch.ones(2, 7)}, r"dot_products of shape \(2, 7\)"),
+        ({"dot_products": torch.ones(2, 7)}, r"of shape \(2, 7\), in a run of granularity 'total'"),
         (
             {"exact": ExactRows(torch.ones(3), 1.0, 0.0, 0.0, 1.0, 1.0)},
             r"exact values of shape \(3,\) for 2 rows",
@@ -443,7 +439,8 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     append(run, exact=exact)
     exact.values.zero_()  # the loop's own buffer
     run.close()
-    assert pd.read_parquet(tmp_path / "run" / "grad_dotprods")["exact_value"].tolist() == [1, 1]
+    written = pd.read_parquet(tmp_path / "run" / "grad_dotprods")
+    assert written["exact_value"].dropna().tolist() == [1, 1]
     for options, message in (
         ({"validation": []}, "validation is empty"),
         ({"settings": {"method": "mine"}}, "settings: method is set by write_run itself"),
@@ -460,15 +457,19 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     for step, message in ((-1, "steps are counted from 0"), (3, "steps 1 to 2 would be missing")):
         with pytest.raises(ScoreError, match=message):
-            write_run(tmp_path / "run", **SETTINGS, resume_from=step)
-    assert len(pd.read_parquet(tmp_path / "run" / "grad_dotprods")) == 2  # what is refused changes nothing
+            write_run(tmp_path / "run", **SETTINGS | {"granularity": "total", "resume_from": step})
+    assert len(pd.read_parquet(tmp_path / "run" / "grad_dotprods")) == len(written)  # nothing has changed
 
 
 def test_a_process_that_had_not_written_its_last_step(tmp_path: Path) -> None:
     first, second = open_both(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"of shape \(2, 7\) in a run of granularity 'pairwise' with 2 of them"
+    ):
+        append(first, dot_products=torch.ones(2, 7))
     for step in range(2):
         for run in (first, second):
-            append(run, step=step, val_loss=None, global_batch_size=4)
+            append(run, step=step, val_loss=None, global_batch_size=4, dot_products=torch.ones(2, M))
         if step == 0:
             second.flush()
     first.close()

@@ -202,7 +202,7 @@ def in_processes(
 @pytest.mark.parametrize("scoring", [Scoring(refresh_interval=3), Scoring(lookahead=True, audit_interval=5)])
 def test_validation_rows_in_passes_of_their_own(scoring: Scoring, tmp_path: Path) -> None:
     """The training is the same, and a run that resumes goes on with the gradient that it had."""
-    once = {"num_train_epochs": 1}
+    once: dict[str, Any] = {"num_train_epochs": 1}
     plain = trainer(tmp_path / "plain", plain=True, **once)
     whole = trainer(tmp_path, with_scoring=scoring, **once)
     plain.train()
