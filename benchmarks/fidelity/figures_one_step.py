@@ -69,9 +69,20 @@ def table(
 
 
 def sums(states: Sequence[State]) -> str:
-    """Return how far the sum of exact values is from that of the Shapley values, in words."""
-    off = [abs(compare(state, "exact", "shapley")[2] - 1) for state in states if "shapley" in state]
-    return f"median {np.median(off):.1%}, largest {max(off):.1%} of {len(off)} states"
+    """Return how far the sum of exact values is from that of the Shapley values, in words.
+
+    Where helpful and harmful rows cancel, the sum is near zero, and the distance is small beside the values' sizes alone.
+    """
+    measured = [state for state in states if "shapley" in state]
+    off = np.array([abs(sum(state["exact"]) - sum(state["shapley"])) for state in measured])
+    parts = []
+    for what, sizes in (
+        ("of the sum", [abs(sum(state["shapley"])) for state in measured]),
+        ("of the sum of their sizes", [sum(map(abs, state["shapley"])) for state in measured]),
+    ):
+        share = off / np.array(sizes)
+        parts.append(f"median {np.median(share):.1%} and largest {share.max():.1%} {what}")
+    return f"{', '.join(parts)}, in {len(measured)} states"
 
 
 def ages(states: Sequence[State], measured: str) -> str:
@@ -104,6 +115,8 @@ def tables(states: Sequence[State]) -> str:
         if not some:
             continue
         for measured in ("removal", "shapley", "integral"):
+            if not any(measured in state for state in some):
+                continue
             parts.append(f"{name}, against {measured}")
             parts.append(table(some, measured, group_of, ("optimizer", "gradient", "step")))
         parts.append(f"{name}: sum of the exact values against that of the Shapley values: {sums(some)}")
