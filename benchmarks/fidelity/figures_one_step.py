@@ -71,7 +71,7 @@ def table(
 def sums(states: Sequence[State]) -> str:
     """Return how far the sum of exact values is from that of the Shapley values, in words.
 
-    Where helpful and harmful rows cancel, the sum is near zero, and the distance is small beside the values' sizes alone.
+    Where helpful and harmful rows cancel, the sum is near zero, and the distance is small beside their sizes alone.
     """
     measured = [state for state in states if "shapley" in state]
     off = np.array([abs(sum(state["exact"]) - sum(state["shapley"])) for state in measured])
