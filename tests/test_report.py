@@ -43,11 +43,13 @@ from attribution.report.word_colours import colour_words
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
+from attribution.words import why_none
 from data_processing.blocks import BLOCK_BITS, BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import GPT2_BYTES_IDS, ShardWriter
 from data_processing.tokenizers import byte_ids, get_tokenizer
 from score_store.pieces import pieces_of
+from score_store.samples import OWN
 
 T = 96  # block size: a hostile text fits in whole
 DATE = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
@@ -399,6 +401,11 @@ def test_what_the_colours_say(made: ScoredRun) -> None:
     assert "coloured by target: what each word, as a target, did." in describe_words("target", [made], True)
     assert "no text of each token" in describe_words("target", [made], False)
     assert "there is no split by word (train with --values exact" in describe_words(None, [made], False)
+    own = replace(made, metadata=made.metadata | {"samples": OWN})
+    of_loop = describe_words(None, [own], False)
+    assert "--" not in of_loop and 'write_run(values="exact", by_target=True)' in of_loop
+    exact = replace(own, metadata=own.metadata | {"values": "exact", "granularity": "token"})
+    assert "and these are exact: ask for Scoring(every_exact=True, by_target=True) in" in why_none([exact])
     prompt = [Word("p", 0.0, 1)] * 100  # no part of the scale
     assert colour_words(prompt, "nats").end == 0
     coloured = colour_words([Word("a", None, 1), Word("b", 2e-6, 1), Word("c", -1e-9, 2), *prompt], "nats")
