@@ -283,8 +283,7 @@ def test_metadata_that_no_column_holds(tmp_path: Path) -> None:
     numbers: dict[str, list[Any]] = {
         "huge": [1 << 63, 1], "large": [(1 << 63) - 1, -(1 << 63)], "mixed": [0.5, (1 << 53) + 1],
         "real": [0.5, 1 << 53], "negative": [-(1 << 63) - 1, None], "lists": [[1, "a"], {"b": None}], "words": ["a", 1],
-        "truth": [True, None],
-        "nothing": [None, None],
+        "truth": [True, None], "nothing": [None, None],
     }  # fmt: skip
     with small_run(tmp_path / "run", sample_ids=[200, 201]) as run:
         run.samples.append(

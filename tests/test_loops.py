@@ -174,7 +174,7 @@ def test_lightning(names: dict[str, Any]) -> None:
     fit(names["Scored"](names["model"]))
     check_same((scores("lightning"), names["model"]), want)
 
-    class Broken(names["Scored"]):  # type: ignore[misc, name-defined]
+    class Broken(names["Scored"]):  # type: ignore[misc, name-defined, valid-type]
         def training_step(self, batch: Any, number: int) -> None:
             if number == 2:
                 raise RuntimeError("no more")
