@@ -28,7 +28,8 @@ class Pieces:
         """Return the text's words with their values.
 
         A token without a text of its own goes with the next one that has one, and at the end with the one before. The
-        first token is no target; the last one of a block is no input.
+        first token is no target; the last one of a block is no input. By target, a part of exactly zero is of a token
+        that is no target, as those of a prompt: it has no value.
 
         Args:
             parts: of the sample's value; those of the padding of a batch are zero.
@@ -40,9 +41,11 @@ class Pieces:
         if len(parts) < self.tokens - 1 or any(parts[self.tokens - first :]):
             raise AttributionError(
                 f"{self.name} has {self.tokens} tokens, and {len(parts)} parts of its value that are not theirs: give "
-                "the sample the tokens that the model gets, and pad batches on the right"
+                "the sample the T tokens that the model gets and, by target, the last one's target, T+1 in all; and "
+                "pad batches on the right"
             )
-        of_tokens: list[float | None] = [*[None] * first, *parts, None]
+        own = [part or None for part in parts] if by_word == "target" else parts
+        of_tokens: list[float | None] = [*[None] * first, *own, None]
         words: list[Word] = []
         begun = 0
         for end, text in enumerate(self.texts, 1):

@@ -216,6 +216,11 @@ class StoredSamples(Samples):
         texts = json.loads(row["metadata"]).get("pieces")
         if texts is None:
             return None
+        if not (isinstance(texts, list) and all(isinstance(each, str) for each in texts)):
+            raise ScoreError(
+                f"{self.place(domain, number)} has pieces in its metadata that are no list of strings, {texts!s:.60}: "
+                "give one for each token, which joined are the text (score_store.pieces_of)"
+            )
         if len(texts) != len(row["tokens"]) or "".join(texts) != row["text"]:
             raise ScoreError(
                 f"{self.place(domain, number)} has {len(texts)} pieces of its text in its metadata, for "

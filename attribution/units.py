@@ -21,7 +21,7 @@ def write_units(database: ScoreDatabase, samples: Samples, unit: Unit, folder: P
         raise AttributionError(
             f"{database.runs[0].folder}: its samples have no documents in them; take --unit samples"
         )
-    write_tables(database, folder)
+    write_tables(database, samples, folder)
     if unit == "documents":
         samples.write_documents(folder, database.by_word)
     return folder / f"{unit}.parquet"

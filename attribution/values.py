@@ -23,6 +23,7 @@ from attribution.completeness import Window
 from attribution.database import MEMORY_LIMIT, Normalise, ScoreDatabase, parquet
 from attribution.errors import AttributionError
 from attribution.options import make_argument_parser, read_options, run_command
+from attribution.samples import Samples, StoredSamples
 from attribution.scored_run import ScoredRun, samples_of
 from attribution.screen import plain_console, print_domains, print_samples
 from attribution.values_folder import FILES, FORMAT, MANIFEST, Values, being_written, files_of
@@ -30,6 +31,7 @@ from attribution.words import DIVIDED, why_none, write_words
 from data_processing.shards import write_json_atomically
 from foundation.paths import path_argument
 from score_store.run_folder import RunFolder
+from score_store.samples import list_parts
 
 EXTREMES = 3  # samples shown at either end
 
@@ -59,7 +61,7 @@ def write_values(
         with ScoreDatabase(
             runs, memory_limit=memory_limit, steps=steps, normalise=normalise, spill_folder=unfinished
         ) as database:
-            write_tables(database, unfinished)
+            write_tables(database, samples, unfinished)
             windows, by_word = database.windows, database.by_word
         samples.write_documents(unfinished, by_word)
         manifest = {
@@ -168,17 +170,36 @@ def check_domains(samples: Path) -> None:
             last = batch.slice(len(batch) - 1, 1).to_pylist()[0]
 
 
-def write_tables(database: ScoreDatabase, folder: Path) -> None:
+def check_kept(database: ScoreDatabase, samples: Samples, scored: Path) -> None:
+    """Check that runs that keep their samples have each one of a file of samples, in the same group.
+
+    Raises:
+        AttributionError: they lack one, or have it in another group.
+    """
+    if not isinstance(samples, StoredSamples):
+        return
+    parts = [path for folder in samples.rows.folders for path in list_parts(folder)]
+    kept = f'JOIN {parquet(*parts)} kept ON one.sample_id = kept.sample_id AND one.domain = kept."group"'
+    lost = f"""
+        SELECT one.domain, one.block FROM {parquet(scored)} one {f"ANTI {kept}" if parts else ""}
+        ORDER BY one.sample_id LIMIT 1
+    """
+    for row in database.query(lost, "looking for the samples").to_pylist():
+        samples.check(row["domain"], row["block"])
+
+
+def write_tables(database: ScoreDatabase, samples: Samples, folder: Path) -> None:
     """Write all tables of a folder of values but the documents.
 
     Raises:
-        AttributionError: a value is not finite; a sample has two domains; as `write_words`.
+        AttributionError: a value is not finite; a sample has two domains; as `check_kept` and `write_words`.
     """
     check_finite(database)
     sums = f"{sample_sums(database)} ORDER BY sample_id"
-    samples = folder / "samples.parquet"
-    database.write(samples_sql(sums), samples, "summing samples")
-    check_domains(samples)
+    scored = folder / "samples.parquet"
+    database.write(samples_sql(sums), scored, "summing samples")
+    check_domains(scored)
+    check_kept(database, samples, scored)
     if database.by_word is not None:
         write_words(database, folder / "words.parquet")
     domains = f"""
@@ -186,7 +207,7 @@ def write_tables(database: ScoreDatabase, folder: Path) -> None:
             domain, count(*) AS samples, sum(steps)::BIGINT AS uses, fsum(value) AS value,
             favg(value) AS mean_value, count_if(value < 0) / nullif(count(value), 0) AS share_negative,
             fsum(abs(value)) / nullif(sum(fsum(abs(value))) OVER (), 0) AS share_of_absolute
-        FROM {parquet(samples)} GROUP BY domain ORDER BY mean_value DESC NULLS LAST, domain
+        FROM {parquet(scored)} GROUP BY domain ORDER BY mean_value DESC NULLS LAST, domain
     """
     database.write(domains, folder / "domains.parquet", "summing domains")
     columns = ", ".join(FILES["steps"])

@@ -1,4 +1,4 @@
-"""WordSplit the values of samples by word: sum the parts that the scores have of each use.
+"""Split the values of samples by word: sum the parts that the scores have of each use.
 
 There are two splits, and a value is the sum of its parts in either. "target": part t is what the target of position t
 did, which is the token after it (the column `target_value` of a run with exact values and --exact_by_target).
@@ -20,6 +20,7 @@ from attribution.database import ScoreDatabase
 from attribution.errors import AttributionError
 from attribution.scored_run import ScoredRun
 from foundation.progress import progress_bar
+from score_store.samples import OWN
 from score_store.schema import WordSplit
 
 ROUNDING = 1e-9  # of a value's distance from the sum of its parts, relative to the sum of their sizes
@@ -53,14 +54,25 @@ DIVIDED: dict[WordSplit | None, str] = {
     None: "by their numbers of target tokens, because the scores have no split of a value by word",
 }
 
+# What to ask for, by target and by position, by whether a loop wrote the run that is not main.py's.
+REMEDIES = {
+    False: ("train with --values exact --exact_by_target", "with --score_granularity token"),
+    True: (
+        "ask for Scoring(every_exact=True, by_target=True) in a scored Trainer, or for "
+        'write_run(values="exact", by_target=True) in a loop of one’s own',
+        'for granularity="token" in either',
+    ),
+}
+
 
 def why_none(runs: Sequence[ScoredRun]) -> str:
-    """Return, in words, why the values of these runs have no common split."""
+    """Return, in words, why the values of these runs have no common split, and how to get one."""
     if len({run.by_word for run in runs}) > 1:
         return "the runs have different ones"
+    target, position = REMEDIES[runs[0].metadata.get("samples") == OWN]
     if runs[0].exact and runs[0].granularity == "token":
-        return "scores by position split values in pass, and these are exact: train with --exact_by_target"
-    return "train with --values exact --exact_by_target, or with --score_granularity token"
+        return f"scores by position split values in pass, and these are exact: {target}"
+    return f"{target}, or {position}"
 
 
 def write_words(database: ScoreDatabase, target: Path) -> None:

@@ -74,7 +74,7 @@ def main(folder: Path, rows: int = ROWS, epochs: float = 3) -> float:
         scores=folder,
         sample_id="number",
         group="kind",
-        scoring=Scoring(every_exact=True),
+        scoring=Scoring(every_exact=True, by_target=True),
     )
     trainer.train()
     for tool in (values, report):

@@ -1,6 +1,7 @@
 """Runs that a loop of one's own writes with score_store.write_run: from their scores to what the tools make of them."""
 
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,9 +10,11 @@ from shutil import copy
 from threading import Barrier
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -221,12 +224,34 @@ def test_report_and_queries(
 
 
 def test_what_is_kept_is_a_data_set(
-    mine: tuple[Path, pd.DataFrame], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mine: tuple[Path, pd.DataFrame],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, table = mine
-    curate([str(folder), "--drop", "bottom:0.5", "--output", str(tmp_path / "new")])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    elsewhere = tmp_path_factory.mktemp("a[1]*")
+    curate([str(folder), "--drop", "bottom:0.5", "--output", str(elsewhere / "data" / "curated")])
     out = capsys.readouterr().out
-    assert "load_dataset(" in out and f"{str(tmp_path / 'new' / 'data' / '*.parquet')!r}" in out
+    assert "rows that training never used are not in it" in out
+    line = out.partition("to train on it: ")[2].strip()
+    loaded = eval(line, {"datasets": datasets})
+    texts = {each.sample_id: each.text for each in SAMPLES}
+    assert len(loaded) == len(IDS) // 2 and all(texts[row["id"]] == row["text"] for row in loaded)
+    monkeypatch.chdir(tmp_path_factory.mktemp("plain"))
+    (elsewhere / "data").rename("data")  # `datasets` takes a name of its folder for a pattern
+    lines = [part.partition("```")[0] for part in documented().split("```python\n")[3:5]]
+    columns = [{"number": number, "mine": str(number)} for number in [*IDS, 77]]  # the run never used 77
+    found: dict[str, Any] = {"dataset": datasets.Dataset.from_list(columns)}
+    exec(lines[0], found)
+    assert set(found["mine"]["number"]) == set(loaded["id"]) and found["mine"].column_names == [*columns[0]]
+    exec(lines[1], found)
+    assert set(found["mine"]["number"]) == {*loaded["id"], 77}
+
+    monkeypatch.chdir(tmp_path)
+    curate([str(folder), "--drop", "bottom:0.5", "--output", str(tmp_path / "new")])
     order = table.groupby("id").value.sum().sort_values().index
     kept = pd.read_parquet(tmp_path / "new" / "data")
     assert sorted(kept["id"]) == sorted(order[len(IDS) // 2 :])
@@ -251,6 +276,31 @@ def test_what_is_kept_is_a_data_set(
         with pytest.raises(AttributionError, match=message):
             curate([str(folder), "--drop", rule, "--unit", unit, "--output", str(tmp_path / "none")])
         assert [path.name for path in tmp_path.iterdir()] == ["new"], "whole or not at all"
+
+
+def test_metadata_that_no_column_holds(tmp_path: Path) -> None:
+    """It becomes JSON; what a column holds stays as it is."""
+    numbers: dict[str, list[Any]] = {
+        "huge": [1 << 63, 1], "large": [(1 << 63) - 1, -(1 << 63)], "mixed": [0.5, (1 << 53) + 1],
+        "real": [0.5, 1 << 53], "negative": [-(1 << 63) - 1, None], "lists": [[1, "a"], {"b": None}], "words": ["a", 1],
+        "truth": [True, None], "nothing": [None, None],
+    }  # fmt: skip
+    with small_run(tmp_path / "run", sample_ids=[200, 201]) as run:
+        run.samples.append(
+            [
+                Sample(200 + i, "", [1], "prose", {key: each[i] for key, each in numbers.items()})
+                for i in (0, 1)
+            ]
+        )
+    curate([str(tmp_path / "run"), "--drop", "threshold:-1", "--output", str(tmp_path / "new")])
+    found = pq.read_table(next((tmp_path / "new" / "data").iterdir())).to_pydict()
+    rows = [found["id"].index(number) for number in (200, 201)]
+    got = {key: [found[key][row] for row in rows] for key in numbers}
+    as_json = {
+        "huge": [str(1 << 63), "1"], "mixed": ["0.5", str((1 << 53) + 1)], "negative": [str(-(1 << 63) - 1), None],
+        "lists": ['[1, "a"]', '{"b": null}'], "words": ["a", "1"],
+    }  # fmt: skip
+    assert got == numbers | as_json
 
 
 def test_a_killed_run_is_resumed_without_a_row_doubled_or_lost(
@@ -393,8 +443,29 @@ def test_what_is_wrong_in_a_run_is_said_in_one_line(
         ScoreError, match="prose, sample 99 has 1 pieces of its text in its metadata, for 7 tokens"
     ):
         read_run(tmp_path / "no pieces").samples().pieces("prose", 99, 100)
-    small_run(tmp_path / "no text", sample_ids=[3, 99]).close()
-    assert "there is no sample 99 in group 'prose' of " in tool(capsys, tmp_path / "no text")
+    with SampleWriter(tmp_path / "no pieces" / "samples", rank=1) as writer:
+        writer.append([replace(SAMPLES[0], sample_id=98, metadata={"pieces": [1] * 7})])
+    with pytest.raises(
+        ScoreError, match=r"98 has pieces in its metadata that are no list of strings, \[1, 1"
+    ):
+        read_run(tmp_path / "no pieces").samples().pieces("prose", 98, 100)
+    for name, changes, message in (
+        ("no text", {"sample_ids": [3, 99]}, "there is no sample 99 in group 'prose' of "),
+        (
+            "other group",
+            {"groups": "code"},
+            "sample 3 in group 'code' of .*: it is of 'prose'; a sample has one",
+        ),
+    ):
+        small_run(tmp_path / name, **changes).close()
+        assert re.search(message, tool(capsys, tmp_path / name))
+        assert not (tmp_path / name / "values").exists()
+        with pytest.raises(AttributionError, match=message):
+            curate([str(tmp_path / name), "--drop", "negative", "--output", str(tmp_path / "none")])
+    with write_run(tmp_path / "no texts", **SETTINGS | {"granularity": "total"}) as run:
+        append(run)
+    assert "there is no sample 3 in group 'prose' of " in tool(capsys, tmp_path / "no texts")
+    assert not (tmp_path / "no texts" / "values").exists() and not (tmp_path / "none").exists()
     small_run(tmp_path / "damaged").close()
     config = tmp_path / "damaged" / "config.json"
     config.write_text(json.dumps({"method": "own loop", "run_name": "damaged"}))
@@ -524,6 +595,12 @@ def test_runs_of_a_loop_have_common_values(tmp_path: Path, capsys: pytest.Captur
         values([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
+def documented() -> str:
+    """The section of docs/values.md on loops of one's own."""
+    page = (ROOT / "docs" / "values.md").read_text()
+    return page.partition("## From your own loop")[2].partition("\n## ")[0]
+
+
 STEP = """
         tokens = tokens_of([Sample(i, text, its_tokens) for i, text, its_tokens in batch] + rows)
         losses = per_sample_losses(model, tokens[:, :-1], tokens[:, 1:])
@@ -535,8 +612,7 @@ STEP = """
 def test_the_lines_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand in docs/values.md, with a pass of the engine where they leave it out; the run is AdamW's."""
     monkeypatch.chdir(tmp_path)
-    section = (ROOT / "docs" / "values.md").read_text().partition("## From your own loop")[2]
-    write, read = (part.partition("```")[0] for part in section.split("```python\n")[1:3])
+    write, read = (part.partition("```")[0] for part in documented().split("```python\n")[1:3])
     before, left_out, after = write.partition("        ...  # forward")
     assert left_out
     model = nn.Sequential(nn.Embedding(128, 4), nn.Linear(4, 128))

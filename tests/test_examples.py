@@ -1,6 +1,7 @@
 """The examples, each in a smaller size, and what comes of their runs."""
 
 import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> ScoredRun:
 def test_sft_has_a_report(sft: ScoredRun) -> None:
     best, _ = shown(sft)
     assert best["value"] > 0
+    page = (sft.folder / "report.html").read_text()
+    assert "coloured by target" in page and page.count('nats">it</span>') + page.count('nats"> it</span>') > 5
+    assert not re.search(r'title="[^"]*">( ?what| ?\?)</span>', page), "a prompt has no values"
     assert sft.scores().count_rows() == 2 * SFT_ROWS
 
 

@@ -16,7 +16,7 @@ from scored_trainers import TOKENS
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from attribution import read_run
 from attribution.values import write_values
@@ -75,7 +75,7 @@ def scores(name: str) -> pd.DataFrame:
     run = read_run(Path("results", name))
     assert len(write_values([run], run.folder / "values").read("samples")) == ROWS
     text = run.samples().excerpt("all", 3, 100).text
-    assert text == " ".join(map(str, TRAIN[3, :-1].tolist()))
+    assert text == " ".join(map(str, TRAIN[3].tolist()))
     return run.scores().to_table().to_pandas().sort_values(["step", "sample_id"], ignore_index=True)
 
 
@@ -113,6 +113,15 @@ def test_a_plain_loop(names: dict[str, Any]) -> None:
     check_parameters(names["model"], trained)
 
 
+def test_a_sample_has_no_padding(names: dict[str, Any]) -> None:
+    """Neither does it lack its last target, whatever is masked before."""
+    x = torch.tensor([[5, 6, 7, 0, 0]])
+    for y in ([[6, 7, 8, -100, -100]], [[-100, -100, 8, -100, -100]]):
+        for end in (3, 4, 5):
+            (found,) = names["samples"](torch.tensor([9]), x[:, :end], torch.tensor(y)[:, :end])
+            assert (found.sample_id, found.tokens, found.text) == (9, [5, 6, 7, 8], "5 6 7 8")
+
+
 def test_accelerate(names: dict[str, Any]) -> None:
     want = plain(names)
     exec(blocks("accelerate"), names)
@@ -126,8 +135,7 @@ def test_accelerate_in_half_precision(names: dict[str, Any], monkeypatch: pytest
     seen = []
     record = names["record"]
 
-    def audited(run: Any, engine: Any, step: int, ids: Any, x: Any, losses: Any, *more: Any) -> None:
-        y = TRAIN[ids, 1:]
+    def audited(run: Any, engine: Any, step: int, ids: Any, x: Any, y: Any, losses: Any, *more: Any) -> None:
         exact = engine.exact_values(
             [lambda: per_sample_losses(names["inner"], x, y)],
             lambda: per_sample_losses(names["inner"], names["val_x"], names["val_y"]),
@@ -135,7 +143,7 @@ def test_accelerate_in_half_precision(names: dict[str, Any], monkeypatch: pytest
             global_rows=len(ids),
         )
         seen.append((exact.measured, exact.predicted, engine._current.gradients_autocast))
-        record(run, engine, step, ids, x, losses, *more)
+        record(run, engine, step, ids, x, y, losses, *more)
 
     names["record"] = audited
     exec(blocks("accelerate"), names)
@@ -150,17 +158,33 @@ def test_accelerate_in_half_precision(names: dict[str, Any], monkeypatch: pytest
 def test_lightning(names: dict[str, Any]) -> None:
     want = plain(names)
     exec(blocks("Lightning"), names)
-    module = names["Scored"](names["model"])
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, names["loader"])
+    untrained = copy.deepcopy(names["model"])
+
+    def fit(module: Any) -> None:
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, names["loader"])
+
+    fit(names["Scored"](names["model"]))
     check_same((scores("lightning"), names["model"]), want)
+
+    class Broken(names["Scored"]):  # type: ignore[misc, name-defined, valid-type]
+        def training_step(self, batch: Any, number: int) -> None:
+            if number == 2:
+                raise RuntimeError("no more")
+            super().training_step(batch, number)
+
+    Path("results", "lightning").rename("first")
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(Broken(untrained))
+    left = read_run("results/lightning").scores().to_table().to_pandas()
+    assert sorted(left.step.unique()) == [0, 1], "what was in the buffer is on the disk"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +194,6 @@ def test_lightning(names: dict[str, Any]) -> None:
 def test_trl(names: dict[str, Any], heading: str, page: str) -> None:
     model: LlamaForCausalLM = llama(len(TOKENS))
     names |= {
-        "SFTTrainer": SFTTrainer,
         "model": model,
         "args": SFTConfig(
             output_dir="checkpoints",

@@ -43,11 +43,13 @@ from attribution.report.word_colours import colour_words
 from attribution.scored_run import ScoredRun
 from attribution.values import write_values
 from attribution.visible_text import visible
+from attribution.words import why_none
 from data_processing.blocks import BLOCK_BITS, BlockDataset
 from data_processing.domain_lists import parse_set
 from data_processing.shards import GPT2_BYTES_IDS, ShardWriter
 from data_processing.tokenizers import byte_ids, get_tokenizer
 from score_store.pieces import pieces_of
+from score_store.samples import OWN
 
 T = 96  # block size: a hostile text fits in whole
 DATE = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
@@ -354,6 +356,23 @@ def test_pieces_and_words() -> None:
     cut = pieces_of(tokenizer.decode, tokens[:-2])
     assert "".join(cut) == tokenizer.decode(tokens[:-2]) and "�" in cut
     assert pieces_of(tokenizer.decode, []) == []
+    replacement = tokenizer.encode("a\ufffd\ufffdb").tolist()  # three tokens each, as the text has it
+    assert pieces_of(tokenizer.decode, replacement) == ["a", "", "", "\ufffd", "", "", "\ufffd", "b"]
+    decoded = []
+
+    def joined(ids: list[int]) -> str:  # looks back to the first token
+        decoded.append(len(ids))
+        return "".join(f"{ids[0]}{each}" for each in ids)
+
+    assert pieces_of(tokenizer.decode, long := tokens * 50)[-len(tokens) :] == pieces and len(long) > 500
+    assert pieces_of(joined, [1, 2, 3]) == ["11", "12", "13"]
+    decoded.clear()
+
+    def plain(ids: list[int]) -> str:
+        decoded.append(len(ids))
+        return tokenizer.decode(ids)
+
+    assert "".join(pieces_of(plain, long)) == text * 50 and sum(decoded) < 20 * len(long), "not quadratic"
     parts = [float(2**place) for place in range(len(tokens))]
     found = Pieces(pieces, len(pieces), "sample 1").words([*parts[:-1], 0.0], "target")
     assert [(each.text, each.value, each.tokens) for each in found[:4]] == [
@@ -365,9 +384,13 @@ def test_pieces_and_words() -> None:
     wrongs: list[tuple[list[float], Any]] = [([1], "target"), ([1, 2, 3], "target"), ([1], "position")]
     for wrong, by_word in wrongs:
         with pytest.raises(
-            AttributionError, match=r"sample 1 has 3 tokens, and \d parts of its value that are not"
+            AttributionError,
+            match=r"sample 1 has 3 tokens, and \d parts of its value that are not theirs: give .*, T\+1 in all",
         ):
             Pieces(["a", "b", ""], 3, "sample 1").words(wrong, by_word)
+    # A token that is no target has no part.
+    masked = Pieces(["a", "b", "c"], 3, "sample 1").words([0.0, 2.0], "target")
+    assert [word.value for word in masked] == [None, None, 2.0]
     assert Pieces(["a", "b"], 3, "sample 1").words([1.0, 2.0], "target") == [
         Word("a", None, 1),
         Word("b", 1.0, 1),
@@ -378,7 +401,14 @@ def test_what_the_colours_say(made: ScoredRun) -> None:
     assert "coloured by target: what each word, as a target, did." in describe_words("target", [made], True)
     assert "no text of each token" in describe_words("target", [made], False)
     assert "there is no split by word (train with --values exact" in describe_words(None, [made], False)
-    coloured = colour_words([Word("a", None, 1), Word("b", 2e-6, 1), Word("c", -1e-9, 2)], "nats")
+    own = replace(made, metadata=made.metadata | {"samples": OWN})
+    of_loop = describe_words(None, [own], False)
+    assert "--" not in of_loop and 'write_run(values="exact", by_target=True)' in of_loop
+    exact = replace(own, metadata=own.metadata | {"values": "exact", "granularity": "token"})
+    assert "and these are exact: ask for Scoring(every_exact=True, by_target=True) in" in why_none([exact])
+    prompt = [Word("p", 0.0, 1)] * 100  # no part of the scale
+    assert colour_words(prompt, "nats").end == 0
+    coloured = colour_words([Word("a", None, 1), Word("b", 2e-6, 1), Word("c", -1e-9, 2), *prompt], "nats")
     assert [coloured.level(value) for value in (1.0, 1e-6, 1e-9, 0.0, -1e-6, -1.0)] == [5, 3, 0, 0, -3, -5]
     assert word_title(coloured.words[1], coloured.scale) == "+2.00 × 10⁻⁶ nats"
     assert word_title(coloured.words[2], coloured.scale) == "−0.00100 × 10⁻⁶ nats (2 tokens)"

@@ -141,6 +141,8 @@ def print_curation(output: Path, manifest: dict[str, Any]) -> None:
         screen.print(f"domain {first_words(name)} is left out {few}", soft_wrap=True)
     valueless = sum(row["units"] - row["with_value"] for name, row in rows.items() if name not in gone)
     screen.print(f"{unit} that no step gave a value are kept: {valueless:,}", soft_wrap=True)
+    if "not_in_it" in manifest:
+        screen.print(manifest["not_in_it"], soft_wrap=True)
     screen.print(f"what was left out is listed in {output / DROPPED}", soft_wrap=True)
     screen.print(f"to train on it: {manifest['to_train']}", soft_wrap=True)
 

@@ -3,6 +3,7 @@
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from attribution.samples import BlockSamples, RecordSamples, Samples, StoredSamp
 from attribution.scored_run import ScoredRun, samples_of
 from attribution.units import Unit
 from data_processing.shards import list_shards
+
+# Of a data set of any loop's samples.
+NOT_IN_IT = (
+    "rows that training never used are not in it, nor columns of your data set that are no metadata of the samples; to "
+    "have both, leave out the ids of dropped.parquet from your data set (docs/values.md has the lines)"
+)
 
 
 class CuratedData(ABC):
@@ -88,10 +95,12 @@ class CuratedSamples(CuratedData):
         self.source = samples.rows.folders[0]
 
     def write(self, target: Path, unit: Unit, choice: Choice, dropped: Path) -> dict[str, Any]:
-        return {"domains": write_dataset(target, self.samples, choice, dropped)}
+        domains = write_dataset(target, self.samples, choice, dropped)
+        return {"domains": domains, "not_in_it": NOT_IN_IT}
 
     def to_train(self, output: Path) -> str:
-        return f'datasets.load_dataset("parquet", data_files={str(output / "data" / "*.parquet")!r}, split="train")'
+        files = str(Path(escape(str(output)), "data", "*.parquet"))  # a name may have letters of patterns
+        return f'datasets.load_dataset("parquet", data_files={files!r}, split="train")'
 
 
 def curated_data(runs: Sequence[ScoredRun], data_dir: Path | None) -> CuratedData:

@@ -2,7 +2,9 @@
 
     OUTPUT/data/train-00000-of-00001.parquet    id, group, text, tokens, and a column for each key of the metadata
 
-A sample keeps its id, so that the values of a run on the result can be compared with those of this one.
+A sample keeps its id, so that the values of a run on the result can be compared with those of this one. A key whose
+values are lists, dicts, of several types, or numbers that no column holds exactly, becomes strings of JSON, but strings
+among them stay as they are.
 """
 
 import json
@@ -26,7 +28,14 @@ COLUMNS = {
     "text": "text",
     "tokens": "tokens",
 }  # of SCHEMA: in the data set
-TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+INTEGER = "integer of 64 bits"  # larger than a float holds
+# The values that a column of each type has, the first that fits first; strings of JSON where none does.
+TYPES: tuple[tuple[set[type | str], pa.DataType], ...] = (
+    ({str}, pa.string()),
+    ({bool}, pa.bool_()),
+    ({int, INTEGER}, pa.int64()),
+    ({int, float}, pa.float64()),
+)
 
 
 def write_dataset(target: Path, samples: StoredSamples, choice: Choice, dropped: Path) -> dict[str, Any]:
@@ -90,18 +99,23 @@ def metadata_types(samples: StoredSamples) -> dict[str, pa.DataType]:
     Raises:
         AttributionError: a key is the name of another column.
     """
-    found: dict[str, set[type]] = {}
+    found: dict[str, set[type | str]] = {}
     for table in samples.tables(["metadata"]):
         for text in table["metadata"].unique().to_pylist():
             for key, value in json.loads(text).items():
-                found.setdefault(key, set()).update([] if value is None else [type(value)])
+                found.setdefault(key, set()).update([] if value is None else [kind_of(value)])
     if taken := sorted(found.keys() & set(COLUMNS.values())):
         raise AttributionError(
             f"{samples.rows.folders[0]}: {', '.join(taken)} in the metadata of samples is the name of a column of the "
             "data set, too; write the run with another name"
         )
-    kinds = {key: float if each == {int, float} else next(iter(each), str) for key, each in found.items()}
     return {
-        key: TYPES.get(kinds[key], pa.string()) if len(found[key]) < 2 or kinds[key] is float else pa.string()
-        for key in sorted(found)
+        key: next((kind for held, kind in TYPES if found[key] <= held), pa.string()) for key in sorted(found)
     }
+
+
+def kind_of(value: Any) -> type | str:
+    """Return the type of a value of the metadata; of an integer that a float or a column does not hold, its name."""
+    if type(value) is int and abs(value) > 1 << 53:
+        return INTEGER if -(1 << 63) <= value < 1 << 63 else "larger integer"
+    return type(value)

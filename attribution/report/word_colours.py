@@ -17,20 +17,20 @@ class ColouredWords:
     """The words of a text, and the scale of their colours."""
 
     words: Sequence[Word]
-    end: float  # the size of a value from which on a colour is the strongest
+    end: float  # the size of a value from which on a colour is the strongest; 0: none has a colour
     scale: Scale
 
     def level(self, value: float) -> int:
         """Return the shade of a value, from -LEVELS to LEVELS."""
         if value == 0:
             return 0
-        size = min(LEVELS, round(LEVELS * abs(value) / self.end)) if self.end > 0 else LEVELS
+        size = min(LEVELS, round(LEVELS * abs(value) / self.end))
         return size if value > 0 else -size
 
 
 def colour_words(words: Sequence[Word], value_unit: str) -> ColouredWords:
     """Return the words with their scale. value_unit: as in "nats"."""
-    sizes = [abs(word.value) for word in words if word.value is not None]
+    sizes = [abs(word.value) for word in words if word.value]  # most words of a long prompt have none
     end = float(np.quantile(sizes, SHARE)) if sizes else 0.0
     return ColouredWords(words, end, choose_scale(end, value_unit))
 
