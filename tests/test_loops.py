@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from scored_trainers import TOKENS
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,10 +43,12 @@ TRAIN, VALIDATION = tokens(ROWS, 0), tokens(M, 1)
 
 @pytest.fixture(autouse=True)
 def own_accelerator() -> Iterator[None]:
-    """accelerate keeps the settings of a process's first Accelerator for all later ones."""
+    """accelerate keeps the settings of a process's first Accelerator for all later ones, accumulation too."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from data_processing.shards import list_shards
 
 # Of a data set of any loop's samples.
 NOT_IN_IT = (
-    "rows that training never used are not in it, nor columns of your data set that are no metadata of the samples; to "
-    "have both, leave out the ids of dropped.parquet from your data set (docs/values.md has the lines)"
+    "rows that training never used are not in it, nor columns of your data set that are no metadata of the samples. "
+    "For the columns, take these ids from your data set: dataset.select(sorted(ids)) where ids are row indices. For "
+    "the rows, too, leave out the ids of dropped.parquet instead (docs/values.md, “From your own loop”)"
 )
 
 
