@@ -330,9 +330,11 @@ def test_sigterm_during_an_evaluation(
 
 KILLS = {  # plan: where that is
     "start 1 100": "write_text .config.json.tmp",  # no checkpoint yet: it begins anew
+    "train 1 3000": "write_table",
     "train 11 9000000": "save_pretrained .step_000006.tmp",
     "drop_rows_from 1 2000": "write_table",
     "keep_records_before 1 200": "write_text .metrics.jsonl.tmp",
+    "train 60 before": "",
     "remove_after 8 before": "unlink",  # within rmtree
 }
 

@@ -101,7 +101,7 @@ def test_two_processes_are_one(parallel: str, alone: Run, data: Path, results: P
 
 
 @pytest.mark.parametrize(
-    ("granularity", "more"), [("pairwise", {"activation_checkpointing": True}), ("per_layer", {})]
+    ("granularity", "more"), [("per_layer", {"activation_checkpointing": True})]
 )
 def test_divided_parameters_and_parts_of_scores(
     granularity: str, more: dict[str, Any], data: Path, results: Path
@@ -299,7 +299,7 @@ def second_gets_a_signal_in_an_evaluation() -> None:
     in_the_second(lambda: patch.object(training_loop, "evaluate", signalled).start())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp"])
 def test_a_signal_in_an_evaluation_of_several(parallel: str, alone: Run, data: Path, tmp_path: Path) -> None:
     """All leave it, and make it when the run goes on."""
     flags = FLAGS | {"run_name": "a", "parallel": parallel, "batch_size": 2}

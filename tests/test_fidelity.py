@@ -57,7 +57,7 @@ def test_figures(states: list[dict[str, Any]]) -> None:
     lines = table(states, "shapley", group_of, ("optimizer", "gradient", "step")).splitlines()
     assert len(lines) == 2 + len(states) and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| SGD | clipped | t = 30 | 1 | ")
-    assert sums(states).startswith("median 0.0%") and sums(states).endswith("of 2 states")
+    assert sums(states).startswith("median 0.0%") and sums(states).endswith("in 2 states")
     assert ages(states, "removal").count("\n") == 3
 
 

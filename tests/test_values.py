@@ -496,7 +496,10 @@ def test_scores_of_older_versions(
     found = values_of(tmp_path, folder)
     assert found.read("samples").equals(want.read("samples"))
     if "of_batch" not in lacking:
-        assert found.read("audit").equals(want.read("audit"))
+        # DuckDB's correlation depends on the order in which its threads add.
+        pd.testing.assert_frame_equal(
+            found.read("audit").to_pandas(), want.read("audit").to_pandas(), rtol=1e-12
+        )
     run = ScoredRun.open(folder)
     assert not run.older and run.kind == ScoredRun.open(write_run(tmp_path / "new_run", data, steps=4)).kind
     assert "row_weight" not in run.scores().schema.names and run.scores().to_table().num_rows == 18
