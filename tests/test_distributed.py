@@ -100,9 +100,7 @@ def test_two_processes_are_one(parallel: str, alone: Run, data: Path, results: P
     assert run.err.count("after step 3: loss") == 1 and run.out.count("loss on val") == 1  # rank 0 alone
 
 
-@pytest.mark.parametrize(
-    ("granularity", "more"), [("per_layer", {"activation_checkpointing": True})]
-)
+@pytest.mark.parametrize(("granularity", "more"), [("per_layer", {"activation_checkpointing": True})])
 def test_divided_parameters_and_parts_of_scores(
     granularity: str, more: dict[str, Any], data: Path, results: Path
 ) -> None:
