@@ -116,6 +116,7 @@ def test_what_is_saved_gives_the_losses_of_the_run(
     assert f"{alone.evaluations()[-1]['loss/val']:.4f}" in caplog.text
 
 
+@pytest.mark.parametrize("flags", ["Pythia", "Llama"], indirect=True)
 def test_resuming_is_never_having_stopped(
     alone: Run, data: Path, flags: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -137,6 +138,9 @@ def test_two_processes_are_one(
 
 
 @pytest.mark.usefixtures("compiled_eagerly")
+@pytest.mark.parametrize(
+    "flags", ["Pythia", "Qwen3"], indirect=True
+)  # Llama's blocks are Qwen3's without two norms
 def test_compiled_blocks(alone: Run, data: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     assert_same(start(data, tmp_path, run_name="compiled", **flags | {"compile": True}), alone)
 
