@@ -17,7 +17,7 @@ def check_trainer(trainer: Any, name: str) -> None:
     # transformers renames the option from 5.24 on.
     checkpoints = vars(args).get("activation_checkpointing") or args.gradient_checkpointing
     how = vars(args).get("activation_checkpointing_kwargs") or args.gradient_checkpointing_kwargs or {}
-    adapters = getattr(trainer.model, "peft_config", {}).values()
+    adapters = trainer.model.peft_config.values() if hasattr(trainer.model, "peft_config") else ()
     refused = {
         "label_smoothing_factor: the loss is then not a mean over targets": args.label_smoothing_factor > 0,
         "neftune_noise_alpha: noise on the embeddings would differ with validation rows": (
